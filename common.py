@@ -1,0 +1,302 @@
+"""Run plumbing that every stage shares: arguments, device, schedules, checkpoints, logs and result files.
+
+Functions only: no loop lives here, and nothing here sees a loss.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import pickle
+import platform
+import subprocess
+import sys
+import time
+
+import torch
+import torchvision
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line that names the file or flag, and the fix."""
+
+
+def run(main):
+    """Run a script's `main`; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        # A DataLoader worker hands its exception over with the traceback inside the message; the last line is ours.
+        line = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command with --resume to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---- arguments ----
+
+
+def add_training_arguments(parser: argparse.ArgumentParser):
+    """The arguments that all training stages share. Those left at None take the data set's recipe."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--out", type=pathlib.Path, required=True, help="folder of the run: last.pt, log.jsonl")
+    group.add_argument("--resume", action="store_true", help="go on from OUT/resume.pt where it exists")
+    group.add_argument("--seed", type=int, default=0, help="initialisation, order and augmentation; not the partition")
+    group.add_argument("--steps", type=int, help="optimizer steps")
+    group.add_argument("--batch", type=int, help="labeled images a step; as many unlabeled views are added")
+    group.add_argument("--lr", type=float, help="initial learning rate; decays as (1 - step / steps)^0.9")
+    group.add_argument("--weight-decay", type=float, default=5e-4, help="not applied to norms and biases")
+    group.add_argument("--crop", type=crop_size, help="crop side in pixels, or HEIGHTxWIDTH")
+    group.add_argument("--no-cutmix", dest="cutmix", action="store_false", help="unlabeled views without CutMix")
+    group.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1), help="data loading processes")
+    group.add_argument("--device", help="cuda, cpu, ...; by default cuda where there is one")
+    group.add_argument("--precision", choices=["bf16", "fp32"], help="autocast; by default bf16 where it is fast")
+    group.add_argument("--log-every", type=int, default=20, metavar="STEPS")
+    group.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="how often OUT/resume.pt is written")
+    group.add_argument("--val-every", type=int, default=0, metavar="STEPS", help="0: validate after the last step only")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser):
+    group = parser.add_argument_group("model")
+    group.add_argument("--weights", help="of the backbone: imagenet, none, or a file with a torchvision state dict")
+    group.add_argument("--stem", default="standard", help="standard, or deep for the paper's parameter counts")
+    group.add_argument("--head-width", type=int, default=256, help="channels of ASPP and decoder")
+    group.add_argument("--separable-head", action="store_true", help="depthwise separable ASPP and decoder")
+
+
+def crop_size(text: str) -> tuple[int, int]:
+    """`512` -> (512, 512); `96x128`, height by width -> (96, 128)."""
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"expected SIDE or HEIGHTxWIDTH, not '{text}'")
+    return sides[0], sides[-1]
+
+
+def fill_from_recipe(args: argparse.Namespace, recipe: dict):
+    """Give every argument that is still None its value of the recipe, and check what argparse cannot."""
+    for key, value in recipe.items():
+        if getattr(args, key, 0) is None:
+            setattr(args, key, value)
+    for flag in ("steps", "batch", "log_every", "save_every", "head_width"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    if args.batch < 2:
+        raise UserError("--batch 1: batch norm needs at least two images; give --batch 2 or more")
+    if not args.lr > 0:
+        raise UserError(f"--lr {args.lr}: must be above 0")
+
+
+# ---- device and schedules ----
+
+
+def pick_device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def pick_precision(name: str | None, device: torch.device) -> str:
+    """bf16 where the hardware multiplies it natively, float32 elsewhere."""
+    if name is not None:
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.backends.mkldnn.is_available() and cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def autocast(device: torch.device, precision: str):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def poly_lr(step: int, steps: int, lr: float, power: float = 0.9) -> float:
+    """Learning rate of step 0 <= step < steps: lr · (1 - step / steps)^power."""
+    return lr * (1 - step / steps) ** power
+
+
+def ramp_up(step: int, steps: int, start: float, end: float) -> float:
+    """Factor on an unsupervised loss: 0 before share `start` of the steps, 1 from share `end` on, and exp(-5 (1 - t)²)
+    between (Laine & Aila 2017), where t goes from 0 to 1."""
+    share = step / steps
+    if share < start:
+        return 0.0
+    if share >= end:
+        return 1.0
+    t = (share - start) / (end - start)
+    return float(torch.exp(torch.tensor(-5.0 * (1 - t) ** 2)))
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Weights of convolutions decay; norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+# ---- checkpoints ----
+
+
+def save_checkpoint(path: pathlib.Path, checkpoint: dict):
+    """Write `checkpoint` so that `path` is at every moment either the old file or the whole new one."""
+    checkpoint["rng"] = torch.get_rng_state()
+    checkpoint["versions"] = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: pathlib.Path | str) -> dict:
+    """A checkpoint of any stage, on the CPU.
+
+    Keys: `model` (state dict), `peer` (CPS's second network, before the last step), `optimizers`, `step`, `rng`, `args`,
+    `classes`, `palette`, `partition`, `row` (the run's entry in result files), `versions`. Raises UserError.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; train it first, or give the path of a last.pt") from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        raise UserError(f"{path}: cannot be read as a checkpoint; it is damaged or of another program") from None
+    if not isinstance(checkpoint, dict) or not {"model", "args", "classes", "row"} <= checkpoint.keys():
+        raise UserError(f"{path}: not a checkpoint of train_teacher.py or distill.py")
+    return checkpoint
+
+
+def load_for_resume(args: argparse.Namespace) -> dict | None:
+    """OUT/resume.pt where --resume is given and it exists. Raises UserError where it stems from other arguments."""
+    path = args.out / "resume.pt"
+    if not args.resume or not path.exists():
+        return None
+    checkpoint = load_checkpoint(path)
+    # What may change without changing the result; everything else must be as it was.
+    free = {"resume", "out", "workers", "device", "log_every", "save_every", "val_every", "data"}
+    for key, value in plain_args(args).items():
+        if key not in free and checkpoint["args"].get(key) != value:
+            raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {checkpoint['args'].get(key)}, not {value}; "
+                            "give the same arguments, another --out, or no --resume to start again")  # fmt: skip
+    return checkpoint
+
+
+def plain_args(args: argparse.Namespace) -> dict:
+    """The arguments as plain types, for checkpoints that `torch.load(weights_only=True)` opens."""
+    return {k: str(v) if isinstance(v, pathlib.Path) else list(v) if isinstance(v, tuple) else v
+            for k, v in vars(args).items()}  # fmt: skip
+
+
+# ---- logs and result files ----
+
+
+class Progress:
+    """One progress bar and OUT/log.jsonl. Metrics stay on the device until they are logged."""
+
+    def __init__(self, args: argparse.Namespace, start: int):
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / "log.jsonl"
+        kept = []
+        if start and path.exists():  # the lines after the checkpoint are made again
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+        self.file = open(path, "w")  # noqa: SIM115
+        self.file.writelines(line + "\n" for line in kept)
+        self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
+        self.bar = tqdm(total=args.steps, initial=start, desc=args.out.name, disable=None, dynamic_ncols=True)
+
+    def waiting(self, batches):
+        """The next item of the iterator `batches`; the time it takes counts as waiting for data."""
+        before = time.perf_counter()
+        item = next(batches)
+        self.waited += time.perf_counter() - before
+        return item
+
+    def step(self, step: int, images: int, lr: float, losses: dict[str, torch.Tensor]):
+        """Count step `step` (from 0), which saw `images` images. Every `log_every` steps the losses are read and logged."""
+        self.steps += 1
+        self.bar.update()
+        if (step + 1) % self.args.log_every and step + 1 != self.args.steps:
+            return
+        values = {name: float(value) for name, value in losses.items()}
+        now = time.perf_counter()
+        elapsed, self.since = now - self.since, now
+        speed = self.steps * images / elapsed
+        data, self.steps, self.waited = self.waited / elapsed, 0, 0.0
+        bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
+        self.write(step=step + 1, lr=lr, images_per_s=speed, data_wait=data, **values)
+        if bad:
+            raise UserError(f"{self.args.out}: loss '{bad[0]}' is not finite at step {step + 1}; lower --lr "
+                            f"(now {self.args.lr}) and go on with --resume, or start again")  # fmt: skip
+        text = " ".join(f"{name} {value:.3f}" for name, value in values.items())
+        text += f" lr {lr:.2g} {speed:.1f} img/s data {data:.0%}"
+        if self.bar.disable:
+            print(f"{self.args.out.name} {step + 1}/{self.args.steps} {text}", flush=True)
+        self.bar.set_postfix_str(text)
+
+    def write(self, **entry):
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+
+
+def write_result(path: pathlib.Path | str, what: str, rows: list[dict], seconds: float, ops: str):
+    """Write one result file: who measured what, where and with which command, and the rows."""
+    result = {
+        "what": what,
+        "command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "code": git_commit(),
+        "machine": {
+            "cpu": cpu_name(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "threads": torch.get_num_threads(),
+        },
+        "torch": str(torch.__version__),
+        "mgd_ops": ops,
+        "seconds": round(seconds, 1),
+        "rows": rows,
+    }
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `+` where files differ from it."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def cpu_name() -> str:
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

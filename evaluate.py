@@ -1,0 +1,172 @@
+"""Evaluate checkpoints: mIoU and IoU of each class, as a table, as JSON, and as a picture.
+
+    python evaluate.py --ckpt runs/shapes/1-8/mgd-r18/last.pt
+    python evaluate.py --ckpt A/last.pt --compare B/last.pt C/last.pt --json out.json --panels out.png
+
+The same `evaluate` validates during training, so the figures cannot differ. Whole images, one scale, no flip; predictions
+are compared at the size of the mask.
+"""
+
+import argparse
+import pathlib
+import time
+from collections.abc import Iterable
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import datasets
+import mgd_ops
+import models
+from common import UserError, autocast, load_checkpoint, pick_device, pick_precision, run, write_result
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+@torch.inference_mode()
+def predict(model, image: np.ndarray, device, precision: str, image_scale: float = 1.0) -> torch.Tensor:
+    """image (H, W, 3) uint8 -> (H, W) int64 class indices on `device`; the network sees the image times `image_scale`."""
+    size = image.shape[:2]
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    if image_scale != 1.0:
+        smaller = [max(1, round(side * image_scale)) for side in size]
+        x = datasets.v2.functional.resize(x, smaller, antialias=True)
+    with autocast(device, precision):
+        logits = model(datasets.normalize(x, device)).logits
+    if logits.shape[-2:] != size:
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+    return logits[0].argmax(0)
+
+
+def confusion_matrix(prediction: torch.Tensor, mask: torch.Tensor, classes: int) -> torch.Tensor:
+    """(N, N) int64: entry ij counts the pixels of class i that were predicted as j; pixels of 255 are left out."""
+    valid = mask != datasets.IGNORE
+    index = classes * mask[valid].long() + prediction[valid].long()
+    return torch.bincount(index, minlength=classes**2).view(classes, classes)
+
+
+def iou(confusion: torch.Tensor) -> tuple[float, list[float | None]]:
+    """mIoU and the IoU of each class, in percent. A class absent from masks and predictions is None and not in the mean."""
+    hit = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - hit
+    values = [100 * float(h / u) if u > 0 else None for h, u in zip(hit, union, strict=True)]
+    present = [v for v in values if v is not None]
+    return (sum(present) / len(present) if present else float("nan")), values
+
+
+def evaluate(model, dataset, names: Iterable[str], device, precision: str, image_scale: float = 1.0) -> torch.Tensor:
+    """The confusion matrix (N, N), int64 on the CPU, of `model` over the images `names`. The mode of `model` is restored."""
+    was_training = model.training
+    model.eval()
+    n = len(dataset.classes)
+    confusion = torch.zeros(n, n, dtype=torch.int64, device=device)
+    for name in names:
+        mask = torch.from_numpy(np.array(dataset.mask(name))).to(device)
+        prediction = predict(model, dataset.image(name), device, precision, image_scale)
+        if prediction.shape != mask.shape:
+            raise UserError(f"{name}: its mask is {tuple(mask.shape)}, its image {tuple(prediction.shape)} (height, width); "
+                            "image and mask must be of one size")  # fmt: skip
+        confusion += confusion_matrix(prediction, mask, n)
+    model.train(was_training)
+    return confusion.cpu()
+
+
+def validate(model, dataset, device, args) -> float:
+    """mIoU in percent on the data set's val images, as `evaluate.py` computes it."""
+    return iou(evaluate(model, dataset, dataset.val, device, args.precision, args.image_scale))[0]
+
+
+def model_cost(args) -> dict:
+    """GMACs at 512x512 of backbone and whole model, for the rows of result files."""
+    cost = models.measure(args.backbone, args.stem, args.head_width, args.separable_head)
+    return {"gmacs_backbone": cost["gmacs_512"], "gmacs_model": cost["model_gmacs_512"]}
+
+
+def label_of(row: dict) -> str:
+    """How tables and pictures call a run: `Sup resnet18`, `MGD resnet18`, `CPS resnet34 (T_D)`."""
+    role = {"teacher_deep": " (T_D)", "teacher_wide": " (T_W)"}.get(row["role"], "")
+    return f"{row['method'].upper() if row['method'] != 'sup' else 'Sup'} {row['backbone']}{role}"
+
+
+def draw_panels(path: pathlib.Path, dataset, names: list[str], columns: dict[str, list[np.ndarray]]):
+    """A PNG with one row an image: the image, its ground truth, and each model's prediction, with a legend (Fig. 4)."""
+    palette = np.full((256, 3), 255, np.uint8)
+    palette[: len(dataset.palette)] = dataset.palette
+    heads = ["image", "ground truth", *columns]
+    aspect = np.divide(*dataset.image(names[0]).shape[:2])
+    figure, axes = plt.subplots(len(names), len(heads), squeeze=False, layout="constrained",
+                                figsize=(2 * len(heads), 2 * aspect * len(names) + 0.9))  # fmt: skip
+    for r, name in enumerate(names):
+        cells = [dataset.image(name), palette[dataset.mask(name)], *(palette[c[r]] for c in columns.values())]
+        for axis, cell, head in zip(axes[r], cells, heads, strict=True):
+            axis.imshow(cell, interpolation="nearest")
+            axis.set_axis_off()
+            if r == 0:
+                axis.set_title(head, fontsize=8)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=np.array(c) / 255) for c in dataset.palette]
+    figure.legend(patches, dataset.classes, loc="outside lower center", ncols=min(8, len(patches)), fontsize=7, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def print_table(rows: list[dict], classes: list[str]):
+    """One line a model, then the IoU of each class with one column a model."""
+    print(f"\n{'':3} {'model':24} {'part':>5} {'labeled':>7} {'steps':>6} {'seed':>4} {'GMACs':>6} {'mIoU':>6}")
+    for i, row in enumerate(rows):
+        print(f"{chr(97 + i % 26):3} {label_of(row):24} {row['partition']:>5} {row['labeled']:7d} {row['steps']:6d} "
+              f"{row['seed']:4d} {row['gmacs_model']:6.1f} {row['miou']:6.2f}")  # fmt: skip
+    print(f"\n{'IoU':24}" + "".join(f"{chr(97 + i % 26):>7}" for i in range(len(rows))))
+    for name in classes:
+        cells = ["  absent" if row["iou"][name] is None else f"{row['iou'][name]:7.2f}" for row in rows]
+        print(f"{name:24}" + "".join(cells))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", type=pathlib.Path, required=True, help="checkpoint of train_teacher.py or distill.py")
+    parser.add_argument("--compare", type=pathlib.Path, nargs="+", default=[], help="more checkpoints, beside the first")
+    parser.add_argument("--data", type=pathlib.Path, help="folder of the data set, where it is not the one of training")
+    parser.add_argument("--json", type=pathlib.Path, help="write a result file")
+    parser.add_argument("--panels", type=pathlib.Path, help="write a picture: image, ground truth, each model")
+    parser.add_argument("--panel-rows", type=int, default=6, help="images in the picture, evenly spread over val")
+    parser.add_argument("--device", help="cuda, cpu, ...; by default cuda where there is one")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="by default that of the training")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    device = pick_device(args.device)
+    paths = [args.ckpt, *args.compare]
+    checkpoints = [load_checkpoint(path) for path in paths]
+    trained = checkpoints[0]["args"]
+    dataset = datasets.open_dataset(trained["dataset"], args.data or trained["data"])
+    dataset.check(dataset.val, masks=True)
+
+    rows, panels = [], {}
+    shown = dataset.val[:: max(1, len(dataset.val) // args.panel_rows)][: args.panel_rows]
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        if checkpoint["classes"] != dataset.classes:
+            raise UserError(f"{path}: was trained on the classes {', '.join(checkpoint['classes'])}, but the data set has "
+                            f"{', '.join(dataset.classes)}; give the data set of the training with --data")  # fmt: skip
+        precision = pick_precision(args.precision or checkpoint["args"]["precision"], device)
+        scale = checkpoint["args"]["image_scale"]
+        model = models.model_from_checkpoint(checkpoint).to(device)
+        miou, values = iou(evaluate(model, dataset, dataset.val, device, precision, scale))
+        rows.append({**checkpoint["row"], "miou": miou, "iou": dict(zip(dataset.classes, values, strict=True))})
+        if args.panels:
+            panels[f"{label_of(checkpoint['row'])}, {miou:.1f}"] = [
+                predict(model, dataset.image(name), device, precision, scale).cpu().numpy() for name in shown
+            ]
+    print_table(rows, dataset.classes)
+    if args.json:
+        write_result(args.json, "evaluation", rows, time.perf_counter() - began, mgd_ops.backend())
+        print(f"\nresults: {args.json}")
+    if args.panels:
+        draw_panels(args.panels, dataset, shown, panels)
+        print(f"panels: {args.panels}")
+
+
+if __name__ == "__main__":
+    run(main)

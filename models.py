@@ -1,0 +1,286 @@
+"""DeepLabV3+ on torchvision backbones.
+
+    python models.py            # params and GMACs of every backbone, beside the paper's
+    python models.py --json     # the same figures for a program
+
+A model maps images (B, 3, H, W) to `Output(logits, features)`: logits (B, N, H, W) in float32 at the size of the images,
+and the decoder's features (B, C, H/4, W/4), the F of the paper's region-level loss.
+"""
+
+import argparse
+import json
+import pathlib
+import pickle
+import urllib.error
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.segmentation.deeplabv3 import ASPP
+
+from common import UserError, run
+
+# The paper's name for a backbone -> torchvision's. "Wide ResNet-34" counts 66.83M parameters only as Wide ResNet-50-2.
+BACKBONES = {
+    "resnet18": "resnet18",
+    "resnet34": "resnet34",
+    "resnet50": "resnet50",
+    "resnet101": "resnet101",
+    "wide_resnet34": "wide_resnet50_2",
+    "mobilenetv2": "mobilenet_v2",
+}
+ALIASES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101",
+           "wr34": "wide_resnet34", "mbv2": "mobilenetv2"}  # fmt: skip
+STEMS = ("standard", "deep")
+# Widths of the three 3x3 convolutions of the deep stem. The wide ResNet and MobileNetV2 reach the paper's parameter
+# counts with their own stem, and keep it.
+DEEP_STEM = {
+    "resnet18": (32, 32, 64),
+    "resnet34": (32, 32, 64),
+    "resnet50": (64, 64, 128),
+    "resnet101": (64, 64, 128),
+}
+# Table 1 and Table 3 of the paper: params in M, GMACs of the backbone at 512x512 and at 800x800.
+PAPER = {
+    "resnet101": (42.63, 59.13, 144.32),
+    "wide_resnet34": (66.83, 91.12, 222.45),
+    "resnet18": (11.19, 17.20, 42.01),
+    "mobilenetv2": (1.81, 1.52, 3.73),
+}
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor  # (B, N, H, W), float32
+    features: torch.Tensor  # (B, C, H/4, W/4)
+
+
+class Backbone(nn.Module):
+    """Two stages of a classification network: (B, 3, H, W) -> low (B, C0, H/4, W/4), high (B, C1, H/16, W/16).
+
+    MobileNetV2's high stage has stride 32.
+    """
+
+    def __init__(self, low: nn.Sequential, high: nn.Sequential, low_channels: int, high_channels: int):
+        super().__init__()
+        self.low, self.high = low, high
+        self.low_channels, self.high_channels = low_channels, high_channels
+
+    def forward(self, images):
+        low = self.low(images)
+        return low, self.high(low)
+
+
+class Decoder(nn.Module):
+    """DeepLabV3+'s decoder up to its features: the low-level branch, the concatenation and two 3x3 convolutions."""
+
+    def __init__(self, low_channels, reduced_channels, width):
+        super().__init__()
+        self.reduce = conv_norm_relu(low_channels, reduced_channels, 1)
+        self.fuse = nn.Sequential(
+            conv_norm_relu(reduced_channels + width, width, 3), conv_norm_relu(width, width, 3)
+        )
+
+    def forward(self, low, high):
+        high = F.interpolate(high, size=low.shape[-2:], mode="bilinear", align_corners=True)
+        return self.fuse(torch.cat([high, self.reduce(low)], dim=1))
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+ (Chen et al. 2018) with torchvision's ASPP at rates 6, 12, 18, without dropout.
+
+    `head_width` is the number of channels of ASPP and decoder (the paper's models have 256); `separable_head` makes
+    their 3x3 convolutions depthwise separable, as DeepLabV3+ does for light backbones. In training mode a batch needs at
+    least two images, since ASPP normalises one pooled vector an image.
+    """
+
+    def __init__(self, backbone: Backbone, classes: int, head_width: int = 256, separable_head: bool = False,
+                 low_width: int = 48):  # fmt: skip
+        super().__init__()
+        self.backbone = backbone
+        self.aspp = ASPP(backbone.high_channels, [6, 12, 18], head_width)
+        self.aspp.project = self.aspp.project[:3]  # without its dropout
+        self.decoder = Decoder(backbone.low_channels, low_width, head_width)
+        self.classifier = nn.Conv2d(head_width, classes, 1)
+        if separable_head:
+            make_separable(self.aspp)
+            make_separable(self.decoder)
+
+    def forward(self, images) -> Output:
+        low, high = self.backbone(images)
+        features = self.decoder(low, self.aspp(high))  # (B, C, H/4, W/4)
+        logits = self.classifier(features).float()  # losses and argmax see float32, also under autocast
+        logits = F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=True)
+        return Output(logits, features)
+
+
+def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def make_separable(module: nn.Module):
+    """Replace every 3x3 convolution inside `module` by a depthwise and a pointwise one."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3):
+            c = child.in_channels
+            depthwise = nn.Conv2d(
+                c, c, 3, padding=child.padding, dilation=child.dilation, groups=c, bias=False
+            )
+            setattr(module, name, nn.Sequential(depthwise, nn.Conv2d(c, child.out_channels, 1, bias=False)))
+        else:
+            make_separable(child)
+
+
+def dilate(blocks: nn.Sequential, dilations: tuple[int, ...]):
+    """Set the stride of `blocks` to 1 and dilate the 3x3 convolutions of block i by `dilations[i]`."""
+    for block, dilation in zip(blocks, dilations, strict=False):  # resnet18's last stage has two blocks
+        for conv in block.modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (dilation, dilation)
+
+
+def build_backbone(name: str, weights: str = "none", stem: str = "standard") -> Backbone:
+    """A dilated torchvision network without its classifier, for `name` of `BACKBONES` or `ALIASES`.
+
+    weights: `imagenet` (torchvision's, downloaded once), `none`, or a file holding a state dict with torchvision's keys.
+    stem: `standard` as in torchvision, or `deep`, three 3x3 convolutions, which gives the paper's parameter counts.
+    Raises UserError for an unknown name or stem, and for weights that cannot be had or do not fit.
+    """
+    name = canonical_name(name)
+    if stem not in STEMS:
+        raise UserError(f"--stem: unknown stem '{stem}'; choose one of {', '.join(STEMS)}")
+    network = torchvision.models.get_model(BACKBONES[name], weights=None)
+    if name == "mobilenetv2":
+        # Stride 32 stays; the last 1x1 convolution (320 -> 1280) serves the classifier only and is dropped.
+        dilate(network.features[15:18], (2, 4, 8))
+        load_weights(network, name, weights, stem)
+        return Backbone(network.features[:4], network.features[4:18], low_channels=24, high_channels=320)
+
+    low_channels = network.layer1[-1].conv2.out_channels
+    if stem == "deep" and name in DEEP_STEM:
+        a, b, c = DEEP_STEM[name]
+        network.conv1 = nn.Sequential(
+            conv_norm_relu(3, a, 3, stride=2), conv_norm_relu(a, b, 3), nn.Conv2d(b, c, 3, padding=1, bias=False)
+        )
+        network.bn1 = nn.BatchNorm2d(c)
+        if c != network.layer1[0].conv1.in_channels:  # 128 of resnet50 and 101: layer1's first block is wider too
+            first = network.layer1[0]
+            first.conv1 = nn.Conv2d(c, first.conv1.out_channels, 1, bias=False)
+            first.downsample[0] = nn.Conv2d(c, first.downsample[0].out_channels, 1, bias=False)
+        for conv in [network.conv1, network.layer1[0]]:
+            for m in conv.modules():
+                if isinstance(m, nn.Conv2d):
+                    nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+    dilate(network.layer4, (2, 4, 8))
+    load_weights(network, name, weights, stem)
+    low = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, network.layer1)
+    low_channels, high_channels = (64, 512) if name in ("resnet18", "resnet34") else (256, 2048)
+    return Backbone(low, nn.Sequential(network.layer2, network.layer3, network.layer4), low_channels, high_channels)
+
+
+def load_weights(network: nn.Module, name: str, weights: str, stem: str):
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        if stem == "deep" and name in DEEP_STEM:
+            raise UserError("--weights imagenet: torchvision's weights have the standard stem; "
+                            "use --stem standard, or --weights FILE for the deep one")  # fmt: skip
+        entry = torchvision.models.get_model_weights(BACKBONES[name]).IMAGENET1K_V1
+        try:
+            state = entry.get_state_dict(progress=True, check_hash=True)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            folder = pathlib.Path(torch.hub.get_dir(), "checkpoints")
+            raise UserError(f"--weights imagenet: cannot download {entry.url} ({error}); put that file into {folder}, "
+                            "pass it as --weights FILE, or train from scratch with --weights none") from None  # fmt: skip
+    else:
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f"--weights {weights}: no such file; give a file, 'imagenet' or 'none'") from None
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            raise UserError(f"--weights {weights}: not a state dict that torch.load can read") from None
+    own = network.state_dict()
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"--weights {weights}: not a state dict (parameter name -> tensor) of {BACKBONES[name]}")
+    used = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "features.18."))}
+    needed = {k: v for k, v in own.items() if not k.startswith(("fc.", "classifier.", "features.18."))}
+    wrong = [k for k in needed if k not in used or used[k].shape != needed[k].shape] + [k for k in used if k not in needed]
+    if wrong:
+        raise UserError(f"--weights {weights}: does not fit {name} with the {stem} stem, first at '{wrong[0]}'; "
+                        f"give a state dict of torchvision's {BACKBONES[name]}")  # fmt: skip
+    network.load_state_dict(used, strict=False)  # all but the classifier, as checked above
+
+
+def canonical_name(name: str) -> str:
+    name = ALIASES.get(name, name)
+    if name not in BACKBONES:
+        raise UserError(f"--backbone: unknown backbone '{name}'; choose one of {', '.join([*BACKBONES, *ALIASES])}")
+    return name
+
+
+def build_model(backbone: str, classes: int, weights: str = "none", stem: str = "standard", head_width: int = 256,
+                separable_head: bool = False) -> DeepLabV3Plus:  # fmt: skip
+    """The DeepLabV3+ that a checkpoint's arguments describe; see `build_backbone` and `DeepLabV3Plus`."""
+    low_width = 24 if canonical_name(backbone) == "mobilenetv2" else 48
+    model = DeepLabV3Plus(build_backbone(backbone, weights, stem), classes, head_width, separable_head, low_width)
+    return model.to(memory_format=torch.channels_last)
+
+
+def model_from_checkpoint(checkpoint: dict) -> DeepLabV3Plus:
+    """The trained network of a checkpoint (see `common.load_checkpoint`), in evaluation mode."""
+    args = checkpoint["args"]
+    model = build_model(args["backbone"], len(checkpoint["classes"]), "none", args["stem"], args["head_width"],
+                        args["separable_head"])  # fmt: skip
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def gmacs(module: nn.Module, size: int) -> float:
+    """Multiply-accumulates, in G, of one forward of one (3, size, size) image; convolutions only, as counted by torch."""
+    module = module.to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        module(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() / 2e9
+
+
+def measure(backbone: str, stem: str = "standard", head_width: int = 256, separable_head: bool = False) -> dict:
+    """Params in M and GMACs of a backbone, and of the whole model with 21 classes."""
+    with torch.device("meta"):
+        model = build_model(backbone, 21, "none", stem, head_width, separable_head)
+    return {
+        "backbone": canonical_name(backbone),
+        "stem": stem,
+        "params_m": sum(p.numel() for p in model.backbone.parameters()) / 1e6,
+        "gmacs_512": gmacs(model.backbone, 512),
+        "gmacs_800": gmacs(model.backbone, 800),
+        "model_params_m": sum(p.numel() for p in model.parameters()) / 1e6,
+        "model_gmacs_512": gmacs(model, 512),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Params and GMACs of the backbones and models, beside the paper's.")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of the table")
+    parser.add_argument("--head-width", type=int, default=256, help="channels of ASPP and decoder")
+    parser.add_argument("--separable-head", action="store_true", help="depthwise separable ASPP and decoder")
+    args = parser.parse_args()
+    rows = [measure(name, stem, args.head_width, args.separable_head) for name in BACKBONES for stem in STEMS]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print("backbone        stem      params (paper)      GMACs 512² (paper)   GMACs 800² (paper)   model: params  GMACs 512²")
+    for row in rows:
+        paper = PAPER.get(row["backbone"], (None,) * 3)
+        cells = [f"{row[key]:7.2f} ({'' if value is None else f'{value:.2f}'})"
+                 for key, value in zip(("params_m", "gmacs_512", "gmacs_800"), paper, strict=True)]  # fmt: skip
+        print(f"{row['backbone']:15} {row['stem']:9} {cells[0]:19} {cells[1]:20} {cells[2]:20} "
+              f"{row['model_params_m']:12.2f} {row['model_gmacs_512']:10.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,195 @@
+"""Train one network on labeled and unlabeled images: the teachers, and the baselines when given a light backbone.
+
+    python train_teacher.py --out runs/shapes/1-8/teacher-deep --role teacher_deep
+    python train_teacher.py --out runs/voc/1-8/teacher-wide --role teacher_wide --dataset folder --data data/mine
+    python train_teacher.py --out runs/shapes/1-8/sup-r18 --method sup --backbone r18
+
+--method sup    cross entropy on the labeled images
+--method cps    cross pseudo supervision (Chen et al. 2021): two networks of one kind, from different seeds, each learn from
+                the other's pseudo labels on CutMix views of unlabeled images. The first of them is kept.
+"""
+
+import argparse
+import time
+
+import torch
+
+import datasets
+import evaluate
+import mgd_ops
+import models
+from common import (
+    Progress,
+    UserError,
+    add_model_arguments,
+    add_training_arguments,
+    autocast,
+    fill_from_recipe,
+    load_for_resume,
+    parameter_groups,
+    pick_device,
+    pick_precision,
+    plain_args,
+    poly_lr,
+    ramp_up,
+    run,
+    save_checkpoint,
+)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=["sup", "cps"], default="cps")
+    parser.add_argument("--role", choices=["teacher_deep", "teacher_wide", "student"], default="student",
+                        help="what the network is for; a teacher's backbone has a default")  # fmt: skip
+    parser.add_argument("--backbone", help=", ".join([*models.BACKBONES, *models.ALIASES]))
+    datasets.add_arguments(parser)
+    add_model_arguments(parser)
+    add_training_arguments(parser)
+    group = parser.add_argument_group("cross pseudo supervision")
+    group.add_argument("--cps-weight", type=float, help="weight of the loss on pseudo labels")
+    group.add_argument("--sup-only", type=float, help="share of the steps, at first, without pseudo labels")
+    group.add_argument("--ramp-up", type=float, help="share of the steps at which their weight is full")
+    group.add_argument("--threshold", type=float, help="leave out pseudo labels below this probability")
+    args = parser.parse_args()
+    recipe = dict(datasets.RECIPES[args.dataset])
+    recipe["backbone"] = recipe["wide"] if args.role == "teacher_wide" else recipe["deep"]
+    if args.role == "student":
+        recipe["backbone"] = "resnet18"
+    elif args.method == "cps":
+        recipe["steps"] = recipe["teacher_steps"]
+    fill_from_recipe(args, recipe)
+    args.backbone = models.canonical_name(args.backbone)
+    return args
+
+
+@torch.no_grad()
+def pseudo_label(logits, valid, threshold):
+    """(B, N, H, W) logits -> (B, H, W) int64: the class of each pixel, 255 for padding and below the threshold."""
+    if threshold > 0:
+        probability, label = logits.softmax(1).max(1)
+        valid = valid & (probability >= threshold)
+    else:
+        label = logits.argmax(1)
+    return torch.where(valid, label, mgd_ops.IGNORE_INDEX)
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, device)
+    dataset = datasets.open_dataset(args.dataset, args.data)
+    partition = datasets.partition(dataset, args.part)
+    if args.method == "cps" and not partition.unlabeled:
+        raise UserError(f"--part {args.part}: leaves no unlabeled image for --method cps; take a smaller part, "
+                        "add images to unlabeled.txt, or use --method sup")  # fmt: skip
+    dataset.check(partition.labeled + dataset.val, masks=True)
+    dataset.check(partition.unlabeled, masks=False)
+    resumed = load_for_resume(args)
+
+    nets, optimizers = [], []
+    for i in range(2 if args.method == "cps" else 1):
+        torch.manual_seed(datasets.seed_of(args.seed, 10 + i))  # without weights, the two start from different ones
+        net = models.build_model(args.backbone, len(dataset.classes), args.weights, args.stem, args.head_width,
+                                 args.separable_head).to(device).train()  # fmt: skip
+        nets.append(net)
+        groups = parameter_groups(net, args.weight_decay)
+        optimizers.append(torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True))
+    start, seconds = 0, 0.0
+    if resumed:
+        start, seconds = resumed["step"], resumed["row"]["seconds"]
+        for net, optimizer, key, state in zip(nets, optimizers, ["model", "peer"], resumed["optimizers"], strict=False):
+            net.load_state_dict(resumed[key])
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(resumed["rng"])
+
+    labeled = datasets.train_batches(dataset, partition.labeled, args, args.batch, start, labeled=True)
+    views = 2 if args.cutmix else 1
+    unlabeled_start = max(start, int(args.sup_only * args.steps))  # no unlabeled image is loaded before it is used
+    unlabeled = None
+
+    row = {
+        "dataset": dataset.name, "partition": partition.name, "partition_hash": partition.hash,
+        "labeled": len(partition.labeled), "method": args.method, "role": args.role, "backbone": args.backbone,
+        "head_width": args.head_width, "weights": args.weights, "crop": list(args.crop), "seed": args.seed,
+        "steps": args.steps, "seconds": 0.0, "teachers": [], "teacher_labels": None,
+        "losses": ["sup"] if args.method == "sup" else ["sup", "cps"], "regions": None,
+        **evaluate.model_cost(args),
+    }  # fmt: skip
+    checkpoint = {"args": plain_args(args), "classes": dataset.classes, "palette": dataset.palette,
+                  "partition": partition._asdict(), "row": row}  # fmt: skip
+
+    def save(step, path):
+        row["seconds"] = round(seconds + time.perf_counter() - began, 1)
+        states = {key: net.state_dict() for key, net in zip(["model", "peer"], nets, strict=False)}
+        optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
+        save_checkpoint(path, {**checkpoint, **states, "optimizers": optimizer_states, "step": step})
+
+    print(f"{args.out}: {args.method} {args.backbone}, {len(partition.labeled)} labeled and {len(partition.unlabeled)} "
+          f"unlabeled images, {args.steps} steps on {device} in {args.precision}, ops {mgd_ops.backend()}")  # fmt: skip
+    progress = Progress(args, start)
+    began = time.perf_counter()
+    for step in range(start, args.steps):
+        lr = poly_lr(step, args.steps, args.lr)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
+        weight = args.cps_weight * ramp_up(step, args.steps, args.sup_only, args.ramp_up) if args.method == "cps" else 0.0
+
+        images, label = progress.waiting(labeled)
+        images, label = datasets.normalize(images, device), label.to(device, non_blocking=True)
+        losses = {"sup": 0.0}
+        seen = len(images)
+        if weight > 0:
+            if unlabeled is None:
+                unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views * args.batch,
+                                                   max(step, unlabeled_start), labeled=False)  # fmt: skip
+            bare, valid = progress.waiting(unlabeled)
+            bare, valid = datasets.normalize(bare, device), valid.to(device, non_blocking=True) == 0
+            seen += len(bare)
+            with torch.no_grad(), autocast(device, args.precision):
+                clean = [net(bare).logits for net in nets]  # batch norm in training mode, as in CPS
+            if args.cutmix:
+                box = datasets.cutmix_mask(args.batch, args.crop, datasets.seed_of(args.seed, 2, step)).to(device)
+                mixed, valid = (torch.where(box, t[args.batch :], t[: args.batch]) for t in (bare, valid[:, None]))
+                clean = [torch.where(box, c[args.batch :], c[: args.batch]) for c in clean]
+                valid = valid[:, 0]
+            else:
+                mixed = bare
+            pseudo = [pseudo_label(c, valid, args.threshold) for c in clean]  # (B, H, W) each
+            losses["cps"] = 0.0
+
+        for i, net in enumerate(nets):
+            with autocast(device, args.precision):
+                logits = net(images).logits  # (B, N, H, W)
+            loss = sup = mgd_ops.pixel_cross_entropy(logits, label)
+            losses["sup"] += sup.detach() / len(nets)
+            if weight > 0:
+                with autocast(device, args.precision):
+                    logits = net(mixed).logits
+                cps = mgd_ops.pixel_cross_entropy(logits, pseudo[1 - i])
+                losses["cps"] += cps.detach() / len(nets)
+                loss = sup + weight * cps
+            loss.backward()
+            optimizers[i].step()
+        progress.step(step, seen, lr, losses)
+
+        if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            save(step + 1, args.out / "resume.pt")
+        if args.val_every and (step + 1) % args.val_every == 0 and step + 1 < args.steps:
+            miou = evaluate.validate(nets[0], dataset, device, args)
+            progress.write(step=step + 1, miou=miou)
+            print(f"{args.out.name} step {step + 1}: {miou:.2f} mIoU", flush=True)
+
+    row["miou"] = evaluate.validate(nets[0], dataset, device, args)
+    del nets[1:], optimizers[:]
+    save(args.steps, args.out / "last.pt")
+    (args.out / "resume.pt").unlink(missing_ok=True)
+    progress.write(step=args.steps, miou=row["miou"])
+    progress.close()
+    print(f"{args.out}/last.pt: {row['miou']:.2f} mIoU after {args.steps} steps, {row['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    run(main)
