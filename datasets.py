@@ -58,11 +58,11 @@ class Shapes:
     """
 
     name = "shapes"
-    classes = ["background", "disk", "square", "triangle", "star", "cross"]
-    palette = [(40, 44, 52), (224, 108, 117), (97, 175, 239), (152, 195, 121), (229, 192, 123), (198, 120, 221)]
     size = 64
 
     def __init__(self, train: int = 512, val: int = 200):
+        self.classes = ["background", "disk", "square", "triangle", "star", "cross"]
+        self.palette = [(40, 44, 52), (224, 108, 117), (97, 175, 239), (152, 195, 121), (229, 192, 123), (198, 120, 221)]
         self.train = [f"train-{i:04d}" for i in range(train)]
         self.val = [f"val-{i:04d}" for i in range(val)]
         self.bare = []
@@ -215,7 +215,9 @@ class Folder:
         try:
             with Image.open(path) as file:
                 if file.mode not in ("L", "P", "1"):
-                    raise UserError(f"{path}: is a {file.mode} image; a mask holds one class index a pixel (grey or palette PNG)")
+                    raise UserError(
+                        f"{path}: is a {file.mode} image; a mask holds one class index a pixel (grey or palette PNG)"
+                    )
                 return np.array(file, dtype=np.uint8)
         except FileNotFoundError:
             raise UserError(f"{path}: no such mask") from None
@@ -274,9 +276,10 @@ def open_dataset(name: str, data: pathlib.Path | str | None):
 
 
 def partition(dataset, part: str, seed: int = 0) -> Partition:
-    """Split the training images: of the n that have a mask, ceil(n / k) for `part` 1/k stay labeled.
+    """Split the training images: of n, ceil(n / k) stay labeled for `part` 1/k, or as many of them as have a mask.
 
-    Partitions of one seed are nested, 1/16 in 1/8 in 1/4, and depend on nothing but the names. `1` keeps every mask.
+    Partitions of one seed are nested, 1/16 in 1/8 in 1/4, and do not change when the masks of unlabeled images go away.
+    `1` keeps every mask.
     """
     head, _, tail = part.partition("/")
     if head != "1" or not (tail or "1").isdigit() or int(tail or "1") < 1:
@@ -284,12 +287,26 @@ def partition(dataset, part: str, seed: int = 0) -> Partition:
     k = int(tail or "1")
     able = [name for name in dataset.train if dataset.has_mask(name)]
     ranked = sorted(able, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    labeled = sorted(ranked[: math.ceil(len(able) / k)])
+    labeled = sorted(ranked[: math.ceil(len(dataset.train) / k)])
     if not labeled:
         raise UserError(f"--part {part}: leaves no labeled image, since no image of train.txt has a mask in masks/")
     unlabeled = sorted({*dataset.train, *dataset.bare} - set(labeled))
     digest = hashlib.sha256("\n".join([*labeled, "--", *unlabeled]).encode()).hexdigest()
     return Partition(part, labeled, unlabeled, digest[:12])
+
+
+def open_training_data(args: argparse.Namespace, unlabeled: bool):
+    """The data set and the partition of a training, with every file's header checked; `unlabeled` says whether unlabeled
+    images are needed. Raises UserError."""
+    dataset = open_dataset(args.dataset, args.data)
+    part = partition(dataset, args.part)
+    if unlabeled and not part.unlabeled:
+        raise UserError(f"--part {args.part}: leaves no unlabeled image; take a smaller part, add images to "
+                        "unlabeled.txt, or train with labels alone (train_teacher.py --method sup)")  # fmt: skip
+    dataset.check(part.labeled + dataset.val, masks=True)
+    if unlabeled:
+        dataset.check(part.unlabeled, masks=False)
+    return dataset, part
 
 
 # ---- augmentation ----
@@ -401,6 +418,12 @@ def cutmix_mask(batch: int, size: tuple[int, int], seed: int) -> torch.Tensor:
             top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
             mask[b, 0, top : top + h, left : left + w] ^= True
     return torch.from_numpy(mask)
+
+
+def cutmix(views: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
+    """views (2B, C, H, W) or (2B, H, W), box (B, 1, H, W) -> B mixed views: the first B outside the box, the last inside."""
+    outside, inside = views.chunk(2)
+    return torch.where(box if views.ndim == 4 else box[:, 0], inside, outside)
 
 
 # ---- command line ----

@@ -60,8 +60,8 @@ def parse_args():
     return args
 
 
-def load_teacher(path, dataset, device, batch_norm: str):
-    """A frozen teacher and its checkpoint's row. With batch norm in training mode its stored statistics stay untouched."""
+def load_teacher(path, dataset, device):
+    """A frozen teacher in evaluation mode, and its checkpoint. Raises UserError where its classes are others."""
     checkpoint = load_checkpoint(path)
     if len(checkpoint["classes"]) != len(dataset.classes):
         raise UserError(f"{path}: a teacher of {len(checkpoint['classes'])} classes, but the data set has "
@@ -85,21 +85,17 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
-    dataset = datasets.open_dataset(args.dataset, args.data)
-    partition = datasets.partition(dataset, args.part)
-    if not partition.unlabeled:
-        raise UserError(f"--part {args.part}: leaves no unlabeled image to distil on; take a smaller part or add images to "
-                        "unlabeled.txt")  # fmt: skip
-    dataset.check(partition.labeled + dataset.val, masks=True)
-    dataset.check(partition.unlabeled, masks=False)
+    dataset, partition = datasets.open_training_data(args, unlabeled=True)
     resumed = load_for_resume(args)
 
     teachers, teacher_rows = [], []
     for role, path in (("T_D", args.deep), ("T_W", args.wide)):
-        teacher, checkpoint = load_teacher(path, dataset, device, args.teacher_bn)
+        teacher, checkpoint = load_teacher(path, dataset, device)
         miou = evaluate.iou(evaluate.evaluate(teacher, dataset, dataset.val, device, args.precision,
                                               checkpoint["args"]["image_scale"]))[0]  # fmt: skip
-        print(f"{role} {checkpoint['row']['method']} {checkpoint['row']['backbone']}: {miou:.2f} mIoU on val ({path})", flush=True)
+        print(
+            f"{role} {checkpoint['row']['method']} {checkpoint['row']['backbone']}: {miou:.2f} mIoU on val ({path})", flush=True
+        )
         if checkpoint["partition"]["hash"] != partition.hash:
             print(f"note: {path} was trained on partition {checkpoint['partition']['name']} "
                   f"({checkpoint['partition']['hash']}), the student's is {partition.name} ({partition.hash})")  # fmt: skip
@@ -107,7 +103,6 @@ def main():
             set_batch_norm_training(teacher)
         teachers.append(teacher)
         teacher_rows.append(checkpoint["row"])
-    deep, wide = teachers
 
     torch.manual_seed(datasets.seed_of(args.seed, 20))
     student = models.build_model(args.backbone, len(dataset.classes), args.weights, args.stem, args.head_width,
@@ -124,14 +119,12 @@ def main():
     labeled = datasets.train_batches(dataset, partition.labeled, args, args.batch, start, labeled=True)
     unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views * args.batch, start, labeled=False)
 
-    row = {
-        "dataset": dataset.name, "partition": partition.name, "partition_hash": partition.hash,
-        "labeled": len(partition.labeled), "method": args.method, "role": "student", "backbone": args.backbone,
-        "head_width": args.head_width, "weights": args.weights, "crop": list(args.crop), "seed": args.seed,
-        "steps": args.steps, "seconds": 0.0, "teachers": [row["backbone"] for row in teacher_rows],
-        "teacher_labels": "all" if all(row["partition"] == "1" for row in teacher_rows) else "partition",
-        "losses": ["sup", "pixel", "image:T_D", "region:T_W"], "regions": args.regions, **evaluate.model_cost(args),
-    }  # fmt: skip
+    row = evaluate.result_row(
+        args, dataset, partition, role="student", losses=["sup", "pixel", "image:T_D", "region:T_W"],
+        teachers=[teacher_row["backbone"] for teacher_row in teacher_rows],
+        teacher_labels="all" if all(teacher_row["partition"] == "1" for teacher_row in teacher_rows) else "partition",
+        regions=args.regions,
+    )  # fmt: skip
     checkpoint = {"args": plain_args(args), "classes": dataset.classes, "palette": dataset.palette,
                   "partition": partition._asdict(), "row": row}  # fmt: skip
 
@@ -159,8 +152,7 @@ def main():
         # student and teachers on the mixed view itself. One forward a teacher serves all of it.
         if args.cutmix:
             box = datasets.cutmix_mask(args.batch, args.crop, datasets.seed_of(args.seed, 2, step)).to(device)
-            mix = lambda t: torch.where(box, t[args.batch :], t[: args.batch])  # noqa: E731
-            mixed, padding = mix(bare), mix(padding[:, None])[:, 0]
+            mixed, padding = datasets.cutmix(bare, box), datasets.cutmix(padding, box)
             parts = [images, mixed, bare]
         else:
             mixed, parts = bare, [images, bare]
@@ -169,7 +161,7 @@ def main():
         pseudo_labeled, pseudo = [], []
         for logits, _ in outputs:
             on_labeled, on_mixed, on_clean = logits.tensor_split([args.batch, 2 * args.batch])
-            clean = mix(on_clean) if args.cutmix else on_mixed
+            clean = datasets.cutmix(on_clean, box) if args.cutmix else on_mixed
             pseudo_labeled.append(torch.where(label == datasets.IGNORE, label, on_labeled.argmax(1)))  # (B, H, W)
             pseudo.append(torch.where(padding == datasets.IGNORE, padding, clean.argmax(1)))  # (B, H, W)
         on_mixed = slice(args.batch, 2 * args.batch)

@@ -23,7 +23,7 @@ import models
 from common import UserError, autocast, load_checkpoint, pick_device, pick_precision, run, write_result
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 @torch.inference_mode()
@@ -79,10 +79,15 @@ def validate(model, dataset, device, args) -> float:
     return iou(evaluate(model, dataset, dataset.val, device, args.precision, args.image_scale))[0]
 
 
-def model_cost(args) -> dict:
-    """GMACs at 512x512 of backbone and whole model, for the rows of result files."""
+def result_row(args, dataset, partition, **fields) -> dict:
+    """A training's entry in result files, without its outcome. GMACs are those at 512x512."""
     cost = models.measure(args.backbone, args.stem, args.head_width, args.separable_head)
-    return {"gmacs_backbone": cost["gmacs_512"], "gmacs_model": cost["model_gmacs_512"]}
+    return {
+        "dataset": dataset.name, "partition": partition.name, "partition_hash": partition.hash,
+        "labeled": len(partition.labeled), "method": args.method, "backbone": args.backbone, "head_width": args.head_width,
+        "weights": args.weights, "crop": list(args.crop), "seed": args.seed, "steps": args.steps, "seconds": 0.0,
+        "gmacs_backbone": cost["gmacs_512"], "gmacs_model": cost["model_gmacs_512"], **fields,
+    }  # fmt: skip
 
 
 def label_of(row: dict) -> str:

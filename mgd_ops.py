@@ -57,9 +57,7 @@ def pooled_correlation_reference(feat: torch.Tensor, regions: int | tuple[int, i
         return unit @ unit.transpose(1, 2)
 
 
-def region_loss_reference(
-    student: torch.Tensor, teacher: torch.Tensor, regions: int | tuple[int, int] = 7
-) -> torch.Tensor:
+def region_loss_reference(student: torch.Tensor, teacher: torch.Tensor, regions: int | tuple[int, int] = 7) -> torch.Tensor:
     """Region-level content-aware loss (Eq. 6): mean squared difference of the two self-correlations, over the batch too.
 
     student (B, C, H, W), teacher (B, C', H', W') floating -> scalar. Channels and sizes may differ. Raises ValueError

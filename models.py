@@ -79,9 +79,7 @@ class Decoder(nn.Module):
     def __init__(self, low_channels, reduced_channels, width):
         super().__init__()
         self.reduce = conv_norm_relu(low_channels, reduced_channels, 1)
-        self.fuse = nn.Sequential(
-            conv_norm_relu(reduced_channels + width, width, 3), conv_norm_relu(width, width, 3)
-        )
+        self.fuse = nn.Sequential(conv_norm_relu(reduced_channels + width, width, 3), conv_norm_relu(width, width, 3))
 
     def forward(self, low, high):
         high = F.interpolate(high, size=low.shape[-2:], mode="bilinear", align_corners=True)
@@ -126,9 +124,7 @@ def make_separable(module: nn.Module):
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3):
             c = child.in_channels
-            depthwise = nn.Conv2d(
-                c, c, 3, padding=child.padding, dilation=child.dilation, groups=c, bias=False
-            )
+            depthwise = nn.Conv2d(c, c, 3, padding=child.padding, dilation=child.dilation, groups=c, bias=False)
             setattr(module, name, nn.Sequential(depthwise, nn.Conv2d(c, child.out_channels, 1, bias=False)))
         else:
             make_separable(child)

@@ -20,7 +20,6 @@ import mgd_ops
 import models
 from common import (
     Progress,
-    UserError,
     add_model_arguments,
     add_training_arguments,
     autocast,
@@ -56,7 +55,7 @@ def parse_args():
     recipe["backbone"] = recipe["wide"] if args.role == "teacher_wide" else recipe["deep"]
     if args.role == "student":
         recipe["backbone"] = "resnet18"
-    elif args.method == "cps":
+    else:
         recipe["steps"] = recipe["teacher_steps"]
     fill_from_recipe(args, recipe)
     args.backbone = models.canonical_name(args.backbone)
@@ -78,13 +77,7 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
-    dataset = datasets.open_dataset(args.dataset, args.data)
-    partition = datasets.partition(dataset, args.part)
-    if args.method == "cps" and not partition.unlabeled:
-        raise UserError(f"--part {args.part}: leaves no unlabeled image for --method cps; take a smaller part, "
-                        "add images to unlabeled.txt, or use --method sup")  # fmt: skip
-    dataset.check(partition.labeled + dataset.val, masks=True)
-    dataset.check(partition.unlabeled, masks=False)
+    dataset, partition = datasets.open_training_data(args, unlabeled=args.method == "cps")
     resumed = load_for_resume(args)
 
     nets, optimizers = [], []
@@ -105,17 +98,12 @@ def main():
 
     labeled = datasets.train_batches(dataset, partition.labeled, args, args.batch, start, labeled=True)
     views = 2 if args.cutmix else 1
-    unlabeled_start = max(start, int(args.sup_only * args.steps))  # no unlabeled image is loaded before it is used
-    unlabeled = None
+    unlabeled = None  # its loader starts with the first step that has a weight for it
 
-    row = {
-        "dataset": dataset.name, "partition": partition.name, "partition_hash": partition.hash,
-        "labeled": len(partition.labeled), "method": args.method, "role": args.role, "backbone": args.backbone,
-        "head_width": args.head_width, "weights": args.weights, "crop": list(args.crop), "seed": args.seed,
-        "steps": args.steps, "seconds": 0.0, "teachers": [], "teacher_labels": None,
-        "losses": ["sup"] if args.method == "sup" else ["sup", "cps"], "regions": None,
-        **evaluate.model_cost(args),
-    }  # fmt: skip
+    row = evaluate.result_row(
+        args, dataset, partition, role=args.role, losses=["sup"] if args.method == "sup" else ["sup", "cps"],
+        teachers=[], teacher_labels=None, regions=None,
+    )  # fmt: skip
     checkpoint = {"args": plain_args(args), "classes": dataset.classes, "palette": dataset.palette,
                   "partition": partition._asdict(), "row": row}  # fmt: skip
 
@@ -143,8 +131,7 @@ def main():
         seen = len(images)
         if weight > 0:
             if unlabeled is None:
-                unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views * args.batch,
-                                                   max(step, unlabeled_start), labeled=False)  # fmt: skip
+                unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views * args.batch, step, labeled=False)
             bare, valid = progress.waiting(unlabeled)
             bare, valid = datasets.normalize(bare, device), valid.to(device, non_blocking=True) == 0
             seen += len(bare)
@@ -152,12 +139,11 @@ def main():
                 clean = [net(bare).logits for net in nets]  # batch norm in training mode, as in CPS
             if args.cutmix:
                 box = datasets.cutmix_mask(args.batch, args.crop, datasets.seed_of(args.seed, 2, step)).to(device)
-                mixed, valid = (torch.where(box, t[args.batch :], t[: args.batch]) for t in (bare, valid[:, None]))
-                clean = [torch.where(box, c[args.batch :], c[: args.batch]) for c in clean]
-                valid = valid[:, 0]
+                mixed, valid = datasets.cutmix(bare, box), datasets.cutmix(valid, box)
+                clean = [datasets.cutmix(logits, box) for logits in clean]
             else:
                 mixed = bare
-            pseudo = [pseudo_label(c, valid, args.threshold) for c in clean]  # (B, H, W) each
+            pseudo = [pseudo_label(logits, valid, args.threshold) for logits in clean]  # (B, H, W) each
             losses["cps"] = 0.0
 
         for i, net in enumerate(nets):

@@ -1,0 +1,53 @@
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+
+TINY = ["--workers", "0", "--batch", "2", "--crop", "48", "--head-width", "16", "--lr", "0.02", "--log-every", "1"]
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a stage in this process, as its command line would: script(module, *arguments) -> (exit code, stdout, stderr)."""
+
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        code = 0
+        try:
+            common.run(module.main)
+        except SystemExit as exit:
+            code = exit.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    """A data set in the folder form: ten training images of which eight have a mask, three val images, three classes."""
+    root = tmp_path / "mine"
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    rng = np.random.default_rng(0)
+    names = [f"im{i:02d}" for i in range(13)]
+    for i, name in enumerate(names):
+        Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8)).save(root / "images" / f"{name}.png")
+        if i not in (8, 9):
+            mask = rng.integers(0, 3, (40, 56), np.uint8)
+            mask[0] = 255
+            Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+    (root / "train.txt").write_text("\n".join(names[:10]) + "\n")
+    (root / "val.txt").write_text("\n".join(names[10:]) + "\n")
+    (root / "classes.txt").write_text("road\ntree\ncar\n")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    torch.set_num_threads(2)

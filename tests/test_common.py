@@ -1,0 +1,90 @@
+import argparse
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import common
+from common import UserError
+
+
+def test_poly_lr_and_ramp_up_are_their_formulas():
+    assert common.poly_lr(0, 100, 0.02) == 0.02
+    assert common.poly_lr(75, 100, 0.02) == pytest.approx(0.02 * 0.25**0.9)
+    assert common.ramp_up(29, 100, 0.3, 0.6) == 0
+    assert common.ramp_up(45, 100, 0.3, 0.6) == pytest.approx(math.exp(-5 * 0.25))
+    assert common.ramp_up(60, 100, 0.3, 0.6) == 1
+    assert common.ramp_up(0, 100, 0.0, 0.0) == 1
+
+
+@pytest.mark.parametrize("text,expected", [("64", (64, 64)), ("96x128", (96, 128))])
+def test_crop_size(text, expected):
+    assert common.crop_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "1x2x3", "ten", "-5"])
+def test_crop_size_refuses_nonsense(text):
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        common.crop_size(text)
+
+
+def test_norms_and_biases_do_not_decay():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    decayed, free = common.parameter_groups(model, 5e-4)
+    assert [p.ndim for p in decayed["params"]] == [4] and decayed["weight_decay"] == 5e-4
+    assert len(free["params"]) == 3 and free["weight_decay"] == 0
+
+
+def test_a_checkpoint_is_the_old_one_until_it_is_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "run" / "last.pt"
+    row = {"model": {}, "args": {}, "classes": [], "row": {}}
+    common.save_checkpoint(path, {**row, "step": 1})
+
+    def fails(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(common.os, "fsync", fails)
+    with pytest.raises(OSError, match="disk full"):
+        common.save_checkpoint(path, {**row, "step": 2})
+    checkpoint = common.load_checkpoint(path)
+    assert checkpoint["step"] == 1 and checkpoint["versions"]["torch"] == str(torch.__version__)
+
+
+def test_what_is_no_checkpoint_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        common.load_checkpoint(tmp_path / "absent.pt")
+    (tmp_path / "noise.pt").write_bytes(b"\x80noise")
+    with pytest.raises(UserError, match="cannot be read"):
+        common.load_checkpoint(tmp_path / "noise.pt")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="not a checkpoint of"):
+        common.load_checkpoint(tmp_path / "other.pt")
+
+
+def test_result_file_says_where_it_comes_from(tmp_path):
+    common.write_result(tmp_path / "a" / "r.json", "evaluation", [{"miou": 1.5}], 2.0, "torch")
+    result = json.loads((tmp_path / "a" / "r.json").read_text())
+    assert {"what", "command", "created", "code", "machine", "torch", "mgd_ops", "seconds", "rows"} == result.keys()
+    assert result["machine"].keys() == {"cpu", "gpu", "threads"} and result["rows"] == [{"miou": 1.5}]
+
+
+def test_unknown_device():
+    with pytest.raises(UserError, match="--device warp"):
+        common.pick_device("warp")
+
+
+def test_error_of_a_data_worker_is_one_line_in_a_real_process(folder):
+    """The mask's labels are found wrong in a worker process, in the middle of the first steps."""
+    from PIL import Image
+
+    for i in range(8):
+        Image.new("L", (56, 40), 9).save(folder / "masks" / f"im{i:02d}.png")
+    command = [sys.executable, "train_teacher.py", "--dataset", "folder", "--data", str(folder), "--part", "1", "--method",
+               "sup", "--backbone", "r18", "--weights", "none", "--out", str(folder / "run"), "--steps", "2", "--batch", "2",
+               "--crop", "32", "--head-width", "16", "--workers", "1"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=common.pathlib.Path(common.__file__).parent)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "holds label 9" in done.stderr and "Traceback" not in done.stderr

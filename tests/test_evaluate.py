@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+
+import datasets
+import evaluate
+
+
+def iou_by_hand(predictions, masks, classes):
+    """Count pixel by pixel."""
+    values = []
+    for c in range(classes):
+        both = either = 0
+        for prediction, mask in zip(predictions.ravel().tolist(), masks.ravel().tolist(), strict=True):
+            if mask != 255:
+                both += prediction == c and mask == c
+                either += prediction == c or mask == c
+        values.append(100 * both / either if either else None)
+    present = [v for v in values if v is not None]
+    return sum(present) / len(present), values
+
+
+def test_miou_equals_a_count_pixel_by_pixel():
+    rng = np.random.default_rng(0)
+    predictions = rng.integers(0, 4, (3, 9, 7))
+    masks = rng.integers(0, 5, (3, 9, 7))
+    masks[rng.random(masks.shape) < 0.2] = 255
+    # of six classes, 4 is never predicted and 5 is in neither
+    confusion = evaluate.confusion_matrix(torch.from_numpy(predictions), torch.from_numpy(masks), 6)
+    assert confusion.dtype == torch.int64 and int(confusion.sum()) == int((masks != 255).sum())
+    miou, values = evaluate.iou(confusion)
+    expected_miou, expected = iou_by_hand(predictions, masks, 6)
+    assert values == pytest.approx([*expected[:5], None]) and values[4] == 0 and values[5] is None
+    assert miou == pytest.approx(expected_miou)
+
+
+def test_confusion_does_not_overflow_what_int32_holds():
+    confusion = torch.tensor([[2**40, 2**40], [0, 2**41]])
+    assert evaluate.iou(confusion)[0] == pytest.approx((50 + 200 / 3) / 2)
+
+
+class Paints(torch.nn.Module):
+    """Predicts class 1 where the red channel is above the mean."""
+
+    def forward(self, images):
+        logits = torch.stack([-images[:, 0], images[:, 0]], 1)
+        return evaluate.models.Output(logits, logits)
+
+
+class RedData(datasets.Shapes):
+    def __init__(self):
+        super().__init__()
+        self.classes, self.palette = self.classes[:2], self.palette[:2]
+
+    def image(self, name):
+        return np.repeat((255 * (self.draw(name)[1] > 0)).astype(np.uint8)[..., None], 3, 2)
+
+    def mask(self, name):
+        return (self.draw(name)[1] > 0).astype(np.uint8)
+
+
+def test_evaluate_of_a_perfect_model_is_100_and_keeps_its_mode():
+    model, data = Paints().train(), RedData()
+    confusion = evaluate.evaluate(model, data, data.val[:5], torch.device("cpu"), "fp32")
+    assert evaluate.iou(confusion) == (100.0, [100.0, 100.0]) and int(confusion.sum()) == 5 * 64 * 64
+    assert model.training
+
+
+def test_predictions_are_compared_at_the_size_of_the_mask():
+    model, data = Paints(), RedData()
+    prediction = evaluate.predict(model, data.image("val-0000"), torch.device("cpu"), "fp32", image_scale=0.5)
+    assert prediction.shape == (64, 64)
+    confusion = evaluate.evaluate(model, data, data.val[:5], torch.device("cpu"), "fp32", image_scale=0.5)
+    assert int(confusion.sum()) == 5 * 64 * 64 and 80 < evaluate.iou(confusion)[0] < 100

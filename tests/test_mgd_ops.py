@@ -1,0 +1,119 @@
+"""The losses against the paper's formulas, written out in float64."""
+
+import math
+
+import pytest
+import torch
+
+import mgd_ops
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def cross_entropy_by_hand(logits, label):
+    """Eq. 1, pixel by pixel."""
+    total, count = 0.0, 0
+    batch, _, height, width = logits.shape
+    for b in range(batch):
+        for y in range(height):
+            for x in range(width):
+                if label[b, y, x] != 255:
+                    column = [math.exp(v) for v in logits[b, :, y, x].tolist()]
+                    total -= math.log(column[label[b, y, x]] / sum(column))
+                    count += 1
+    return total / max(count, 1)
+
+
+def correlation_by_hand(feat, height, width):
+    """Eq. 5 for one image: pool with adaptive bins, then cosines."""
+    _, h, w = feat.shape
+    vectors = []
+    for i in range(height):
+        for j in range(width):
+            rows = slice(i * h // height, -(-(i + 1) * h // height))
+            columns = slice(j * w // width, -(-(j + 1) * w // width))
+            vectors.append(feat[:, rows, columns].mean((1, 2)))
+    m = torch.zeros(len(vectors), len(vectors), dtype=feat.dtype)
+    for i, a in enumerate(vectors):
+        for j, b in enumerate(vectors):
+            if a.norm() >= 1e-6 and b.norm() >= 1e-6:
+                m[i, j] = a @ b / (a.norm() * b.norm())
+    return m
+
+
+def test_cross_entropy_is_eq_1():
+    logits = random(2, 4, 3, 5)
+    label = torch.randint(4, (2, 3, 5), generator=torch.Generator().manual_seed(1))
+    label[0, 0] = 255
+    assert mgd_ops.pixel_cross_entropy(logits, label).item() == pytest.approx(cross_entropy_by_hand(logits, label), rel=1e-6)
+
+
+def test_cross_entropy_without_a_valid_pixel_is_zero_with_zero_gradient():
+    logits = random(2, 4, 3, 5).requires_grad_()
+    loss = mgd_ops.pixel_cross_entropy(logits, torch.full((2, 3, 5), 255))
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_pixel_loss_is_eq_2():
+    logits = random(2, 4, 3, 5)
+    labels = [torch.randint(4, (2, 3, 5), generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    expected = sum(cross_entropy_by_hand(logits, label) for label in labels)
+    assert mgd_ops.pixel_loss(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_image_loss_is_eq_4(reduction):
+    student, teacher = random(3, 4, 6, 5), random(3, 4, 6, 5, seed=1)
+    per_image = [
+        sum(abs(student[b, n].mean() - teacher[b, n].mean()) for n in range(4)) / (4 if reduction == "mean" else 1)
+        for b in range(3)
+    ]
+    expected = float(sum(per_image) / 3)
+    assert mgd_ops.image_loss(student, teacher, reduction).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("size,regions", [((14, 14), 7), ((9, 13), 7), ((5, 3), 7), ((1, 1), 2), ((12, 8), (3, 2))])
+def test_region_loss_is_eq_6(size, regions):
+    rows, columns = (regions, regions) if isinstance(regions, int) else regions
+    student, teacher = random(2, 6, *size), random(2, 4, 10, 11, seed=1)
+    ours = torch.stack([correlation_by_hand(f, rows, columns) for f in student])
+    theirs = torch.stack([correlation_by_hand(f, rows, columns) for f in teacher])
+    torch.testing.assert_close(mgd_ops.pooled_correlation(student, regions), ours)
+    expected = ((ours - theirs) ** 2).sum((1, 2)) / (rows * columns) ** 2  # Eq. 6 an image
+    torch.testing.assert_close(mgd_ops.region_loss(student, teacher, regions), expected.mean())
+
+
+def test_region_loss_gradient():
+    student, teacher = random(2, 3, 5, 6).requires_grad_(), random(2, 4, 7, 5, seed=1)
+    assert torch.autograd.gradcheck(lambda f: mgd_ops.region_loss(f, teacher, 3), student)
+
+
+def test_a_region_without_direction_has_no_correlation_and_takes_no_gradient():
+    feat = random(1, 3, 4, 4)
+    feat[..., :2, :2] = 0
+    feat.requires_grad_()
+    m = mgd_ops.pooled_correlation(feat, 2)
+    assert torch.equal(m[0, 0], torch.zeros(4)) and torch.equal(m[0, :, 0], torch.zeros(4))
+    mgd_ops.region_loss(feat, random(1, 3, 4, 4, seed=1), 2).backward()
+    assert torch.equal(feat.grad[..., :2, :2], torch.zeros(1, 3, 2, 2)) and feat.grad.isfinite().all()
+    assert feat.grad[..., 2:, 2:].abs().min() > 0
+
+
+def test_region_loss_refuses_a_teacher_that_learns_and_unequal_batches():
+    with pytest.raises(ValueError, match="detach"):
+        mgd_ops.region_loss(random(1, 3, 4, 4), random(1, 3, 4, 4).requires_grad_())
+    with pytest.raises(ValueError, match="batches of 2 and 1"):
+        mgd_ops.region_loss(random(2, 3, 4, 4), random(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_accumulated_in_float32(dtype):
+    student, teacher = random(1, 8, 20, 20, dtype=dtype), random(1, 8, 20, 20, seed=1, dtype=dtype)
+    exact = mgd_ops.region_loss(student.double(), teacher.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = mgd_ops.region_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
