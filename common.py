@@ -47,7 +47,7 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--resume", action="store_true", help="go on from OUT/resume.pt where it exists")
     group.add_argument("--seed", type=int, default=0, help="initialisation, order and augmentation; not the partition")
     group.add_argument("--steps", type=int, help="optimizer steps")
-    group.add_argument("--schedule", type=float, default=1.0, metavar="FACTOR", help="on the recipe's steps, without --steps")
+    group.add_argument("--schedule", type=float, default=1.0, metavar="FACTOR", help="multiplies the steps")
     group.add_argument("--batch", type=int, help="labeled images a step; as many unlabeled views are added")
     group.add_argument("--lr", type=float, help="initial learning rate; decays as (1 - step / steps)^0.9")
     group.add_argument("--weight-decay", type=float, default=5e-4, help="not applied to norms and biases")
@@ -79,8 +79,7 @@ def crop_size(text: str) -> tuple[int, int]:
 
 def fill_from_recipe(args: argparse.Namespace, recipe: dict):
     """Give every argument that is still None its value of the recipe, and check what argparse cannot."""
-    if args.steps is None:
-        args.steps = round(recipe["steps"] * args.schedule)
+    args.steps = round((recipe["steps"] if args.steps is None else args.steps) * args.schedule)
     for key, value in recipe.items():
         if getattr(args, key, 0) is None:
             setattr(args, key, value)

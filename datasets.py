@@ -53,8 +53,8 @@ class Partition(NamedTuple):
 class Shapes:
     """The embedded data set: 64x64 scenes of five kinds of shapes, drawn by a generator seeded with the image's name.
 
-    Each kind has a hue of its own, but hues spread and overlap, and saturation, brightness, stripes, size and angle say
-    nothing, so that the outline is needed too. Shapes cover one another, and thin lines distract.
+    Each kind has a hue of its own, somewhat spread, and the background is paler than the shapes; brightness, stripes, size
+    and angle say nothing. Shapes cover one another, and thin lines distract.
     """
 
     name = "shapes"
@@ -74,7 +74,7 @@ class Shapes:
     def draw(self, name):
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
         s = self.size
-        image = texture(rng, s, rng.random(), (0.0, 0.6))
+        image = texture(rng, s, rng.random(), (0.0, 0.3))
         mask = np.zeros((s, s), np.uint8)
         for _ in range(rng.integers(2, 5)):
             kind = int(rng.integers(1, 6))
@@ -83,8 +83,8 @@ class Shapes:
             outline = OUTLINES[kind] @ rotation(rng.uniform(0, 2 * math.pi)) * radius + centre
             ImageDraw.Draw(canvas).polygon([tuple(p) for p in outline], fill=1)
             inside = np.asarray(canvas, bool)
-            hue = (kind - 1) / 5 + rng.normal(0, 0.05)
-            image[inside] = texture(rng, s, hue, (0.3, 1.0))[inside]
+            hue = (kind - 1) / 5 + rng.normal(0, 0.04)
+            image[inside] = texture(rng, s, hue, (0.35, 1.0))[inside]
             mask[inside] = kind
         picture = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
         pen = ImageDraw.Draw(picture)
