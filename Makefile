@@ -42,7 +42,7 @@ endif
 .PHONY: demo compare teachers distill sup test lint clean
 
 demo:
-	@$(MAKE) --no-print-directory compare DATASET=shapes DATA=
+	@$(MAKE) --no-print-directory compare DATASET=shapes DATA= PART=1/32
 
 compare: $(SUP) $(SUP_LONG) $(T_D) $(T_W) $(MGD)
 	$(PY) evaluate.py --ckpt $(SUP) --compare $(SUP_LONG) $(MGD) $(T_D) $(T_W) \

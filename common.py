@@ -65,7 +65,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("model")
     group.add_argument("--weights", help="of the backbone: imagenet, none, or a file with a torchvision state dict")
     group.add_argument("--stem", default="standard", help="standard, or deep for the paper's parameter counts")
-    group.add_argument("--head-width", type=int, default=256, help="channels of ASPP and decoder")
+    group.add_argument("--head-width", type=int, help="channels of ASPP and decoder")
     group.add_argument("--separable-head", action="store_true", help="depthwise separable ASPP and decoder")
 
 

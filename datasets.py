@@ -31,13 +31,13 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 # the whole pipeline runs in minutes without a GPU; `folder` follows the paper's VOC recipe.
 RECIPES = {
     "shapes": {
-        "deep": "resnet34", "wide": "resnet18", "weights": "none", "crop": (64, 64), "scales": [0.75, 1.0, 1.25],
-        "batch": 8, "lr": 0.02, "teacher_steps": 700, "steps": 300, "sup_only": 0.5, "ramp_up": 0.6, "cps_weight": 1.0,
-        "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 100.0,
+        "deep": "resnet34", "wide": "resnet18", "weights": "none", "head_width": 64, "crop": (64, 64),
+        "scales": [0.75, 1.0, 1.25], "batch": 8, "lr": 0.05, "teacher_steps": 400, "steps": 200, "sup_only": 0.4,
+        "ramp_up": 0.6, "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 100.0,
     },
     "folder": {
-        "deep": "resnet101", "wide": "wide_resnet34", "weights": "imagenet", "crop": (512, 512),
-        "scales": [0.5, 0.75, 1.0, 1.5, 1.75, 2.0], "batch": 8, "lr": 0.0025, "teacher_steps": 20_000, "steps": 20_000,
+        "deep": "resnet101", "wide": "wide_resnet34", "weights": "imagenet", "head_width": 256,
+        "crop": (512, 512), "scales": [0.5, 0.75, 1.0, 1.5, 1.75, 2.0], "batch": 8, "lr": 0.0025, "teacher_steps": 20_000, "steps": 20_000,
         "sup_only": 0.0, "ramp_up": 0.0, "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 100.0,
     },
 }  # fmt: skip
