@@ -185,8 +185,8 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
     return checkpoint
 
 
-def load_for_resume(args: argparse.Namespace) -> dict | None:
-    """OUT/resume.pt where --resume is given and it exists. Raises UserError where it stems from other arguments."""
+def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
+    """OUT/resume.pt where --resume is given and it exists. Raises UserError where it stems from other arguments or images."""
     path = args.out / "resume.pt"
     if not args.resume or not path.exists():
         return None
@@ -197,6 +197,9 @@ def load_for_resume(args: argparse.Namespace) -> dict | None:
         if key not in free and checkpoint["args"].get(key) != value:
             raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {checkpoint['args'].get(key)}, not {value}; "
                             "give the same arguments, another --out, or no --resume to start again")  # fmt: skip
+    if checkpoint["partition"]["hash"] != partition.hash:
+        raise UserError(f"{path}: was trained on partition {checkpoint['partition']['hash']}, which is now {partition.hash}; "
+                        "the lists or masks have changed, so give another --out, or no --resume to start again")  # fmt: skip
     return checkpoint
 
 
@@ -248,8 +251,9 @@ class Progress:
                             f"(now {self.args.lr}) and go on with --resume, or start again")  # fmt: skip
         text = " ".join(f"{name} {value:.3f}" for name, value in values.items())
         text += f" lr {lr:.2g} {speed:.1f} img/s data {data:.0%}"
-        if self.bar.disable:
-            print(f"{self.args.out.name} {step + 1}/{self.args.steps} {text}", flush=True)
+        if self.bar.disable:  # not a terminal: lines instead of a bar
+            eta = datetime.timedelta(seconds=round((self.args.steps - step - 1) * images / speed))
+            print(f"{self.args.out.name} {step + 1}/{self.args.steps} {text} eta {eta}", flush=True)
         self.bar.set_postfix_str(text)
 
     def write(self, **entry):

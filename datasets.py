@@ -37,8 +37,9 @@ RECIPES = {
     },
     "folder": {
         "deep": "resnet101", "wide": "wide_resnet34", "weights": "imagenet", "head_width": 256,
-        "crop": (512, 512), "scales": [0.5, 0.75, 1.0, 1.5, 1.75, 2.0], "batch": 8, "lr": 0.0025, "teacher_steps": 20_000, "steps": 20_000,
-        "sup_only": 0.0, "ramp_up": 0.0, "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 100.0,
+        "crop": (512, 512), "scales": [0.5, 0.75, 1.0, 1.5, 1.75, 2.0], "batch": 8, "lr": 0.0025,
+        "teacher_steps": 20_000, "steps": 20_000, "sup_only": 0.0, "ramp_up": 0.0, "cps_weight": 1.0, "threshold": 0.0,
+        "lambda_image": 0.002, "lambda_region": 100.0,
     },
 }  # fmt: skip
 
@@ -225,22 +226,24 @@ class Folder:
             raise UserError(f"{path}: cannot be read as a PNG ({error}); replace it") from None
 
     def check(self, names, masks: bool):
-        """Open the header of every image (and mask, where `masks`): unreadable files and unequal sizes end the run early."""
+        """Open the header of every image (and mask, where `masks`), so that unreadable files and unequal sizes end the run
+        before it starts."""
         for name in names:
-            try:
-                with Image.open(self.files[name]) as file:
-                    size = file.size
-                    if file.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # turned by 90 degrees when shown
-                        size = size[::-1]
-                if masks:
-                    with Image.open(self.mask_path(name)) as file:
-                        mask_size = file.size
-            except (OSError, SyntaxError) as error:
-                raise UserError(f"{error if 'cannot identify' in str(error) else self.files[name]}: not a readable image; "
-                                "replace it or take it out of the lists") from None  # fmt: skip
-            if masks and mask_size != size:
-                raise UserError(f"{self.mask_path(name)}: is {mask_size[0]}x{mask_size[1]}, its image "
-                                f"{size[0]}x{size[1]}; image and mask must be of one size")  # fmt: skip
+            size = upright_size(self.files[name])
+            if masks and upright_size(self.mask_path(name)) != size:
+                width, height = upright_size(self.mask_path(name))
+                raise UserError(f"{self.mask_path(name)}: is {width}x{height}, its image {size[0]}x{size[1]}; image and mask "
+                                "must be of one size")  # fmt: skip
+
+
+def upright_size(path) -> tuple[int, int]:
+    """(width, height) of an image as it is shown, from its header alone. Raises UserError."""
+    try:
+        with Image.open(path) as file:
+            turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
+            return file.size[::-1] if turned else file.size
+    except (OSError, SyntaxError):
+        raise UserError(f"{path}: not a readable image; replace it or take it out of the lists") from None
 
 
 def open_image(path) -> Image.Image:

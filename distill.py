@@ -86,7 +86,7 @@ def main():
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
     dataset, partition = datasets.open_training_data(args, unlabeled=True)
-    resumed = load_for_resume(args)
+    resumed = load_for_resume(args, partition)
 
     teachers, teacher_rows = [], []
     for role, path in (("T_D", args.deep), ("T_W", args.wide)):

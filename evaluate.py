@@ -96,16 +96,16 @@ def label_of(row: dict) -> str:
     return f"{row['method'].upper() if row['method'] != 'sup' else 'Sup'} {row['backbone']}{role}"
 
 
-def draw_panels(path: pathlib.Path, dataset, names: list[str], columns: dict[str, list[np.ndarray]]):
+def draw_panels(path: pathlib.Path, dataset, names: list[str], columns: list[tuple[str, list[np.ndarray]]]):
     """A PNG with one row an image: the image, its ground truth, and each model's prediction, with a legend (Fig. 4)."""
     palette = np.full((256, 3), 255, np.uint8)
     palette[: len(dataset.palette)] = dataset.palette
-    heads = ["image", "ground truth", *columns]
+    heads = ["image", "ground truth", *(head for head, _ in columns)]
     aspect = np.divide(*dataset.image(names[0]).shape[:2])
     figure, axes = plt.subplots(len(names), len(heads), squeeze=False, layout="constrained",
                                 figsize=(2 * len(heads), 2 * aspect * len(names) + 0.9))  # fmt: skip
     for r, name in enumerate(names):
-        cells = [dataset.image(name), palette[dataset.mask(name)], *(palette[c[r]] for c in columns.values())]
+        cells = [dataset.image(name), palette[dataset.mask(name)], *(palette[masks[r]] for _, masks in columns)]
         for axis, cell, head in zip(axes[r], cells, heads, strict=True):
             axis.imshow(cell, interpolation="nearest")
             axis.set_axis_off()
@@ -149,7 +149,7 @@ def main():
     dataset = datasets.open_dataset(trained["dataset"], args.data or trained["data"])
     dataset.check(dataset.val, masks=True)
 
-    rows, panels = [], {}
+    rows, panels = [], []
     shown = dataset.val[:: max(1, len(dataset.val) // args.panel_rows)][: args.panel_rows]
     for path, checkpoint in zip(paths, checkpoints, strict=True):
         if checkpoint["classes"] != dataset.classes:
@@ -161,9 +161,8 @@ def main():
         miou, values = iou(evaluate(model, dataset, dataset.val, device, precision, scale))
         rows.append({**checkpoint["row"], "miou": miou, "iou": dict(zip(dataset.classes, values, strict=True))})
         if args.panels:
-            panels[f"{label_of(checkpoint['row'])}, {miou:.1f}"] = [
-                predict(model, dataset.image(name), device, precision, scale).cpu().numpy() for name in shown
-            ]
+            masks = [predict(model, dataset.image(name), device, precision, scale).cpu().numpy() for name in shown]
+            panels.append((f"{label_of(rows[-1])}\n{rows[-1]['steps']} steps: {miou:.1f} mIoU", masks))
     print_table(rows, dataset.classes)
     if args.json:
         write_result(args.json, "evaluation", rows, time.perf_counter() - began, mgd_ops.backend())

@@ -78,7 +78,7 @@ def main():
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
     dataset, partition = datasets.open_training_data(args, unlabeled=args.method == "cps")
-    resumed = load_for_resume(args)
+    resumed = load_for_resume(args, partition)
 
     nets, optimizers = [], []
     for i in range(2 if args.method == "cps" else 1):

@@ -122,6 +122,8 @@ def resume_equals_uninterrupted(script, module, arguments, tmp_path):
     assert (tmp_path / "cut" / "resume.pt").exists() and not (tmp_path / "cut" / "last.pt").exists()
     code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--steps", "7", "--resume")
     assert code == 2 and "--steps 6, not 7" in err
+    code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--part", "1/4", "--resume")
+    assert code == 2 and "--part 1/8, not 1/4" in err
     assert script(module, "--out", tmp_path / "cut", *arguments, "--resume")[0] == 0
     assert not (tmp_path / "cut" / "resume.pt").exists()
     assert same_weights(tmp_path / "whole" / "last.pt", tmp_path / "cut" / "last.pt")
