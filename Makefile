@@ -2,7 +2,7 @@
 # make teachers                                 both teachers of DATASET and PART
 # make distill PART=1/8 STUDENT=mbv2            the student; trains the teachers first where they are missing
 # make compare                                  Sup at two schedules, MGD and the teachers side by side
-# make test · make lint · make clean
+# make test · make lint · make ext · make clean
 #
 # Every target sets up $(VENV) where it is missing (VENV= uses $(PYTHON) as it is). Runs go to runs/DATASET/PART/; a run
 # that was interrupted goes on where it stopped, and a run that has its last.pt is not made again: remove it to repeat it.
@@ -11,7 +11,8 @@ DATASET ?= shapes
 DATA ?=
 PART ?= 1/8
 STUDENT ?= r18
-SEED ?= 0
+# Every run is made once for each of these.
+SEEDS ?= 0
 # Backbones of the teachers; empty takes the data set's recipe.
 DEEP ?=
 WIDE ?=
@@ -21,16 +22,23 @@ TEACHER_ARGS ?=
 STUDENT_ARGS ?=
 VENV ?= .venv
 PYTHON ?= python3
+# Where `make compare` writes: $(REPORT).json and $(REPORT).png.
+REPORT ?= $(RUN)/compare-$(STUDENT)
 
-NAME := $(if $(DATA),$(notdir $(patsubst %/,%,$(DATA))),$(DATASET))
-RUN := runs/$(NAME)/$(subst /,-,$(PART))
-S := $(if $(filter-out 0,$(SEED)),-s$(SEED))
-T_D := $(RUN)/teacher-deep$(S)/last.pt
-T_W := $(RUN)/teacher-wide$(S)/last.pt
-SUP := $(RUN)/sup-$(STUDENT)$(S)/last.pt
-SUP_LONG := $(RUN)/sup-long-$(STUDENT)$(S)/last.pt
-MGD := $(RUN)/mgd-$(STUDENT)$(S)/last.pt
-COMMON = --dataset $(DATASET) $(if $(DATA),--data $(DATA)) --part $(PART) --seed $(SEED) --resume $(ARGS)
+ifeq ($(filter $(STUDENT),r18 r34 r50 r101 wr34 mbv2 resnet18 resnet34 resnet50 resnet101 wide_resnet34 mobilenetv2),)
+$(error STUDENT=$(STUDENT): unknown backbone; take r18 or mbv2)
+endif
+
+RUN := runs/$(if $(DATA),$(notdir $(patsubst %/,%,$(DATA))),$(DATASET))/$(subst /,-,$(PART))
+# $(call checkpoints,NAME): the last.pt of the runs called NAME, one a seed.
+seed_tag = $(if $(filter-out 0,$(1)),-s$(1))
+checkpoints = $(foreach seed,$(SEEDS),$(RUN)/$(1)$(call seed_tag,$(seed))/last.pt)
+T_D := $(call checkpoints,teacher-deep)
+T_W := $(call checkpoints,teacher-wide)
+SUP := $(call checkpoints,sup-$(STUDENT))
+SUP_LONG := $(call checkpoints,sup-long-$(STUDENT))
+MGD := $(call checkpoints,mgd-$(STUDENT))
+COMMON = --dataset $(DATASET) $(if $(DATA),--data $(DATA)) --part $(PART) --resume $(ARGS)
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -39,14 +47,14 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo compare teachers distill sup test lint clean
+.PHONY: demo compare teachers distill sup test lint ext clean
 
 demo:
 	@$(MAKE) --no-print-directory compare DATASET=shapes DATA= PART=1/32
 
 compare: $(SUP) $(SUP_LONG) $(T_D) $(T_W) $(MGD)
-	$(PY) evaluate.py --ckpt $(SUP) --compare $(SUP_LONG) $(MGD) $(T_D) $(T_W) \
-	    --json $(RUN)/compare-$(STUDENT)$(S).json --panels $(RUN)/compare-$(STUDENT)$(S).png
+	$(PY) evaluate.py --ckpt $(firstword $(SUP)) --compare $(wordlist 2,99,$(SUP)) $(SUP_LONG) $(MGD) $(T_D) $(T_W) \
+	    --json $(REPORT).json --panels $(REPORT).png
 
 teachers: $(T_D) $(T_W)
 
@@ -54,20 +62,24 @@ distill: $(MGD)
 
 sup: $(SUP)
 
-$(T_D): | $(INSTALLED)
-	$(PY) train_teacher.py --out $(@D) --role teacher_deep $(if $(DEEP),--backbone $(DEEP)) $(COMMON) $(TEACHER_ARGS)
+# The runs of one seed; $(1) is the seed, $(2) the suffix of its folders.
+define RUNS
+$(RUN)/teacher-deep$(2)/last.pt: | $(INSTALLED)
+	$$(PY) train_teacher.py --out $$(@D) --role teacher_deep $(if $(DEEP),--backbone $(DEEP)) --seed $(1) $$(COMMON) $$(TEACHER_ARGS)
 
-$(T_W): | $(INSTALLED)
-	$(PY) train_teacher.py --out $(@D) --role teacher_wide $(if $(WIDE),--backbone $(WIDE)) $(COMMON) $(TEACHER_ARGS)
+$(RUN)/teacher-wide$(2)/last.pt: | $(INSTALLED)
+	$$(PY) train_teacher.py --out $$(@D) --role teacher_wide $(if $(WIDE),--backbone $(WIDE)) --seed $(1) $$(COMMON) $$(TEACHER_ARGS)
 
-$(SUP): | $(INSTALLED)
-	$(PY) train_teacher.py --out $(@D) --method sup --backbone $(STUDENT) $(COMMON)
+$(RUN)/sup-$(STUDENT)$(2)/last.pt: | $(INSTALLED)
+	$$(PY) train_teacher.py --out $$(@D) --method sup --backbone $(STUDENT) --seed $(1) $$(COMMON)
 
-$(SUP_LONG): | $(INSTALLED)
-	$(PY) train_teacher.py --out $(@D) --method sup --backbone $(STUDENT) --schedule 3 $(COMMON)
+$(RUN)/sup-long-$(STUDENT)$(2)/last.pt: | $(INSTALLED)
+	$$(PY) train_teacher.py --out $$(@D) --method sup --backbone $(STUDENT) --schedule 3 --seed $(1) $$(COMMON)
 
-$(MGD): $(T_D) $(T_W) | $(INSTALLED)
-	$(PY) distill.py --out $(@D) --student $(STUDENT) --deep $(T_D) --wide $(T_W) $(COMMON) $(STUDENT_ARGS)
+$(RUN)/mgd-$(STUDENT)$(2)/last.pt: $(RUN)/teacher-deep$(2)/last.pt $(RUN)/teacher-wide$(2)/last.pt | $(INSTALLED)
+	$$(PY) distill.py --out $$(@D) --student $(STUDENT) --deep $$(word 1,$$^) --wide $$(word 2,$$^) --seed $(1) $$(COMMON) $$(STUDENT_ARGS)
+endef
+$(foreach seed,$(SEEDS),$(eval $(call RUNS,$(seed),$(call seed_tag,$(seed)))))
 
 test: | $(INSTALLED)
 	$(PY) -m pytest -q tests
@@ -75,6 +87,9 @@ test: | $(INSTALLED)
 lint: | $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+ext: | $(INSTALLED)
+	$(PY) mgd_ops.py
 
 clean:
 	rm -rf runs

@@ -8,7 +8,6 @@ import datetime
 import json
 import os
 import pathlib
-import pickle
 import platform
 import subprocess
 import sys
@@ -23,6 +22,16 @@ class UserError(Exception):
     """Something the user can mend. The message is one line that names the file or flag, and the fix."""
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with one line for a wrong argument, and the opening docstring as it stands."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
 def run(main):
     """Run a script's `main`; a UserError becomes one line on stderr and exit code 2."""
     try:
@@ -33,7 +42,7 @@ def run(main):
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command with --resume to go on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -77,19 +86,35 @@ def crop_size(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
-def fill_from_recipe(args: argparse.Namespace, recipe: dict):
-    """Give every argument that is still None its value of the recipe, and check what argparse cannot."""
-    args.steps = round((recipe["steps"] if args.steps is None else args.steps) * args.schedule)
+def fill_from_recipe(args: argparse.Namespace, recipe: dict, steps: str):
+    """Give every argument that is still None its value of the recipe, make OUT, and check what argparse cannot.
+
+    `steps` names the recipe's entry with the number of steps. Raises UserError.
+    """
+    recipe = {**recipe, "steps": recipe[steps], "lr": recipe.get("lr_of", {}).get(args.backbone, recipe["lr"])}
     for key, value in recipe.items():
         if getattr(args, key, 0) is None:
             setattr(args, key, value)
-    for flag in ("steps", "batch", "log_every", "save_every", "head_width"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    if args.batch < 2:
-        raise UserError("--batch 1: batch norm needs at least two images; give --batch 2 or more")
-    if not args.lr > 0:
-        raise UserError(f"--lr {args.lr}: must be above 0")
+    if args.schedule > 0:  # what is not is refused below
+        args.steps = round(args.steps * args.schedule)
+    at_least = {"steps": 1, "batch": 2, "log_every": 1, "save_every": 1, "head_width": 1, "seed": 0, "workers": 0,
+                "val_every": 0, "weight_decay": 0}  # batch norm needs two images  # fmt: skip
+    above = {"lr": 0, "schedule": 0, "image_scale": 0}
+    shares = ("sup_only", "ramp_up", "threshold")
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if name in at_least and not value >= at_least[name]:
+            raise UserError(f"{flag}: must be at least {at_least[name]}")
+        if name in above and not value > above[name]:
+            raise UserError(f"{flag}: must be above {above[name]}")
+        if name in shares and not 0 <= value <= 1:
+            raise UserError(f"{flag}: a share or probability, from 0 to 1")
+    if not min(args.scales) > 0:
+        raise UserError(f"--scales {min(args.scales)}: must be above 0")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be made a folder ({error.strerror}); give another") from None
 
 
 # ---- device and schedules ----
@@ -178,7 +203,7 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train it first, or give the path of a last.pt") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+    except Exception:
         raise UserError(f"{path}: cannot be read as a checkpoint; it is damaged or of another program") from None
     if not isinstance(checkpoint, dict) or not {"model", "args", "classes", "row"} <= checkpoint.keys():
         raise UserError(f"{path}: not a checkpoint of train_teacher.py or distill.py")
@@ -186,9 +211,18 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
 
 
 def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
-    """OUT/resume.pt where --resume is given and it exists. Raises UserError where it stems from other arguments or images."""
+    """OUT/resume.pt where --resume is given and it exists; without --resume an old one is removed.
+
+    Raises UserError where it stems from other arguments or images, and ends the script where the run is finished.
+    """
     path = args.out / "resume.pt"
-    if not args.resume or not path.exists():
+    if not args.resume:
+        path.unlink(missing_ok=True)
+        return None
+    if not path.exists():
+        if (args.out / "last.pt").exists():
+            print(f"{args.out / 'last.pt'}: this run is finished; remove the file to repeat it")
+            sys.exit(0)
         return None
     checkpoint = load_checkpoint(path)
     # What may change without changing the result; everything else must be as it was.
@@ -216,11 +250,10 @@ class Progress:
     """One progress bar and OUT/log.jsonl. Metrics stay on the device until they are logged."""
 
     def __init__(self, args: argparse.Namespace, start: int):
-        args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / "log.jsonl"
         kept = []
         if start and path.exists():  # the lines after the checkpoint are made again
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= start]
         self.file = open(path, "w")  # noqa: SIM115
         self.file.writelines(line + "\n" for line in kept)
         self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
@@ -234,10 +267,12 @@ class Progress:
         return item
 
     def step(self, step: int, images: int, lr: float, losses: dict[str, torch.Tensor]):
-        """Count step `step` (from 0), which saw `images` images. Every `log_every` steps the losses are read and logged."""
+        """Count step `step` (from 0), which saw `images` images. Every `log_every` steps the losses are read and logged, and
+        before a checkpoint is saved, so that none holds weights that are not finite. Raises UserError."""
         self.steps += 1
         self.bar.update()
-        if (step + 1) % self.args.log_every and step + 1 != self.args.steps:
+        done = step + 1
+        if done % self.args.log_every and done % self.args.save_every and done != self.args.steps:
             return
         values = {name: float(value) for name, value in losses.items()}
         now = time.perf_counter()
@@ -247,8 +282,8 @@ class Progress:
         bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
         self.write(step=step + 1, lr=lr, images_per_s=speed, data_wait=data, **values)
         if bad:
-            raise UserError(f"{self.args.out}: loss '{bad[0]}' is not finite at step {step + 1}; lower --lr "
-                            f"(now {self.args.lr}) and go on with --resume, or start again")  # fmt: skip
+            raise UserError(f"{self.args.out}: loss '{bad[0]}' is not finite at step {step + 1}; start again "
+                            f"with a lower --lr than {self.args.lr} (and remove resume.pt there)")  # fmt: skip
         text = " ".join(f"{name} {value:.3f}" for name, value in values.items())
         text += f" lr {lr:.2g} {speed:.1f} img/s data {data:.0%}"
         if self.bar.disable:  # not a terminal: lines instead of a bar

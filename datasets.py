@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -21,25 +22,26 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from common import UserError, run
+from common import ArgumentParser, UserError, run
 
 IGNORE = 255  # the mask value that takes part neither in a loss nor in mIoU
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 SUFFIXES = (".jpg", ".jpeg", ".png")
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on files it cannot read
 
 # What the arguments left at their defaults become, by data set. `shapes` has small stand-ins for the teachers, so that
 # the whole pipeline runs in minutes without a GPU; `folder` follows the paper's VOC recipe.
 RECIPES = {
     "shapes": {
-        "deep": "resnet34", "wide": "resnet18", "weights": "none", "head_width": 64, "crop": (64, 64),
-        "scales": [0.75, 1.0, 1.25], "batch": 8, "lr": 0.05, "teacher_steps": 400, "steps": 200, "sup_only": 0.4,
+        "deep": "resnet34", "wide": "resnet18", "weights": "none", "head_width": 64, "crop": (48, 48),
+        "scales": [0.75, 1.0, 1.25], "batch": 8, "lr": 0.05, "teacher_steps": 400, "steps": 300, "sup_only": 0.4,
         "ramp_up": 0.6, "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 100.0,
     },
     "folder": {
         "deep": "resnet101", "wide": "wide_resnet34", "weights": "imagenet", "head_width": 256,
         "crop": (512, 512), "scales": [0.5, 0.75, 1.0, 1.5, 1.75, 2.0], "batch": 8, "lr": 0.0025,
-        "teacher_steps": 20_000, "steps": 20_000, "sup_only": 0.0, "ramp_up": 0.0, "cps_weight": 1.0, "threshold": 0.0,
-        "lambda_image": 0.002, "lambda_region": 100.0,
+        "lr_of": {"wide_resnet34": 0.001, "mobilenetv2": 0.0035}, "teacher_steps": 40_000, "steps": 40_000, "sup_only": 0.0,
+        "ramp_up": 0.0, "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 100.0,
     },
 }  # fmt: skip
 
@@ -140,10 +142,9 @@ class Folder:
     """Own data: images/NAME.(jpg|png), masks/NAME.png (class index, 255 = ignore), train.txt, val.txt, and optionally
     classes.txt (one name a line) and unlabeled.txt. An image without a mask is unlabeled; its mask is never opened."""
 
-    name = "folder"
-
     def __init__(self, root: pathlib.Path | str):
         self.root = root = pathlib.Path(root)
+        self.name = root.resolve().name
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; give the data set's folder with --data")
         for part in ("images", "masks"):
@@ -162,29 +163,27 @@ class Folder:
             raise UserError(f"{root / 'masks' / (unmasked[0] + '.png')}: no such mask, but val.txt lists its image; "
                             "add the mask or take the name out")  # fmt: skip
         if (root / "classes.txt").exists():
-            lines = (root / "classes.txt").read_text(encoding="utf-8").splitlines()
-            self.classes = [line.strip() for line in lines if line.strip()]
-        else:
-            # without a list of names, all masks of train and val say how many classes there are
-            names = [n for n in self.train + self.val if n in self.masked]
-            if not names:
-                raise UserError(f"{root / 'masks'}: no mask of an image in train.txt or val.txt")
-            highest = max(int(m[m != IGNORE].max(initial=0)) for m in map(self.read_mask, names))
+            self.classes = self.read_lines("classes.txt")
+        else:  # then val says how many classes there are, whatever the partition
+            highest = max(int(mask[mask != IGNORE].max(initial=0)) for mask in map(self.read_mask, self.val))
             self.classes = [f"class {i}" for i in range(highest + 1)]
         if len(self.classes) < 2:
             raise UserError(f"{root / 'classes.txt'}: names {len(self.classes)} class(es); at least two are needed, one a line")
         self.palette = voc_palette(len(self.classes))
 
-    def read_list(self, file):
+    def read_lines(self, file):
         path = self.root / file
         try:
-            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; write one image name a line, without folder and extension") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+    def read_list(self, file):
+        names = self.read_lines(file)
         if not names:
-            raise UserError(f"{path}: names no image; write one image name a line")
+            raise UserError(f"{self.root / file}: names no image; write one image name a line")
         for name in names:
             if name not in self.files:
                 raise UserError(f"{self.root / 'images' / name}.jpg (or .png): no such image, but {file} lists '{name}'; "
@@ -219,21 +218,21 @@ class Folder:
                     raise UserError(
                         f"{path}: is a {file.mode} image; a mask holds one class index a pixel (grey or palette PNG)"
                     )
-                return np.array(file, dtype=np.uint8)
+                return np.array(ImageOps.exif_transpose(file), dtype=np.uint8)
         except FileNotFoundError:
             raise UserError(f"{path}: no such mask") from None
-        except (OSError, SyntaxError) as error:
+        except BROKEN_IMAGE as error:
             raise UserError(f"{path}: cannot be read as a PNG ({error}); replace it") from None
 
     def check(self, names, masks: bool):
-        """Open the header of every image (and mask, where `masks`), so that unreadable files and unequal sizes end the run
-        before it starts."""
+        """Open the header of every image, and where `masks` every mask, so that unreadable files, unequal sizes and labels
+        outside the classes end the run before it starts."""
         for name in names:
-            size = upright_size(self.files[name])
-            if masks and upright_size(self.mask_path(name)) != size:
-                width, height = upright_size(self.mask_path(name))
-                raise UserError(f"{self.mask_path(name)}: is {width}x{height}, its image {size[0]}x{size[1]}; image and mask "
-                                "must be of one size")  # fmt: skip
+            width, height = upright_size(self.files[name])
+            if masks and self.mask(name).shape != (height, width):
+                mask_height, mask_width = self.mask(name).shape
+                raise UserError(f"{self.mask_path(name)}: is {mask_width}x{mask_height}, its image {width}x{height}; image and "
+                                "mask must be of one size")  # fmt: skip
 
 
 def upright_size(path) -> tuple[int, int]:
@@ -242,7 +241,7 @@ def upright_size(path) -> tuple[int, int]:
         with Image.open(path) as file:
             turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
             return file.size[::-1] if turned else file.size
-    except (OSError, SyntaxError):
+    except BROKEN_IMAGE:
         raise UserError(f"{path}: not a readable image; replace it or take it out of the lists") from None
 
 
@@ -253,7 +252,7 @@ def open_image(path) -> Image.Image:
             return ImageOps.exif_transpose(file).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except BROKEN_IMAGE as error:
         raise UserError(f"{path}: cannot be read as an image ({error}); replace it or take it out of the lists") from None
 
 
@@ -272,6 +271,9 @@ def voc_palette(n: int) -> list[tuple[int, int, int]]:
 def open_dataset(name: str, data: pathlib.Path | str | None):
     """The data set of `--dataset` and `--data`. Raises UserError."""
     if name == "shapes":
+        if data is not None:
+            raise UserError(f"--data {data}: the embedded data set takes no folder; give --dataset folder with it "
+                            "(make: DATASET=folder)")  # fmt: skip
         return Shapes()
     if data is None:
         raise UserError(f"--dataset {name}: needs its folder; give --data DIR (make: DATA=DIR)")
@@ -284,10 +286,10 @@ def partition(dataset, part: str, seed: int = 0) -> Partition:
     Partitions of one seed are nested, 1/16 in 1/8 in 1/4, and do not change when the masks of unlabeled images go away.
     `1` keeps every mask.
     """
-    head, _, tail = part.partition("/")
-    if head != "1" or not (tail or "1").isdigit() or int(tail or "1") < 1:
+    match = re.fullmatch(r"1(?:/([1-9][0-9]*))?", part)
+    if not match:
         raise UserError(f"--part {part}: expected 1/K with a whole number K, such as 1/8, or 1 for all masks")
-    k = int(tail or "1")
+    k = int(match[1] or 1)
     able = [name for name in dataset.train if dataset.has_mask(name)]
     ranked = sorted(able, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     labeled = sorted(ranked[: math.ceil(len(dataset.train) / k)])
@@ -295,7 +297,7 @@ def partition(dataset, part: str, seed: int = 0) -> Partition:
         raise UserError(f"--part {part}: leaves no labeled image, since no image of train.txt has a mask in masks/")
     unlabeled = sorted({*dataset.train, *dataset.bare} - set(labeled))
     digest = hashlib.sha256("\n".join([*labeled, "--", *unlabeled]).encode()).hexdigest()
-    return Partition(part, labeled, unlabeled, digest[:12])
+    return Partition("1" if k == 1 else part, labeled, unlabeled, digest[:12])
 
 
 def open_training_data(args: argparse.Namespace, unlabeled: bool):
@@ -384,8 +386,8 @@ class StepSampler(torch.utils.data.Sampler):
 
 
 def seed_of(*parts: int) -> int:
-    """A seed that is different for each tuple of whole numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    """A seed that is different for each tuple of whole numbers, whatever its length."""
+    return int(np.random.SeedSequence([len(parts), *parts]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def train_batches(dataset, names, args, batch: int, start: int, labeled: bool):
@@ -442,7 +444,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show a partition, the classes' shares and a sheet of samples.")
+    parser = ArgumentParser("Show a partition, the classes' shares and a sheet of samples.")
     add_arguments(parser)
     parser.add_argument("--picture", type=pathlib.Path, help="write a PNG of eight images and their masks")
     args = parser.parse_args()
@@ -463,8 +465,10 @@ def main():
         colours[: len(dataset.palette)] = dataset.palette
         columns = [np.vstack([dataset.image(n), colours[dataset.mask(n)]]) for n in part.labeled[:8]]
         height = min(c.shape[0] for c in columns)
-        args.picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.hstack([c[:height] for c in columns])).save(args.picture)
+        try:
+            Image.fromarray(np.hstack([c[:height] for c in columns])).save(args.picture)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--picture {args.picture}: cannot be written ({error}); give a name such as look.png") from None
         print(f"picture: {args.picture}")
 
 

@@ -8,7 +8,6 @@ unlabeled images: cross entropy with both teachers' labels (Eq. 2), the image-le
 and the region-level loss against the wide one (Eq. 6).
 """
 
-import argparse
 import pathlib
 import time
 
@@ -19,6 +18,7 @@ import evaluate
 import mgd_ops
 import models
 from common import (
+    ArgumentParser,
     Progress,
     UserError,
     add_model_arguments,
@@ -38,7 +38,7 @@ from common import (
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--method", choices=["mgd"], default="mgd")
     parser.add_argument("--student", "--backbone", dest="backbone", default="resnet18", help="r18, mbv2, ...")
     parser.add_argument("--deep", type=pathlib.Path, required=True, help="checkpoint of the deep teacher T_D")
@@ -51,17 +51,17 @@ def parse_args():
     group.add_argument("--lambda-region", type=float, help="λ2 of Eq. 7")
     group.add_argument("--image-reduction", choices=["sum", "mean"], default="sum", help="over the classes; mean is Eq. 4")
     group.add_argument("--regions", type=int, default=7, help="regions a side, H_v = W_v of Eq. 6")
-    group.add_argument("--teacher-bn", choices=["eval", "train"], default="eval", help="train: the released code's")
+    group.add_argument("--teacher-bn", choices=["eval", "train"], default="eval", help="train: with the batch's statistics")
     args = parser.parse_args()
-    fill_from_recipe(args, datasets.RECIPES[args.dataset])
-    args.backbone = models.canonical_name(args.backbone)
+    args.backbone = models.canonical_name(args.backbone, "--student")
+    fill_from_recipe(args, datasets.RECIPES[args.dataset], "steps")
     if args.regions < 1:
         raise UserError(f"--regions {args.regions}: must be at least 1")
     return args
 
 
-def load_teacher(path, dataset, device):
-    """A frozen teacher in evaluation mode, and its checkpoint. Raises UserError where its classes are others."""
+def load_teacher(path, dataset, args, device):
+    """A frozen teacher in evaluation mode, and its checkpoint. Raises UserError where it does not fit the data set."""
     checkpoint = load_checkpoint(path)
     if len(checkpoint["classes"]) != len(dataset.classes):
         raise UserError(f"{path}: a teacher of {len(checkpoint['classes'])} classes, but the data set has "
@@ -69,8 +69,10 @@ def load_teacher(path, dataset, device):
     if checkpoint["classes"] != dataset.classes:
         raise UserError(f"{path}: a teacher of other classes ({', '.join(checkpoint['classes'])}); train the teachers on "
                         "this data set")  # fmt: skip
-    teacher = models.model_from_checkpoint(checkpoint).to(device).requires_grad_(False)
-    return teacher, checkpoint
+    if checkpoint["args"]["image_scale"] != args.image_scale:
+        raise UserError(f"{path}: a teacher of --image-scale {checkpoint['args']['image_scale']}, not {args.image_scale}; "
+                        "teachers and student must see images of one size")  # fmt: skip
+    return models.model_from_checkpoint(checkpoint).to(device).requires_grad_(False), checkpoint
 
 
 def set_batch_norm_training(teacher):
@@ -81,18 +83,56 @@ def set_batch_norm_training(teacher):
             module.track_running_stats = False
 
 
+@torch.no_grad()
+def teach(teacher, images, views, box, separate: bool):
+    """What a teacher says of labeled images (B, 3, H, W) and of the unlabeled views.
+
+    With CutMix, views (2B, 3, H, W) are mixed along `box` (B, 1, H, W); without, views (B, 3, H, W) and box None. Returns the
+    labels of the images and of the views as mixed, (B, H, W) each, and the output on the mixed views themselves. The views'
+    labels come from the clean views, and are mixed as the views are. `separate` runs each batch by itself, which batch norm
+    in training mode needs; otherwise one forward serves all.
+    """
+    mixed = views if box is None else datasets.cutmix(views, box)
+    parts = [images, mixed] if box is None else [images, mixed, *views.chunk(2)]
+    if separate:
+        outputs = [teacher(part) for part in parts]
+    else:
+        logits, features = teacher(torch.cat(parts))
+        outputs = [models.Output(*pair) for pair in zip(logits.split(len(images)), features.split(len(images)), strict=True)]
+    clean = outputs[1].logits if box is None else datasets.cutmix(torch.cat([o.logits for o in outputs[2:]]), box)
+    return outputs[0].logits.argmax(1), clean.argmax(1), outputs[1]
+
+
+def mgd_losses(labeled, unlabeled, label, teacher_labels, pseudo_labels, deep_logits, wide_features, args) -> dict:
+    """The terms of Eq. 7, and their weighted sum as `loss`.
+
+    labeled, unlabeled: the student's `Output` on labeled images and on the (mixed) views; label (B, H, W) and the teachers'
+    labels for the labeled images, pseudo_labels for the views, 255 = ignore; deep_logits (B, N, H, W) of T_D and
+    wide_features (B, C, h, w) of T_W on the views.
+    """
+    terms = {
+        "sup": mgd_ops.pixel_cross_entropy(labeled.logits, label),  # Eq. 1
+        "pixel_l": mgd_ops.pixel_loss(labeled.logits, teacher_labels),  # Eq. 2
+        "pixel_u": mgd_ops.pixel_loss(unlabeled.logits, pseudo_labels),  # Eq. 2
+        "image": mgd_ops.image_loss(unlabeled.logits, deep_logits, args.image_reduction),  # Eq. 4
+        "region": mgd_ops.region_loss(unlabeled.features, wide_features, args.regions),  # Eq. 6
+    }
+    weights = {"image": args.lambda_image, "region": args.lambda_region}
+    return {**terms, "loss": sum(weights.get(name, 1.0) * term for name, term in terms.items())}  # Eq. 7
+
+
 def main():
     args = parse_args()
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
+    mgd_ops.load_kernels()
     dataset, partition = datasets.open_training_data(args, unlabeled=True)
     resumed = load_for_resume(args, partition)
 
     teachers, teacher_rows = [], []
     for role, path in (("T_D", args.deep), ("T_W", args.wide)):
-        teacher, checkpoint = load_teacher(path, dataset, device)
-        miou = evaluate.iou(evaluate.evaluate(teacher, dataset, dataset.val, device, args.precision,
-                                              checkpoint["args"]["image_scale"]))[0]  # fmt: skip
+        teacher, checkpoint = load_teacher(path, dataset, args, device)
+        miou = evaluate.validate(teacher, dataset, device, args)
         print(
             f"{role} {checkpoint['row']['method']} {checkpoint['row']['backbone']}: {miou:.2f} mIoU on val ({path})", flush=True
         )
@@ -130,7 +170,7 @@ def main():
 
     def save(step, path):
         row["seconds"] = round(seconds + time.perf_counter() - began, 1)
-        optimizers = [optimizer.state_dict()] if step < args.steps else []
+        optimizers = [optimizer.state_dict()] if path.name == "resume.pt" else []
         save_checkpoint(path, {**checkpoint, "model": student.state_dict(), "optimizers": optimizers, "step": step})
 
     print(f"{args.out}: {args.method} {args.backbone}, {len(partition.labeled)} labeled and {len(partition.unlabeled)} "
@@ -148,38 +188,22 @@ def main():
         bare, padding = progress.waiting(unlabeled)
         bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True)
 
-        # Pseudo labels come from the clean views and are mixed as the views are; the image and region terms compare
-        # student and teachers on the mixed view itself. One forward a teacher serves all of it.
+        box = None
         if args.cutmix:
             box = datasets.cutmix_mask(args.batch, args.crop, datasets.seed_of(args.seed, 2, step)).to(device)
-            mixed, padding = datasets.cutmix(bare, box), datasets.cutmix(padding, box)
-            parts = [images, mixed, bare]
-        else:
-            mixed, parts = bare, [images, bare]
-        with torch.no_grad(), autocast(device, args.precision):
-            outputs = [teacher(torch.cat(parts)) for teacher in teachers]
-        pseudo_labeled, pseudo = [], []
-        for logits, _ in outputs:
-            on_labeled, on_mixed, on_clean = logits.tensor_split([args.batch, 2 * args.batch])
-            clean = datasets.cutmix(on_clean, box) if args.cutmix else on_mixed
-            pseudo_labeled.append(torch.where(label == datasets.IGNORE, label, on_labeled.argmax(1)))  # (B, H, W)
-            pseudo.append(torch.where(padding == datasets.IGNORE, padding, clean.argmax(1)))  # (B, H, W)
-        on_mixed = slice(args.batch, 2 * args.batch)
-        deep_logits, wide_features = outputs[0].logits[on_mixed], outputs[1].features[on_mixed]
-
         with autocast(device, args.precision):
-            logits, _ = student(images)  # (B, N, H, W)
-            mixed_logits, features = student(mixed)  # (B, N, H, W), (B, C, H/4, W/4)
-        sup = mgd_ops.pixel_cross_entropy(logits, label)  # Eq. 1
-        pixel_labeled = mgd_ops.pixel_loss(logits, pseudo_labeled)  # Eq. 2
-        pixel = mgd_ops.pixel_loss(mixed_logits, pseudo)  # Eq. 2
-        image = mgd_ops.image_loss(mixed_logits, deep_logits, args.image_reduction)  # Eq. 4
-        region = mgd_ops.region_loss(features, wide_features, args.regions)  # Eq. 6
-        loss = sup + pixel_labeled + pixel + args.lambda_image * image + args.lambda_region * region  # Eq. 7
-        loss.backward()
+            taught = [teach(teacher, images, bare, box, separate=args.teacher_bn == "train") for teacher in teachers]
+            labeled_output = student(images)
+            unlabeled_output = student(datasets.cutmix(bare, box) if args.cutmix else bare)
+        # pixels without a label, or outside the image, take no part in Eq. 2 either
+        outside = (datasets.cutmix(padding, box) if args.cutmix else padding) == datasets.IGNORE
+        teacher_labels = [on_images.masked_fill(label == datasets.IGNORE, datasets.IGNORE) for on_images, _, _ in taught]
+        pseudo_labels = [on_views.masked_fill(outside, datasets.IGNORE) for _, on_views, _ in taught]
+        losses = mgd_losses(labeled_output, unlabeled_output, label, teacher_labels, pseudo_labels,
+                            taught[0][2].logits, taught[1][2].features, args)  # fmt: skip
+        losses["loss"].backward()
         optimizer.step()
-        terms = {"sup": sup, "pixel_l": pixel_labeled, "pixel_u": pixel, "image": image, "region": region}
-        progress.step(step, len(images) + len(bare), lr, {k: v.detach() for k, v in terms.items()})
+        progress.step(step, len(images) + len(bare), lr, {name: term.detach() for name, term in losses.items()})
 
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save(step + 1, args.out / "resume.pt")
@@ -188,6 +212,7 @@ def main():
             progress.write(step=step + 1, miou=miou)
             print(f"{args.out.name} step {step + 1}: {miou:.2f} mIoU", flush=True)
 
+    save(args.steps, args.out / "resume.pt")  # so that nothing is lost should the validation fail
     row["miou"] = evaluate.validate(student, dataset, device, args)
     save(args.steps, args.out / "last.pt")
     (args.out / "resume.pt").unlink(missing_ok=True)

@@ -7,7 +7,6 @@ The same `evaluate` validates during training, so the figures cannot differ. Who
 are compared at the size of the mask.
 """
 
-import argparse
 import pathlib
 import time
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 import datasets
 import mgd_ops
 import models
-from common import UserError, autocast, load_checkpoint, pick_device, pick_precision, run, write_result
+from common import ArgumentParser, UserError, autocast, load_checkpoint, pick_device, pick_precision, run, write_result
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -81,7 +80,7 @@ def validate(model, dataset, device, args) -> float:
 
 def result_row(args, dataset, partition, **fields) -> dict:
     """A training's entry in result files, without its outcome. GMACs are those at 512x512."""
-    cost = models.measure(args.backbone, args.stem, args.head_width, args.separable_head)
+    cost = models.measure(args.backbone, args.stem, args.head_width, args.separable_head, len(dataset.classes))
     return {
         "dataset": dataset.name, "partition": partition.name, "partition_hash": partition.hash,
         "labeled": len(partition.labeled), "method": args.method, "backbone": args.backbone, "head_width": args.head_width,
@@ -130,8 +129,21 @@ def print_table(rows: list[dict], classes: list[str]):
         print(f"{name:24}" + "".join(cells))
 
 
+def print_seeds(rows: list[dict]):
+    """Mean and standard deviation over the seeds, for what was trained with more than one."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((label_of(row), row["partition"], row["steps"]), []).append(row["miou"])
+    if max(map(len, groups.values())) > 1:
+        print("\nover seeds")
+    for (label, part, steps), values in groups.items():
+        if len(values) > 1:
+            spread = f"{np.mean(values):6.2f} ± {np.std(values, ddof=1):.2f}"
+            print(f"    {label:24} {part:>5} {steps:6d} steps  {spread}  ({len(values)} seeds)")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--ckpt", type=pathlib.Path, required=True, help="checkpoint of train_teacher.py or distill.py")
     parser.add_argument("--compare", type=pathlib.Path, nargs="+", default=[], help="more checkpoints, beside the first")
     parser.add_argument("--data", type=pathlib.Path, help="folder of the data set, where it is not the one of training")
@@ -141,6 +153,11 @@ def main():
     parser.add_argument("--device", help="cuda, cpu, ...; by default cuda where there is one")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="by default that of the training")
     args = parser.parse_args()
+    if args.panel_rows < 1:
+        raise UserError(f"--panel-rows {args.panel_rows}: must be at least 1")
+    for flag, path in (("--json", args.json), ("--panels", args.panels)):
+        if path and (path.is_dir() or path.suffix.lower() not in (".json", ".png")):
+            raise UserError(f"{flag} {path}: give a file's name that ends in .json or .png")
     began = time.perf_counter()
     device = pick_device(args.device)
     paths = [args.ckpt, *args.compare]
@@ -164,6 +181,7 @@ def main():
             masks = [predict(model, dataset.image(name), device, precision, scale).cpu().numpy() for name in shown]
             panels.append((f"{label_of(rows[-1])}\n{rows[-1]['steps']} steps: {miou:.1f} mIoU", masks))
     print_table(rows, dataset.classes)
+    print_seeds(rows)
     if args.json:
         write_result(args.json, "evaluation", rows, time.perf_counter() - began, mgd_ops.backend())
         print(f"\nresults: {args.json}")

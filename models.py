@@ -7,10 +7,9 @@ A model maps images (B, 3, H, W) to `Output(logits, features)`: logits (B, N, H,
 and the decoder's features (B, C, H/4, W/4), the F of the paper's region-level loss.
 """
 
-import argparse
+import copy
 import json
 import pathlib
-import pickle
 import urllib.error
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from common import UserError, run
+from common import ArgumentParser, UserError, run
 
 # The paper's name for a backbone -> torchvision's. "Wide ResNet-34" counts 66.83M parameters only as Wide ResNet-50-2.
 BACKBONES = {
@@ -157,7 +156,6 @@ def build_backbone(name: str, weights: str = "none", stem: str = "standard") -> 
         load_weights(network, name, weights, stem)
         return Backbone(network.features[:4], network.features[4:18], low_channels=24, high_channels=320)
 
-    low_channels = network.layer1[-1].conv2.out_channels
     if stem == "deep" and name in DEEP_STEM:
         a, b, c = DEEP_STEM[name]
         network.conv1 = nn.Sequential(
@@ -198,10 +196,10 @@ def load_weights(network: nn.Module, name: str, weights: str, stem: str):
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise UserError(f"--weights {weights}: no such file; give a file, 'imagenet' or 'none'") from None
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        except Exception:
             raise UserError(f"--weights {weights}: not a state dict that torch.load can read") from None
     own = network.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise UserError(f"--weights {weights}: not a state dict (parameter name -> tensor) of {BACKBONES[name]}")
     used = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "features.18."))}
     needed = {k: v for k, v in own.items() if not k.startswith(("fc.", "classifier.", "features.18."))}
@@ -212,10 +210,10 @@ def load_weights(network: nn.Module, name: str, weights: str, stem: str):
     network.load_state_dict(used, strict=False)  # all but the classifier, as checked above
 
 
-def canonical_name(name: str) -> str:
+def canonical_name(name: str, flag: str = "--backbone") -> str:
     name = ALIASES.get(name, name)
     if name not in BACKBONES:
-        raise UserError(f"--backbone: unknown backbone '{name}'; choose one of {', '.join([*BACKBONES, *ALIASES])}")
+        raise UserError(f"{flag}: unknown backbone '{name}'; choose one of {', '.join([*BACKBONES, *ALIASES])}")
     return name
 
 
@@ -238,16 +236,17 @@ def model_from_checkpoint(checkpoint: dict) -> DeepLabV3Plus:
 
 def gmacs(module: nn.Module, size: int) -> float:
     """Multiply-accumulates, in G, of one forward of one (3, size, size) image; convolutions only, as counted by torch."""
-    module = module.to("meta").eval()
+    module = copy.deepcopy(module).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         module(torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops() / 2e9
 
 
-def measure(backbone: str, stem: str = "standard", head_width: int = 256, separable_head: bool = False) -> dict:
-    """Params in M and GMACs of a backbone, and of the whole model with 21 classes."""
+def measure(backbone: str, stem: str = "standard", head_width: int = 256, separable_head: bool = False,
+            classes: int = 21) -> dict:  # fmt: skip
+    """Params in M and GMACs of a backbone and of the whole model."""
     with torch.device("meta"):
-        model = build_model(backbone, 21, "none", stem, head_width, separable_head)
+        model = build_model(backbone, classes, "none", stem, head_width, separable_head)
     return {
         "backbone": canonical_name(backbone),
         "stem": stem,
@@ -260,7 +259,7 @@ def measure(backbone: str, stem: str = "standard", head_width: int = 256, separa
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Params and GMACs of the backbones and models, beside the paper's.")
+    parser = ArgumentParser("Params and GMACs of the backbones and models, beside the paper's.")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of the table")
     parser.add_argument("--head-width", type=int, default=256, help="channels of ASPP and decoder")
     parser.add_argument("--separable-head", action="store_true", help="depthwise separable ASPP and decoder")

@@ -9,7 +9,6 @@
                 the other's pseudo labels on CutMix views of unlabeled images. The first of them is kept.
 """
 
-import argparse
 import time
 
 import torch
@@ -19,6 +18,7 @@ import evaluate
 import mgd_ops
 import models
 from common import (
+    ArgumentParser,
     Progress,
     add_model_arguments,
     add_training_arguments,
@@ -37,7 +37,7 @@ from common import (
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--method", choices=["sup", "cps"], default="cps")
     parser.add_argument("--role", choices=["teacher_deep", "teacher_wide", "student"], default="student",
                         help="what the network is for; a teacher's backbone has a default")  # fmt: skip
@@ -51,14 +51,10 @@ def parse_args():
     group.add_argument("--ramp-up", type=float, help="share of the steps at which their weight is full")
     group.add_argument("--threshold", type=float, help="leave out pseudo labels below this probability")
     args = parser.parse_args()
-    recipe = dict(datasets.RECIPES[args.dataset])
-    recipe["backbone"] = recipe["wide"] if args.role == "teacher_wide" else recipe["deep"]
-    if args.role == "student":
-        recipe["backbone"] = "resnet18"
-    else:
-        recipe["steps"] = recipe["teacher_steps"]
-    fill_from_recipe(args, recipe)
-    args.backbone = models.canonical_name(args.backbone)
+    recipe = datasets.RECIPES[args.dataset]
+    default = {"teacher_deep": recipe["deep"], "teacher_wide": recipe["wide"], "student": "resnet18"}[args.role]
+    args.backbone = models.canonical_name(args.backbone or default)
+    fill_from_recipe(args, recipe, "steps" if args.role == "student" else "teacher_steps")
     return args
 
 
@@ -168,6 +164,7 @@ def main():
             progress.write(step=step + 1, miou=miou)
             print(f"{args.out.name} step {step + 1}: {miou:.2f} mIoU", flush=True)
 
+    save(args.steps, args.out / "resume.pt")  # so that nothing is lost should the validation fail
     row["miou"] = evaluate.validate(nets[0], dataset, device, args)
     del nets[1:], optimizers[:]
     save(args.steps, args.out / "last.pt")

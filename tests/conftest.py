@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import common
+import datasets
 
 TINY = ["--workers", "0", "--batch", "2", "--crop", "48", "--head-width", "16", "--lr", "0.02", "--log-every", "1"]
 
@@ -48,6 +49,8 @@ def folder(tmp_path) -> pathlib.Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def few_threads():
+@pytest.fixture(autouse=True, scope="session")
+def small_and_few_threads():
+    """Eight val images of the embedded data set, and the threads of the smallest machine that tests run on."""
     torch.set_num_threads(2)
+    datasets.Shapes.__init__.__defaults__ = (512, 8)

@@ -42,7 +42,7 @@ def test_partitions_are_nested_and_seeded():
     assert splits[0].hash != datasets.partition(dataset, "1/16", seed=1).hash
 
 
-@pytest.mark.parametrize("part", ["0", "2/8", "1/0", "1/x", "half", "1/-8", ""])
+@pytest.mark.parametrize("part", ["0", "2/8", "1/0", "1/", "1/08", "1/x", "half", "1/-8", ""])
 def test_partition_refuses_what_is_no_share(part):
     with pytest.raises(UserError, match="--part"):
         datasets.partition(datasets.Shapes(), part)
@@ -59,15 +59,21 @@ def test_folder_labels_only_images_with_masks(folder):
     assert datasets.Folder(folder).classes == ["class 0", "class 1", "class 2"]
 
 
-def test_masks_of_unlabeled_images_are_never_opened(folder, monkeypatch):
-    dataset = datasets.Folder(folder)
-    split = datasets.partition(dataset, "1/4")
+@pytest.mark.parametrize("names", [True, False], ids=["classes.txt", "no classes.txt"])
+def test_masks_of_unlabeled_images_are_never_opened(folder, names):
+    if not names:
+        (folder / "classes.txt").unlink()
+    split = datasets.partition(datasets.Folder(folder), "1/4")
     for name in split.unlabeled:
-        dataset.mask_path(name).unlink(missing_ok=True)
+        (folder / "masks" / f"{name}.png").write_bytes(b"junk")
+    args = argparse.Namespace(dataset="folder", data=folder, part="1/4")
+    dataset, again = datasets.open_training_data(args, unlabeled=True)
+    assert again.labeled == split.labeled and len(dataset.classes) == 3
+    image, mask = datasets.TrainSet(dataset, split.unlabeled, (48, 48), [1.0], labeled=False)[0, 7]
+    assert image.shape == (3, 48, 48) and set(mask.unique().tolist()) == {0, 255}  # 40x56 is padded to a height of 48
+    for name in split.unlabeled:
+        dataset.mask_path(name).unlink()
     assert datasets.partition(datasets.Folder(folder), "1/4") == split
-    dataset.check(split.unlabeled, masks=False)
-    images, mask = datasets.TrainSet(dataset, split.unlabeled, (48, 48), [1.0], labeled=False)[0, 7]
-    assert images.shape == (3, 48, 48) and set(mask.unique().tolist()) == {0, 255}  # 40x56 is padded to a height of 48
 
 
 def test_own_images_come_as_upright_rgb(folder):
@@ -136,6 +142,24 @@ def break_every_mask(root):
     for i in range(10):
         (root / "masks" / f"im{i:02d}.png").unlink(missing_ok=True)
     return "--part 1: leaves no labeled image"
+
+
+def break_classes_encoding(root):
+    (root / "classes.txt").write_bytes(b"stra\xdfe\nbaum\n")
+    return "classes.txt: cannot be read as UTF-8"
+
+
+def break_png_header(root):
+    path = root / "images" / "im03.png"
+    data = bytearray(path.read_bytes())
+    data[16:29] = bytes(13)  # the IHDR chunk
+    path.write_bytes(data)
+    return "im03.png.*not a readable image"
+
+
+def break_label(root):
+    Image.new("L", (56, 40), 7).save(root / "masks" / "im03.png")
+    return "im03.png: holds label 7"
 
 
 def break_classes(root):
@@ -209,6 +233,40 @@ def test_cutmix_mask_covers_what_three_boxes_may():
     assert 0.2 < shares.mean() < 0.375 and shares.max() < 0.52
     assert torch.equal(masks, datasets.cutmix_mask(200, (64, 96), seed=0))
     assert not torch.equal(masks, datasets.cutmix_mask(200, (64, 96), seed=1))
+
+
+def test_overlapping_cutmix_boxes_toggle():
+    """Without toggling, three boxes cover more: their union is what any two of them cover, not what an odd number does."""
+
+    class Boxes:
+        def __init__(self):
+            self.corners = iter([0, 0, 0, 0, 2, 0])  # top, left of three boxes
+
+        def uniform(self, *args):
+            return np.array([0.36] * 3) if len(args) == 3 else 0.5
+
+        def integers(self, low, high):
+            return next(self.corners)
+
+    import unittest.mock
+
+    with unittest.mock.patch.object(datasets.np.random, "default_rng", lambda seed: Boxes()):
+        mask = datasets.cutmix_mask(1, (10, 10), 0)[0, 0]
+    # sides of 0.6 / sqrt(3) of 10 pixels are 3: two equal boxes cancel, the third stays
+    assert mask.sum() == 9 and mask[2:5, :3].all()
+
+
+def test_seeds_differ_for_every_tuple():
+    tuples = [(5,), (5, 0), (5, 0, 0), (0,), (0, 0), (5, 2), (5, 2, 0), (2, 5)]
+    assert len({datasets.seed_of(*parts) for parts in tuples}) == len(tuples)
+
+
+def test_a_mask_turned_by_exif_is_turned_like_its_image(folder):
+    mask = np.arange(40 * 56).reshape(40, 56) % 3
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(mask.astype(np.uint8)).save(folder / "masks" / "im00.png", exif=exif)
+    assert np.array_equal(datasets.Folder(folder).mask("im00"), np.rot90(mask, -1))
 
 
 def test_cutmix_takes_the_second_view_inside_the_box():

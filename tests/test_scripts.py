@@ -1,17 +1,22 @@
 """Every stage as a user runs it, small."""
 
+import argparse
 import json
+import os
 import pathlib
 import subprocess
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY
 from PIL import Image
 
 import common
+import datasets
 import distill
 import evaluate
+import models
 import train_teacher
 
 ROOT = pathlib.Path(common.__file__).parent
@@ -79,21 +84,82 @@ def test_distil_and_evaluate(script, teachers, tmp_path, student, monkeypatch):
     assert Image.open(tmp_path / "p.png").size[0] > 400
 
 
-@pytest.mark.parametrize("options", [["--no-cutmix"], ["--teacher-bn", "train", "--image-reduction", "mean"]])
-def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_path, options):
-    assert script(distill, *distill_args(tmp_path / "a", teachers))[0] == 0
-    assert script(distill, *distill_args(tmp_path / "b", teachers, *options))[0] == 0
-    first, other = log(tmp_path / "a")[0], log(tmp_path / "b")[0]
-    changed = {key for key in first if first[key] != other[key]}
-    if options == ["--no-cutmix"]:
-        assert changed == {"pixel_u", "image", "region"}
-    else:
-        assert {"image", "pixel_l"} <= changed and not changed & {"sup", "lr"}
+def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_path):
+    changes = {
+        "--no-cutmix": {"pixel_u", "image", "region", "loss"},
+        "--image-reduction mean": {"image", "loss"},
+        "--regions 3": {"region", "loss"},
+        "--lambda-region 7": {"loss"},
+        "--lambda-image 7": {"loss"},
+        "--teacher-bn train": {"pixel_l", "pixel_u", "image", "region", "loss"},
+    }
+    assert script(distill, *distill_args(tmp_path / "plain", teachers))[0] == 0
+    plain = log(tmp_path / "plain")[0]
+    for i, (options, expected) in enumerate(changes.items()):
+        assert script(distill, *distill_args(tmp_path / str(i), teachers, "--steps", "1", *options.split()))[0] == 0
+        other = log(tmp_path / str(i))[0]
+        assert {key for key in plain if plain[key] != other[key]} == expected, options
+    mean = log(tmp_path / "1")[0]
+    assert plain["image"] == pytest.approx(6 * mean["image"], rel=1e-5)  # six classes
+
+
+def test_total_loss_is_eq_7():
+    """Every term from its formula in float64, with the weights where Eq. 7 has them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def labels():
+        return torch.randint(3, (2, 6, 6), generator=generator)
+
+    labeled = models.Output(random(2, 3, 6, 6), random(2, 4, 3, 3))
+    unlabeled = models.Output(random(2, 3, 6, 6), random(2, 4, 3, 3))
+    label, on_labeled, on_views = labels(), [labels(), labels()], [labels(), labels()]
+    deep_logits, wide_features = random(2, 3, 6, 6), random(2, 5, 3, 3)
+    args = argparse.Namespace(lambda_image=0.3, lambda_region=11.0, image_reduction="sum", regions=3)
+
+    def cross_entropy(logits, label):
+        return -logits.log_softmax(1).gather(1, label[:, None]).mean()
+
+    def correlation(feat):  # one pixel a region
+        unit = feat.flatten(2) / feat.flatten(2).norm(dim=1, keepdim=True)
+        return unit.transpose(1, 2) @ unit
+
+    expected = cross_entropy(labeled.logits, label)
+    expected += sum(cross_entropy(labeled.logits, each) for each in on_labeled)
+    expected += sum(cross_entropy(unlabeled.logits, each) for each in on_views)
+    expected += 0.3 * (unlabeled.logits.mean((2, 3)) - deep_logits.mean((2, 3))).abs().sum(1).mean()
+    expected += 11.0 * (correlation(unlabeled.features) - correlation(wide_features)).square().mean()
+    losses = distill.mgd_losses(labeled, unlabeled, label, on_labeled, on_views, deep_logits, wide_features, args)
+    torch.testing.assert_close(losses["loss"], expected)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_teachers_label_clean_views_and_mix_the_labels(separate):
+    """A teacher that says class 1 for an image that is bright at its corner, wherever CutMix puts that image's pixels."""
+
+    class Teacher(torch.nn.Module):
+        def forward(self, images):
+            bright = images[:, :1, :1, :1].expand(-1, 1, *images.shape[2:])
+            return models.Output(torch.cat([-bright, bright], 1), images)
+
+    images = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    views = torch.tensor([-1.0, 1.0, 1.0, -1.0]).view(4, 1, 1, 1).expand(4, 3, 4, 4)
+    box = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    box[:, :, :2] = True  # the corner of the mixed view comes from the second view
+    on_images, on_views, output = distill.teach(Teacher(), images, views, box, separate)
+    assert (on_images[0] == 1).all() and (on_images[1] == 0).all()
+    assert (on_views[0, :2] == 1).all() and (on_views[0, 2:] == 0).all()
+    assert (on_views[1, :2] == 0).all() and (on_views[1, 2:] == 1).all()
+    assert torch.equal(output.features, datasets.cutmix(views, box)) and (output.logits[0, 1] == 1).all()
+    _, plain, output = distill.teach(Teacher(), images, views[:2], None, separate)
+    assert (plain[0] == 0).all() and (plain[1] == 1).all() and torch.equal(output.features, views[:2])
 
 
 def test_batch_norm_in_training_mode_leaves_the_teachers_statistics_alone(teachers):
-    dataset = distill.datasets.Shapes()
-    teacher, checkpoint = distill.load_teacher(teachers[0], dataset, torch.device("cpu"))
+    dataset, args = datasets.Shapes(), argparse.Namespace(image_scale=1.0)
+    teacher, checkpoint = distill.load_teacher(teachers[0], dataset, args, torch.device("cpu"))
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         still = teacher(images).logits
@@ -101,6 +167,29 @@ def test_batch_norm_in_training_mode_leaves_the_teachers_statistics_alone(teache
         moving = teacher(images).logits
     assert not torch.allclose(still, moving)
     assert all(torch.equal(v, checkpoint["model"][k]) for k, v in teacher.state_dict().items())
+    with pytest.raises(common.UserError, match=r"--image-scale 1.0, not 0.5"):
+        distill.load_teacher(teachers[0], dataset, argparse.Namespace(image_scale=0.5), torch.device("cpu"))
+
+
+def test_cps_learns_from_the_other_networks_labels(script, tmp_path, monkeypatch):
+    """Two networks that always say class 1 and class 2: cross supervision is dear, self-training would cost nothing."""
+
+    class Says(torch.nn.Module):
+        says = iter((1, 2))
+
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(10 * F.one_hot(torch.tensor(next(self.says)), 6).float())
+
+        def forward(self, images):
+            logits = self.bias.view(1, 6, 1, 1).expand(len(images), 6, *images.shape[2:])
+            return models.Output(logits, logits)
+
+    monkeypatch.setattr(train_teacher.models, "build_model", lambda *args: Says())
+    monkeypatch.setattr(evaluate, "result_row", lambda *args, **fields: {"seconds": 0.0})
+    arguments = ["--out", tmp_path / "cps", *TINY, "--steps", "1", "--sup-only", "0", "--ramp-up", "0", "--lr", "0.1"]
+    assert script(train_teacher, *arguments)[0] == 0
+    assert log(tmp_path / "cps")[0]["cps"] == pytest.approx(10, rel=0.01)
 
 
 def interrupt_at(monkeypatch, module, step):
@@ -120,6 +209,11 @@ def resume_equals_uninterrupted(script, module, arguments, tmp_path):
         interrupt_at(monkeypatch, module, 5)
         assert script(module, "--out", tmp_path / "cut", *arguments)[0] == 130
     assert (tmp_path / "cut" / "resume.pt").exists() and not (tmp_path / "cut" / "last.pt").exists()
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(datasets.Shapes, "has_mask", lambda self, name: name > "train-0100")
+    code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--resume")
+    assert code == 2 and "lists or masks have changed" in err
+    monkeypatch.undo()
     code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--steps", "7", "--resume")
     assert code == 2 and "--steps 6, not 7" in err
     code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--part", "1/4", "--resume")
@@ -128,6 +222,8 @@ def resume_equals_uninterrupted(script, module, arguments, tmp_path):
     assert not (tmp_path / "cut" / "resume.pt").exists()
     assert same_weights(tmp_path / "whole" / "last.pt", tmp_path / "cut" / "last.pt")
     assert log(tmp_path / "whole") == log(tmp_path / "cut")
+    code, out, _ = script(module, "--out", tmp_path / "cut", *arguments, "--resume")
+    assert code == 0 and "this run is finished" in out
 
 
 @pytest.mark.parametrize("sup_only", [0, 0.8])  # the last steps' unlabeled images start after the resume, or before it
@@ -158,7 +254,7 @@ def test_cps_keeps_its_first_network_and_its_terms(script, tmp_path):
 
 
 def test_folder_data_from_training_to_evaluation_without_the_unlabeled_masks(script, folder, tmp_path):
-    part = distill.datasets.partition(distill.datasets.Folder(folder), "1/4")
+    part = datasets.partition(datasets.Folder(folder), "1/4")
     for name in part.unlabeled:
         (folder / "masks" / f"{name}.png").unlink(missing_ok=True)
     data = ["--dataset", "folder", "--data", folder, "--part", "1/4", "--weights", "none", "--steps", "2", *TINY]
@@ -195,30 +291,77 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
     assert "no such checkpoint" in errors(script, evaluate, "--ckpt", tmp_path / "absent.pt")
     assert "not finite" in errors(script, train_teacher, "--out", tmp_path / "x", "--method", "sup", *TINY, "--steps", "9",
                                   "--lr", "1e30")  # fmt: skip
-    assert not (tmp_path / "x" / "last.pt").exists()
+    assert not (tmp_path / "x" / "last.pt").exists() and not (tmp_path / "x" / "resume.pt").exists()
+    (tmp_path / "file").write_text("words, not weights")
+    wrong = ["--seed -1", "--workers -1", "--schedule nan", "--threshold 95", "--sup-only 40", "--scales 0", "--image-scale 0",
+             "--weight-decay -1", "--val-every -1", "--part 1/", "--crop abc", "--dataset imagenet", "--no-such-flag"]  # fmt: skip
+    for flags in [["--weights", tmp_path / "file"], *map(str.split, wrong)]:
+        assert flags[0] in errors(script, train_teacher, *run, *flags)
+    assert "--out" in errors(script, train_teacher, *run, "--out", tmp_path / "file")
+    assert "--data" in errors(script, train_teacher, *run, "--data", folder)  # with the embedded data set
+    assert "cannot be read" in errors(script, evaluate, "--ckpt", tmp_path / "file")
+    assert "--panel-rows" in errors(script, evaluate, "--ckpt", teachers[0], "--panel-rows", "0")
+    assert "--json" in errors(script, evaluate, "--ckpt", teachers[0], "--json", tmp_path)
+    assert "--picture" in errors(script, datasets, "--picture", tmp_path / "look")
     (folder / "images" / "im00.png").unlink()
     assert "im00" in errors(script, train_teacher, *run, *mine)
 
 
+def test_a_label_outside_the_classes_is_found_before_the_training(script, folder, tmp_path):
+    Image.new("L", (56, 40), 9).save(folder / "masks" / "im11.png")  # of val
+    data = ["--dataset", "folder", "--data", folder, "--part", "1", "--weights", "none", "--backbone", "r18", "--steps", "2"]
+    assert "im11.png: holds label 9" in errors(script, train_teacher, "--out", tmp_path / "x", *TINY, *data)
+    assert not (tmp_path / "x" / "log.jsonl").exists()
+
+
+def test_nothing_is_lost_when_the_last_validation_fails(script, tmp_path, monkeypatch):
+    arguments = ["--out", tmp_path / "x", "--method", "sup", *TINY, "--steps", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "validate", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            script(train_teacher, *arguments)
+    assert common.load_checkpoint(tmp_path / "x" / "resume.pt")["step"] == 2
+    assert script(train_teacher, *arguments, "--resume")[0] == 0 and (tmp_path / "x" / "last.pt").exists()
+
+
+CAMVID = pathlib.Path(os.environ.get("MGD_CAMVID", ROOT / "data" / "camvid"))
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason="no CamVid in data/camvid or MGD_CAMVID")
+def test_camvid(script, tmp_path):
+    data = ["--dataset", "folder", "--data", CAMVID, "--weights", "none", "--image-scale", "0.25"]
+    code, _, err = script(train_teacher, "--out", tmp_path / "x", "--method", "sup", *TINY, *data, "--steps", "2")
+    assert code == 0, err
+    row = common.load_checkpoint(tmp_path / "x" / "last.pt")["row"]
+    assert row["labeled"] == 46 and row["dataset"] == "camvid" and 0 < row["miou"] < 30
+
+
 def make(*arguments):
     done = subprocess.run(["make", "--no-print-directory", "-n", "VENV=", "PYTHON=python", *arguments], cwd=ROOT,
-                          capture_output=True, text=True, check=True)  # fmt: skip
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout.splitlines()
 
 
 def test_make_distil_trains_missing_teachers_first(tmp_path):
-    lines = make("distill", "PART=1/8", "STUDENT=mbv2", f"DATA={tmp_path}/mine", "DATASET=folder", "SEED=2")
+    lines = make("distill", "PART=1/8", "STUDENT=mbv2", f"DATA={tmp_path}", "DATASET=folder", "SEEDS=2")
+    run = f"runs/{tmp_path.name}/1-8"
     assert [line.split()[1] for line in lines] == ["train_teacher.py", "train_teacher.py", "distill.py"]
-    assert "--out runs/mine/1-8/teacher-deep-s2" in lines[0] and "--role teacher_deep" in lines[0]
-    assert "--out runs/mine/1-8/mgd-mbv2-s2" in lines[2] and "--student mbv2" in lines[2] and "--part 1/8" in lines[2]
-    assert "--deep runs/mine/1-8/teacher-deep-s2/last.pt --wide runs/mine/1-8/teacher-wide-s2/last.pt" in lines[2]
+    assert f"--out {run}/teacher-deep-s2 --role teacher_deep --seed 2" in " ".join(lines[0].split())
+    assert f"--out {run}/mgd-mbv2-s2 --student mbv2" in lines[2] and "--part 1/8" in lines[2]
+    assert f"--deep {run}/teacher-deep-s2/last.pt --wide {run}/teacher-wide-s2/last.pt" in lines[2]
 
 
-def test_make_passes_arguments_on():
-    lines = make(
-        "compare", "DATA=/x/new", "DATASET=folder", "ARGS=--lr 1", "TEACHER_ARGS=--sup-only 0", "STUDENT_ARGS=--regions 3"
-    )
+def test_make_passes_arguments_on_and_repeats_for_each_seed(tmp_path):
+    more = ("ARGS=--lr 1", "TEACHER_ARGS=--sup-only 0", "STUDENT_ARGS=--regions 3", "SEEDS=0 1 2")
+    lines = make("compare", f"DATA={tmp_path}", "DATASET=folder", *more)
     train = [line for line in lines if "train_teacher.py" in line]
-    assert len(train) == 4 and all("--lr 1" in line for line in train)
-    assert ["--sup-only 0" in line for line in train if "--role teacher" in line] == [True, True]
-    assert [line for line in lines if "--regions 3" in line] == [line for line in lines if "distill.py" in line]
+    assert len(train) == 12 and all("--lr 1" in line for line in train)
+    assert ["--sup-only 0" in line for line in train if "--role teacher" in line] == [True] * 6
+    assert [line for line in lines if "--regions 3" in line] == [line for line in lines if "distill.py" in line] != []
+    assert lines[-2].count("last.pt") == 15 and f"--json runs/{tmp_path.name}/1-8/compare-r18.json" in lines[-1]
+
+
+def test_make_refuses_an_unknown_student_before_it_trains_teachers():
+    done = subprocess.run(["make", "-n", "distill", "STUDENT=vgg"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "STUDENT=vgg: unknown backbone" in done.stderr

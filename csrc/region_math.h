@@ -1,0 +1,68 @@
+// The arithmetic of the region loss, shared by the CPU and the CUDA kernels: bins, gather weights, correlation, gradient.
+//
+// Notation. A feature map is (B, C, H, W). Adaptive average pooling makes of each image R = rows * cols vectors of C
+// channels, the pooled tensor (B, R, C). With unit vectors u_i = v_i / |v_i| the correlation is m_ij = u_i . u_j (Eq. 5 of
+// the paper), and the loss is the mean of (m_ij^S - m_ij^T)^2 over i, j and the batch (Eq. 6).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define HD __host__ __device__ __forceinline__
+#else
+#define HD inline
+#endif
+
+namespace mgd {
+
+// A region below this norm has no direction: its correlations are 0 and it takes no gradient.
+constexpr double kMinNorm = 1e-6;
+
+// Bin i of `bins` over `size` pixels is [bin_begin, bin_end), as in PyTorch's adaptive pooling; bins overlap by a pixel
+// where the size does not divide.
+HD int64_t bin_begin(int64_t i, int64_t size, int64_t bins) { return i * size / bins; }
+HD int64_t bin_end(int64_t i, int64_t size, int64_t bins) { return ((i + 1) * size + bins - 1) / bins; }
+
+// The bins that hold pixel y are first_bin to last_bin: bin_end > y from floor(y * bins / size) on, and bin_begin <= y up to
+// ceil((y + 1) * bins / size) - 1.
+HD int64_t first_bin(int64_t y, int64_t size, int64_t bins) { return y * bins / size; }
+HD int64_t last_bin(int64_t y, int64_t size, int64_t bins) { return ((y + 1) * bins + size - 1) / size - 1; }
+
+// Share of one pixel in the average of region (i, j).
+template <typename acc_t>
+HD acc_t pixel_weight(int64_t i, int64_t j, int64_t height, int64_t width, int64_t rows, int64_t cols) {
+  const int64_t h = bin_end(i, height, rows) - bin_begin(i, height, rows);
+  const int64_t w = bin_end(j, width, cols) - bin_begin(j, width, cols);
+  return acc_t(1) / (acc_t(h) * acc_t(w));
+}
+
+// Gradient of one pixel of one channel: the sum over the regions that hold it. `grad` points at region (0, 0) of that
+// channel, already times pixel_weight; regions are `stride` apart.
+template <typename acc_t>
+HD acc_t gather(const acc_t* grad, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t cols, int64_t stride) {
+  acc_t sum = 0;
+  for (int64_t i = i0; i <= i1; ++i)
+    for (int64_t j = j0; j <= j1; ++j) sum += grad[(i * cols + j) * stride];
+  return sum;
+}
+
+// 1 / |v|, or 0 for a region without direction, so that everything derived from it vanishes.
+template <typename acc_t>
+HD acc_t inverse_norm(acc_t squared_norm) {
+  return squared_norm >= acc_t(kMinNorm * kMinNorm) ? acc_t(1) / std::sqrt(squared_norm) : acc_t(0);
+}
+
+// d loss / d m_ij, both places of the symmetric pair together, for a batch of `batch` images.
+template <typename acc_t>
+HD acc_t loss_gradient(acc_t student, acc_t teacher, int64_t batch, int64_t regions) {
+  return acc_t(4) * (student - teacher) / (acc_t(batch) * acc_t(regions) * acc_t(regions));
+}
+
+// d / d v of u = v / |v| applied to a gradient `du` of u: the part along u does not count.
+template <typename acc_t>
+HD acc_t normalize_gradient(acc_t du, acc_t u, acc_t du_dot_u, acc_t inverse_norm) {
+  return (du - du_dot_u * u) * inverse_norm;
+}
+
+}  // namespace mgd
