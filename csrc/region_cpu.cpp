@@ -132,7 +132,7 @@ Tensor pool(const Tensor& feat, int64_t rows, int64_t cols) {
   return pooled;
 }
 
-// Dot product in eight partial sums, which is one order of addition on every machine and becomes vector instructions.
+// Dot product in sixteen partial sums, which is one order of addition on every machine and becomes vector instructions.
 template <typename acc_t>
 acc_t dot(const acc_t* a, const acc_t* b, int64_t n) {
   constexpr int64_t kLanes = 16;
@@ -278,7 +278,7 @@ std::tuple<Tensor, Tensor> region_loss(const Tensor& student, const Tensor& teac
     });
     double sum = 0;
     for (double l : losses) sum += l;
-    *static_cast<acc_t*>(loss.mutable_data_ptr()) = acc_t(sum / (double(batch) * double(regions) * double(regions)));
+    *static_cast<acc_t*>(loss.mutable_data_ptr()) = acc_t(sum / (double(std::max<int64_t>(batch, 1)) * double(regions) * double(regions)));
   });
   return {loss, grad};
 }

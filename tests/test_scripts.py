@@ -293,8 +293,9 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
                                   "--lr", "1e30")  # fmt: skip
     assert not (tmp_path / "x" / "last.pt").exists() and not (tmp_path / "x" / "resume.pt").exists()
     (tmp_path / "file").write_text("words, not weights")
-    wrong = ["--seed -1", "--workers -1", "--schedule nan", "--threshold 95", "--sup-only 40", "--scales 0", "--image-scale 0",
-             "--weight-decay -1", "--val-every -1", "--part 1/", "--crop abc", "--dataset imagenet", "--no-such-flag"]  # fmt: skip
+    wrong = ["--seed -1", "--workers -1", "--schedule nan", "--threshold 95", "--sup-only 40", "--scales 0",
+             "--image-scale 0", "--weight-decay -1", "--val-every -1", "--part 1/", "--crop abc", "--dataset imagenet",
+             "--no-such-flag"]  # fmt: skip
     for flags in [["--weights", tmp_path / "file"], *map(str.split, wrong)]:
         assert flags[0] in errors(script, train_teacher, *run, *flags)
     assert "--out" in errors(script, train_teacher, *run, "--out", tmp_path / "file")
