@@ -85,7 +85,8 @@ def result_row(args, dataset, partition, **fields) -> dict:
         "dataset": dataset.name, "partition": partition.name, "partition_hash": partition.hash,
         "labeled": len(partition.labeled), "method": args.method, "backbone": args.backbone, "head_width": args.head_width,
         "weights": args.weights, "crop": list(args.crop), "seed": args.seed, "steps": args.steps, "seconds": 0.0,
-        "gmacs_backbone": cost["gmacs_512"], "gmacs_model": cost["model_gmacs_512"], **fields,
+        "gmacs_backbone": cost["gmacs_512"], "gmacs_model": cost["model_gmacs_512"],
+        "mgd_ops": mgd_ops.backend(), **fields,
     }  # fmt: skip
 
 
@@ -183,7 +184,8 @@ def main():
     print_table(rows, dataset.classes)
     print_seeds(rows)
     if args.json:
-        write_result(args.json, "evaluation", rows, time.perf_counter() - began, mgd_ops.backend())
+        distilled = {row["mgd_ops"] for row in rows if row["method"] == "mgd"} or {mgd_ops.backend()}
+        write_result(args.json, "evaluation", rows, time.perf_counter() - began, "+".join(sorted(distilled)))
         print(f"\nresults: {args.json}")
     if args.panels:
         draw_panels(args.panels, dataset, shown, panels)

@@ -64,12 +64,12 @@ def pooled_correlation_reference(feat: torch.Tensor, regions: int | tuple[int, i
     """`pooled_correlation` in plain PyTorch, differentiable by autograd."""
     with torch.autocast(feat.device.type, enabled=False):
         feat = feat if feat.dtype == torch.float64 else feat.float()
-        vectors = F.adaptive_avg_pool2d(feat, regions).flatten(2).transpose(1, 2)  # (B, R, C)
-        squared = vectors.square().sum(2, keepdim=True)
+        vectors = F.adaptive_avg_pool2d(feat, regions).flatten(2)  # (B, C, R)
+        squared = vectors.square().sum(1, keepdim=True)
         alive = squared >= MIN_NORM**2
         # both branches of the where stay finite, so that no 0 · inf reaches the gradient
         unit = torch.where(alive, vectors * torch.where(alive, squared, 1.0).rsqrt(), 0.0)
-        return unit @ unit.transpose(1, 2)
+        return unit.transpose(1, 2) @ unit
 
 
 def region_loss_reference(student: torch.Tensor, teacher: torch.Tensor, regions: int | tuple[int, int] = 7) -> torch.Tensor:

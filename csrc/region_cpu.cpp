@@ -44,87 +44,120 @@ struct Strides {
   int64_t b, c, h, w;
 };
 
+// The bins of one axis, computed once a call: divisions are dear beside the few additions a pixel needs.
+struct Axis {
+  struct Run {  // neighbours that lie in the same bins
+    int64_t begin, end, first, last;
+  };
+  int64_t size, count;
+  std::vector<int64_t> begin, end;  // of each bin
+  std::vector<Run> runs;
+
+  Axis(int64_t size, int64_t count) : size(size), count(count) {
+    for (int64_t i = 0; i < count; ++i) begin.push_back(bin_begin(i, size, count)), end.push_back(bin_end(i, size, count));
+    for (int64_t x = 0; x < size; ++x) {
+      const int64_t first = first_bin(x, size, count), last = last_bin(x, size, count);
+      if (x > 0 && first == runs.back().first && last == runs.back().last) runs.back().end = x + 1;
+      else runs.push_back({x, x + 1, first, last});
+    }
+  }
+};
+
+// (R): the weight of a pixel in the average of each region.
+template <typename acc_t>
+std::vector<acc_t> pixel_weights(const Axis& vertical, const Axis& horizontal) {
+  std::vector<acc_t> weights;
+  for (int64_t i = 0; i < vertical.count; ++i)
+    for (int64_t j = 0; j < horizontal.count; ++j)
+      weights.push_back(pixel_weight<acc_t>(i, j, vertical.size, horizontal.size, vertical.count, horizontal.count));
+  return weights;
+}
+
 // sum[k] += the k-th of n values `step` apart. The unit step is a loop of its own, so that it becomes vector instructions.
+// Rows are added one by one, in the order of memory: several at once lose to the processor's own prefetching.
 template <typename T, typename acc_t>
-void add_row(acc_t* sum, const T* p, int64_t n, int64_t step) {
+void add_row(acc_t* __restrict__ sum, const T* __restrict__ p, int64_t n, int64_t step) {
   if (step == 1)
     for (int64_t k = 0; k < n; ++k) sum[k] += static_cast<acc_t>(p[k]);
   else
     for (int64_t k = 0; k < n; ++k) sum[k] += static_cast<acc_t>(p[k * step]);
 }
 
-template <typename T, typename acc_t>
-void add_four_rows(acc_t* sum, const T* p, int64_t row, int64_t n) {
-  const T *a = p, *b = p + row, *c = p + 2 * row, *d = p + 3 * row;
-  for (int64_t k = 0; k < n; ++k)
-    sum[k] += (static_cast<acc_t>(a[k]) + static_cast<acc_t>(b[k])) + (static_cast<acc_t>(c[k]) + static_cast<acc_t>(d[k]));
-}
+// n values from the start of a cache line on: sums that straddle lines cost 40% more.
+template <typename acc_t>
+class Line {
+ public:
+  explicit Line(int64_t n) : storage_(n + kLine / sizeof(acc_t)) {
+    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
+    data_ = storage_.data() + (kLine - address % kLine) % kLine / sizeof(acc_t);
+  }
+  acc_t* data() { return data_; }
 
-// sum[k] += over `count` rows, `row` apart, of n values `step` apart.
-template <typename T, typename acc_t>
-void add_rows(acc_t* sum, const T* p, int64_t count, int64_t row, int64_t n, int64_t step) {
-  int64_t y = 0;
-  if (step == 1)
-    for (; y + 4 <= count; y += 4) add_four_rows(sum, p + y * row, row, n);
-  for (; y < count; ++y) add_row(sum, p + y * row, n, step);
-}
+ private:
+  static constexpr size_t kLine = 64;
+  std::vector<acc_t> storage_;
+  acc_t* data_;
+};
 
 // Pool one channel plane: column sums of each row bin first, with whole rows as vectors, then their bins.
 template <typename T, typename acc_t>
-void pool_plane(const T* plane, acc_t* pooled, Strides s, int64_t channels, int64_t height, int64_t width, int64_t rows,
-                int64_t cols, acc_t* columns) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t y0 = bin_begin(i, height, rows), y1 = bin_end(i, height, rows);
-    std::fill(columns, columns + width, acc_t(0));
-    add_rows(columns, plane + y0 * s.h, y1 - y0, s.h, width, s.w);
+void pool_plane(const T* plane, acc_t* pooled, Strides s, int64_t channels, const Axis& vertical, const Axis& horizontal,
+                const acc_t* weights, acc_t* columns) {
+  const int64_t cols = horizontal.count;
+  for (int64_t i = 0; i < vertical.count; ++i) {
+    std::fill(columns, columns + horizontal.size, acc_t(0));
+    for (int64_t y = vertical.begin[i]; y < vertical.end[i]; ++y) add_row(columns, plane + y * s.h, horizontal.size, s.w);
     for (int64_t j = 0; j < cols; ++j) {
-      acc_t sum = 0;
-      for (int64_t x = bin_begin(j, width, cols); x < bin_end(j, width, cols); ++x) sum += columns[x];
-      pooled[(i * cols + j) * channels] = sum * pixel_weight<acc_t>(i, j, height, width, rows, cols);
+      acc_t sums[4] = {};  // four chains of additions, which need not wait for one another
+      int64_t x = horizontal.begin[j];
+      for (; x + 4 <= horizontal.end[j]; x += 4)
+        for (int64_t l = 0; l < 4; ++l) sums[l] += columns[x + l];
+      for (int64_t l = 0; x < horizontal.end[j]; ++x, ++l) sums[l] += columns[x];
+      pooled[(i * cols + j) * channels] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * weights[i * cols + j];
     }
   }
 }
 
-// Pool one row of regions of an image whose channels lie side by side: whole pixels as vectors.
+// Pool row i of the regions of an image whose channels lie side by side: whole pixels as vectors.
 template <typename T, typename acc_t>
-void pool_pixels(const T* image, acc_t* pooled, Strides s, int64_t channels, int64_t height, int64_t width, int64_t rows,
-                 int64_t cols, int64_t i) {
+void pool_pixels(const T* image, acc_t* pooled, Strides s, int64_t channels, const Axis& vertical, const Axis& horizontal,
+                 const acc_t* weights, int64_t i) {
+  const int64_t cols = horizontal.count;
   acc_t* out = pooled + i * cols * channels;
   std::fill(out, out + cols * channels, acc_t(0));
-  for (int64_t y = bin_begin(i, height, rows); y < bin_end(i, height, rows); ++y)
-    for (int64_t j = 0; j < cols; ++j) {
-      const int64_t x0 = bin_begin(j, width, cols), x1 = bin_end(j, width, cols);
-      add_rows(out + j * channels, image + y * s.h + x0 * s.w, x1 - x0, s.w, channels, 1);
-    }
-  for (int64_t j = 0; j < cols; ++j) {
-    const acc_t weight = pixel_weight<acc_t>(i, j, height, width, rows, cols);
-    for (int64_t c = 0; c < channels; ++c) out[j * channels + c] *= weight;
-  }
+  for (int64_t y = vertical.begin[i]; y < vertical.end[i]; ++y)
+    for (int64_t j = 0; j < cols; ++j)
+      for (int64_t x = horizontal.begin[j]; x < horizontal.end[j]; ++x)
+        add_row(out + j * channels, image + y * s.h + x * s.w, channels, 1);
+  for (int64_t j = 0; j < cols; ++j)
+    for (int64_t c = 0; c < channels; ++c) out[j * channels + c] *= weights[i * cols + j];
 }
 
 // feat (B, C, H, W), any strides -> (B, R, C) averages, float32 or float64.
 Tensor pool(const Tensor& feat, int64_t rows, int64_t cols) {
-  const int64_t batch = feat.size(0), channels = feat.size(1), height = feat.size(2), width = feat.size(3);
+  const int64_t batch = feat.size(0), channels = feat.size(1);
   const Strides s{feat.stride(0), feat.stride(1), feat.stride(2), feat.stride(3)};
+  const Axis vertical(feat.size(2), rows), horizontal(feat.size(3), cols);
   Tensor pooled = torch::stable::new_empty(feat, {batch, rows * cols, channels}, acc_type(feat.scalar_type()));
   dispatch(feat.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using acc_t = acc_of<T>;
     const T* in = static_cast<const T*>(feat.const_data_ptr());
     acc_t* out = static_cast<acc_t*>(pooled.mutable_data_ptr());
+    const std::vector<acc_t> weights = pixel_weights<acc_t>(vertical, horizontal);
     if (s.c == 1 && s.w != 1) {
       torch::stable::parallel_for(0, batch * rows, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t)
-          pool_pixels(in + t / rows * s.b, out + t / rows * rows * cols * channels, s, channels, height, width, rows, cols,
-                      t % rows);
+          pool_pixels(in + t / rows * s.b, out + t / rows * rows * cols * channels, s, channels, vertical, horizontal,
+                      weights.data(), t % rows);
       });
     } else {
       torch::stable::parallel_for(0, batch * channels, 1, [&](int64_t begin, int64_t end) {
-        std::vector<acc_t> columns(width);
+        Line<acc_t> columns(horizontal.size);
         for (int64_t t = begin; t < end; ++t) {
           const int64_t b = t / channels, c = t % channels;
-          pool_plane(in + b * s.b + c * s.c, out + b * rows * cols * channels + c, s, channels, height, width, rows, cols,
-                     columns.data());
+          pool_plane(in + b * s.b + c * s.c, out + b * rows * cols * channels + c, s, channels, vertical, horizontal,
+                     weights.data(), columns.data());
         }
       });
     }
@@ -140,10 +173,10 @@ acc_t dot(const acc_t* a, const acc_t* b, int64_t n) {
   int64_t k = 0;
   for (; k + kLanes <= n; k += kLanes)
     for (int64_t l = 0; l < kLanes; ++l) sums[l] += a[k + l] * b[k + l];
-  acc_t sum = 0;
-  for (; k < n; ++k) sum += a[k] * b[k];
-  for (int64_t l = 0; l < kLanes; ++l) sum += sums[l];
-  return sum;
+  for (int64_t l = 0; k < n; ++k, ++l) sums[l] += a[k] * b[k];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) sums[l] += sums[l + half];
+  return sums[0];
 }
 
 // unit (R, C) and inverse norms (R) of the pooled vectors of one image.
@@ -154,6 +187,14 @@ void normalize(const acc_t* pooled, acc_t* unit, acc_t* inverse, int64_t regions
     inverse[i] = inverse_norm(dot(v, v, channels));
     for (int64_t c = 0; c < channels; ++c) unit[i * channels + c] = v[c] * inverse[i];
   }
+}
+
+// m (R, R), m_ij = u_i . u_j.
+template <typename acc_t>
+void correlate(const acc_t* unit, acc_t* m, int64_t regions, int64_t channels) {
+  for (int64_t i = 0; i < regions; ++i)
+    for (int64_t j = 0; j <= i; ++j)
+      m[i * regions + j] = m[j * regions + i] = dot(unit + i * channels, unit + j * channels, channels);
 }
 
 // grad (C) of the pooled vector i from the gradients `dm` (R) of row i of m, both places of each pair together.
@@ -176,6 +217,7 @@ void vector_gradient(const acc_t* dm, const acc_t* unit, const acc_t* inverse, a
 Tensor unpool(const Tensor& grad_pooled, double scale, int64_t height, int64_t width, int64_t rows, int64_t cols,
               ScalarType dtype, bool channels_last) {
   const int64_t batch = grad_pooled.size(0), regions = rows * cols, channels = grad_pooled.size(2);
+  const Axis vertical(height, rows), horizontal(width, cols);
   Tensor grad = torch::stable::empty(
       {batch, channels, height, width}, dtype, std::nullopt, grad_pooled.device(), std::nullopt,
       channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
@@ -184,59 +226,45 @@ Tensor unpool(const Tensor& grad_pooled, double scale, int64_t height, int64_t w
     using acc_t = acc_of<T>;
     const acc_t* in = static_cast<const acc_t*>(grad_pooled.const_data_ptr());
     T* out = static_cast<T*>(grad.mutable_data_ptr());
+    std::vector<acc_t> weights = pixel_weights<acc_t>(vertical, horizontal);
+    for (acc_t& weight : weights) weight *= acc_t(scale);
     if (channels_last) {
-      torch::stable::parallel_for(0, batch * rows, 1, [&](int64_t begin, int64_t end) {
-        std::vector<T> line(width * channels);
+      const int64_t runs = vertical.runs.size();
+      torch::stable::parallel_for(0, batch * runs, 1, [&](int64_t begin, int64_t end) {
+        Line<T> line(width * channels);
+        Line<acc_t> sum(channels);
         for (int64_t t = begin; t < end; ++t) {
-          const acc_t* g = in + t / rows * regions * channels;
-          // row t % rows of regions writes the rows of pixels whose first region it is
-          const int64_t i = t % rows;
-          int64_t done = -1;
-          for (int64_t y = bin_begin(i, height, rows); y < bin_end(i, height, rows); ++y) {
-            if (first_bin(y, height, rows) != i) continue;
-            const int64_t i1 = last_bin(y, height, rows);
-            if (i1 != done)
-              for (int64_t x = 0; x < width; ++x) {
-                const int64_t j0 = first_bin(x, width, cols), j1 = last_bin(x, width, cols);
-                T* pixel = line.data() + x * channels;
-                if (x > 0 && j0 == first_bin(x - 1, width, cols) && j1 == last_bin(x - 1, width, cols)) {
-                  std::memcpy(pixel, pixel - channels, channels * sizeof(T));
-                  continue;
-                }
-                std::vector<acc_t> sum(channels, acc_t(0));
-                for (int64_t a = i; a <= i1; ++a)
-                  for (int64_t b = j0; b <= j1; ++b) {
-                    const acc_t weight = acc_t(scale) * pixel_weight<acc_t>(a, b, height, width, rows, cols);
-                    const acc_t* v = g + (a * cols + b) * channels;
-                    for (int64_t c = 0; c < channels; ++c) sum[c] += weight * v[c];
-                  }
-                for (int64_t c = 0; c < channels; ++c) pixel[c] = static_cast<T>(sum[c]);
+          const int64_t b = t / runs;
+          const Axis::Run& v = vertical.runs[t % runs];
+          for (const Axis::Run& h : horizontal.runs) {
+            std::fill(sum.data(), sum.data() + channels, acc_t(0));
+            for (int64_t i = v.first; i <= v.last; ++i)
+              for (int64_t j = h.first; j <= h.last; ++j) {
+                const acc_t weight = weights[i * cols + j];
+                const acc_t* g = in + ((b * rows + i) * cols + j) * channels;
+                for (int64_t c = 0; c < channels; ++c) sum.data()[c] += weight * g[c];
               }
-            done = i1;
-            std::memcpy(out + (t / rows * height + y) * width * channels, line.data(), line.size() * sizeof(T));
+            T* first = line.data() + h.begin * channels;
+            for (int64_t c = 0; c < channels; ++c) first[c] = static_cast<T>(sum.data()[c]);
+            for (int64_t x = h.begin + 1; x < h.end; ++x) std::memcpy(line.data() + x * channels, first, channels * sizeof(T));
           }
+          for (int64_t y = v.begin; y < v.end; ++y)
+            std::memcpy(out + (b * height + y) * width * channels, line.data(), width * channels * sizeof(T));
         }
       });
     } else {
       torch::stable::parallel_for(0, batch * channels, 1, [&](int64_t begin, int64_t end) {
-        std::vector<T> line(width);
+        Line<T> line(width);
         std::vector<acc_t> regional(regions);
         for (int64_t t = begin; t < end; ++t) {
           const acc_t* g = in + t / channels * regions * channels + t % channels;
-          for (int64_t i = 0; i < rows; ++i)
-            for (int64_t j = 0; j < cols; ++j)
-              regional[i * cols + j] = acc_t(scale) * pixel_weight<acc_t>(i, j, height, width, rows, cols) *
-                                       g[(i * cols + j) * channels];
-          int64_t done0 = -1, done1 = -1;
-          for (int64_t y = 0; y < height; ++y) {
-            const int64_t i0 = first_bin(y, height, rows), i1 = last_bin(y, height, rows);
-            if (i0 != done0 || i1 != done1) {
-              for (int64_t x = 0; x < width; ++x)
-                line[x] = static_cast<T>(gather(regional.data(), i0, i1, first_bin(x, width, cols), last_bin(x, width, cols),
-                                                cols, int64_t(1)));
-              done0 = i0, done1 = i1;
-            }
-            std::memcpy(out + (t * height + y) * width, line.data(), width * sizeof(T));
+          for (int64_t r = 0; r < regions; ++r) regional[r] = weights[r] * g[r * channels];
+          for (const Axis::Run& v : vertical.runs) {
+            for (const Axis::Run& h : horizontal.runs)
+              std::fill(line.data() + h.begin, line.data() + h.end,
+                        static_cast<T>(gather(regional.data(), v.first, v.last, h.first, h.last, cols, int64_t(1))));
+            for (int64_t y = v.begin; y < v.end; ++y)
+              std::memcpy(out + (t * height + y) * width, line.data(), width * sizeof(T));
           }
         }
       });
@@ -260,17 +288,19 @@ std::tuple<Tensor, Tensor> region_loss(const Tensor& student, const Tensor& teac
     using acc_t = acc_of<decltype(tag)>;
     std::vector<double> losses(batch, 0.0);
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      std::vector<acc_t> unit(regions * channels), unit_t(regions * other), inverse(regions), inverse_t(regions), dm(regions);
+      std::vector<acc_t> unit(regions * std::max(channels, other)), inverse(regions);
+      std::vector<acc_t> m(regions * regions), m_t(regions * regions), dm(regions);
       for (int64_t n = begin; n < end; ++n) {
+        normalize(static_cast<const acc_t*>(b.const_data_ptr()) + n * regions * other, unit.data(), inverse.data(), regions, other);
+        correlate(unit.data(), m_t.data(), regions, other);
         normalize(static_cast<const acc_t*>(a.const_data_ptr()) + n * regions * channels, unit.data(), inverse.data(), regions, channels);
-        normalize(static_cast<const acc_t*>(b.const_data_ptr()) + n * regions * other, unit_t.data(), inverse_t.data(), regions, other);
+        correlate(unit.data(), m.data(), regions, channels);
         acc_t* out = static_cast<acc_t*>(grad.mutable_data_ptr()) + n * regions * channels;
         for (int64_t i = 0; i < regions; ++i) {
           for (int64_t j = 0; j < regions; ++j) {
-            const acc_t m = dot(&unit[i * channels], &unit[j * channels], channels);
-            const acc_t m_t = dot(&unit_t[i * other], &unit_t[j * other], other);
-            losses[n] += double(m - m_t) * double(m - m_t);
-            dm[j] = loss_gradient(m, m_t, batch, regions);
+            const acc_t ours = m[i * regions + j], theirs = m_t[i * regions + j];
+            losses[n] += double(ours - theirs) * double(ours - theirs);
+            dm[j] = loss_gradient(ours, theirs, batch, regions);
           }
           vector_gradient(dm.data(), unit.data(), inverse.data(), out + i * channels, i, regions, channels);
         }
@@ -303,10 +333,7 @@ std::tuple<Tensor, Tensor> pooled_correlation(const Tensor& feat, int64_t rows, 
       std::vector<acc_t> unit(regions * channels), inverse(regions);
       for (int64_t n = begin; n < end; ++n) {
         normalize(static_cast<const acc_t*>(pooled.const_data_ptr()) + n * regions * channels, unit.data(), inverse.data(), regions, channels);
-        acc_t* m = static_cast<acc_t*>(correlation.mutable_data_ptr()) + n * regions * regions;
-        for (int64_t i = 0; i < regions; ++i)
-          for (int64_t j = 0; j < regions; ++j)
-            m[i * regions + j] = dot(&unit[i * channels], &unit[j * channels], channels);
+        correlate(unit.data(), static_cast<acc_t*>(correlation.mutable_data_ptr()) + n * regions * regions, regions, channels);
       }
     });
   });
