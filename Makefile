@@ -2,7 +2,7 @@
 # make teachers                                 both teachers of DATASET and PART
 # make distill PART=1/8 STUDENT=mbv2            the student; trains the teachers first where they are missing
 # make compare                                  Sup at two schedules, MGD and the teachers side by side
-# make test · make lint · make ext · make clean
+# make test · make lint · make ext · make bench · make clean
 #
 # Every target sets up $(VENV) where it is missing (VENV= uses $(PYTHON) as it is). Runs go to runs/DATASET/PART/; a run
 # that was interrupted goes on where it stopped, and a run that has its last.pt is not made again: remove it to repeat it.
@@ -47,7 +47,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo compare teachers distill sup test lint ext clean
+.PHONY: demo compare teachers distill sup test lint ext bench clean
 
 demo:
 	@$(MAKE) --no-print-directory compare DATASET=shapes DATA= PART=1/32
@@ -90,6 +90,9 @@ lint: | $(INSTALLED)
 
 ext: | $(INSTALLED)
 	$(PY) mgd_ops.py
+
+bench: | $(INSTALLED)
+	$(PY) benchmarks/bench_region_loss.py
 
 clean:
 	rm -rf runs

@@ -239,7 +239,8 @@ def upright_size(path) -> tuple[int, int]:
     """(width, height) of an image as it is shown, from its header alone. Raises UserError."""
     try:
         with Image.open(path) as file:
-            turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
+            # EXIF orientations that swap the sides; but for the first test Pillow would decode a PNG to look for EXIF after it
+            turned = "exif" in file.info and file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             return file.size[::-1] if turned else file.size
     except BROKEN_IMAGE:
         raise UserError(f"{path}: not a readable image; replace it or take it out of the lists") from None

@@ -33,16 +33,17 @@ MIN_NORM = 1e-6  # a pooled region below this norm has no direction: its correla
 def pixel_cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Cross entropy, mean over the pixels that are not 255 (Eq. 1); 0 where all are.
 
-    logits (B, N, H, W) floating, label (B, H, W) int64 -> scalar float32.
+    logits (B, N, H, W) floating, label (B, H, W) int64 -> scalar, float32 or float64.
     """
-    total = F.cross_entropy(logits.float(), label, ignore_index=IGNORE_INDEX, reduction="sum")
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / (label != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def pixel_loss(logits: torch.Tensor, pseudo_labels: list[torch.Tensor]) -> torch.Tensor:
     """Pixel-level consistency (Eq. 2): the sum of the cross entropies against each teacher's pseudo label.
 
-    logits (B, N, H, W) floating, pseudo labels (B, H, W) int64 with 255 = ignore -> scalar float32.
+    logits (B, N, H, W) floating, pseudo labels (B, H, W) int64 with 255 = ignore -> scalar, float32 or float64.
     """
     return sum(pixel_cross_entropy(logits, label) for label in pseudo_labels)
 
@@ -50,10 +51,11 @@ def pixel_loss(logits: torch.Tensor, pseudo_labels: list[torch.Tensor]) -> torch
 def image_loss(student: torch.Tensor, teacher: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
     """Image-level semantic-sensitive loss (Eqs. 3 and 4): L1 distance of the globally averaged logits.
 
-    student and teacher (B, N, H, W) floating, of equal batch and classes -> scalar float32, the mean over the batch.
+    student and teacher (B, N, H, W) floating, of equal batch and classes -> scalar, float32 or float64, averaged over the batch.
     reduction: `sum` over the classes, or `mean`, which is Eq. 4 to the letter and N times weaker.
     """
-    difference = (student.float().mean((2, 3)) - teacher.float().mean((2, 3))).abs()  # (B, N)
+    student, teacher = (logits if logits.dtype == torch.float64 else logits.float() for logits in (student, teacher))
+    difference = (student.mean((2, 3)) - teacher.mean((2, 3))).abs()  # (B, N)
     return (difference.sum(1) if reduction == "sum" else difference.mean(1)).mean()
 
 
@@ -89,7 +91,8 @@ def pooled_correlation(feat: torch.Tensor, regions: int | tuple[int, int] = 7) -
     `regions` is a number a side, or (rows, columns). Raises ValueError for anything but a map of floats.
     """
     rows, cols = check_features("pooled_correlation", regions, feat)
-    return torch.ops.mgd.pooled_correlation(feat, rows, cols)[0]
+    with torch.autocast(feat.device.type, enabled=False):
+        return torch.ops.mgd.pooled_correlation(feat, rows, cols)[0]
 
 
 def region_loss(student: torch.Tensor, teacher: torch.Tensor, regions: int | tuple[int, int] = 7) -> torch.Tensor:
@@ -106,7 +109,8 @@ def region_loss(student: torch.Tensor, teacher: torch.Tensor, regions: int | tup
         raise ValueError(f"region_loss: batches of {student.shape[0]} and {teacher.shape[0]} differ")
     if student.device != teacher.device:
         raise ValueError(f"region_loss: the student is on {student.device}, the teacher on {teacher.device}")
-    return torch.ops.mgd.region_loss(student, teacher, rows, cols)[0]
+    with torch.autocast(student.device.type, enabled=False):
+        return torch.ops.mgd.region_loss(student, teacher, rows, cols)[0]
 
 
 def check_features(op: str, regions: int | tuple[int, int], *features: torch.Tensor) -> tuple[int, int]:

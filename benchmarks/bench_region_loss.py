@@ -1,6 +1,6 @@
 """How fast is the region loss, and how far from the floor?
 
-    python benchmarks/bench_region_loss.py --json results/region-loss-cpu.json      (make bench)
+    python benchmarks/bench_region_loss.py [--json FILE]      (make bench; writes results/region-loss-DEVICE.json)
 
 For every shape, dtype and memory format the native op and torch.compile of the reference are first checked against the
 reference in float64, then reference, compile and native are timed in turn, round by round, so that drift meets all alike.
@@ -186,7 +186,7 @@ def print_table(rows):
 
 def main():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--json", type=pathlib.Path, help="write a result file")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write; by default results/region-loss-DEVICE.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
@@ -204,9 +204,10 @@ def main():
     for row in rows:
         row.update(read_gb_s=speeds["read"], copy_gb_s=speeds["copy"])
     print_table(rows)
-    if args.json:
-        write_result(args.json, "region loss", rows, time.perf_counter() - began, mgd_ops.backend())
-        print(f"results: {args.json}")
+    name = torch.cuda.get_device_name().split()[-1].lower() if args.device == "cuda" else "cpu"
+    path = args.json or pathlib.Path("results", f"region-loss-{name}.json")
+    write_result(path, "region loss", rows, time.perf_counter() - began, mgd_ops.backend())
+    print(f"results: {path}")
 
 
 if __name__ == "__main__":

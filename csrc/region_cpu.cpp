@@ -6,39 +6,18 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstring>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
+#include "dtypes.h"
 #include "region_math.h"
 
 namespace mgd {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <typename T>
-using acc_of = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// Calls f with a value of the C++ type of `dtype`.
-template <typename F>
-void dispatch(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Half: return f(c10::Half{});
-    case ScalarType::BFloat16: return f(c10::BFloat16{});
-    default: STD_TORCH_CHECK(false, "mgd: features must be float64, float32, float16 or bfloat16");
-  }
-}
-
-ScalarType acc_type(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 struct Strides {
   int64_t b, c, h, w;

@@ -1,4 +1,4 @@
-"""The losses against the paper's formulas, written out in float64."""
+"""The losses against the paper's formulas, written out in float64. More on the region op in test_region_op.py."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_cross_entropy_is_eq_1():
     logits = random(2, 4, 3, 5)
     label = torch.randint(4, (2, 3, 5), generator=torch.Generator().manual_seed(1))
     label[0, 0] = 255
-    assert mgd_ops.pixel_cross_entropy(logits, label).item() == pytest.approx(cross_entropy_by_hand(logits, label), rel=1e-6)
+    assert mgd_ops.pixel_cross_entropy(logits, label).item() == pytest.approx(cross_entropy_by_hand(logits, label), rel=1e-12)
 
 
 def test_cross_entropy_without_a_valid_pixel_is_zero_with_zero_gradient():
@@ -61,7 +61,7 @@ def test_pixel_loss_is_eq_2():
     logits = random(2, 4, 3, 5)
     labels = [torch.randint(4, (2, 3, 5), generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
     expected = sum(cross_entropy_by_hand(logits, label) for label in labels)
-    assert mgd_ops.pixel_loss(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+    assert mgd_ops.pixel_loss(logits, labels).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -72,7 +72,7 @@ def test_image_loss_is_eq_4(reduction):
         for b in range(3)
     ]
     expected = float(sum(per_image) / 3)
-    assert mgd_ops.image_loss(student, teacher, reduction).item() == pytest.approx(expected, rel=1e-6)
+    assert mgd_ops.image_loss(student, teacher, reduction).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("size,regions", [((14, 14), 7), ((9, 13), 7), ((5, 3), 7), ((1, 1), 2), ((12, 8), (3, 2))])
@@ -84,29 +84,6 @@ def test_region_loss_is_eq_6(size, regions):
     torch.testing.assert_close(mgd_ops.pooled_correlation(student, regions), ours)
     expected = ((ours - theirs) ** 2).sum((1, 2)) / (rows * columns) ** 2  # Eq. 6 an image
     torch.testing.assert_close(mgd_ops.region_loss(student, teacher, regions), expected.mean())
-
-
-def test_region_loss_gradient():
-    student, teacher = random(2, 3, 5, 6).requires_grad_(), random(2, 4, 7, 5, seed=1)
-    assert torch.autograd.gradcheck(lambda f: mgd_ops.region_loss(f, teacher, 3), student)
-
-
-def test_a_region_without_direction_has_no_correlation_and_takes_no_gradient():
-    feat = random(1, 3, 4, 4)
-    feat[..., :2, :2] = 0
-    feat.requires_grad_()
-    m = mgd_ops.pooled_correlation(feat, 2)
-    assert torch.equal(m[0, 0], torch.zeros(4)) and torch.equal(m[0, :, 0], torch.zeros(4))
-    mgd_ops.region_loss(feat, random(1, 3, 4, 4, seed=1), 2).backward()
-    assert torch.equal(feat.grad[..., :2, :2], torch.zeros(1, 3, 2, 2)) and feat.grad.isfinite().all()
-    assert feat.grad[..., 2:, 2:].abs().min() > 0
-
-
-def test_region_loss_refuses_a_teacher_that_learns_and_unequal_batches():
-    with pytest.raises(ValueError, match="detach"):
-        mgd_ops.region_loss(random(1, 3, 4, 4), random(1, 3, 4, 4).requires_grad_())
-    with pytest.raises(ValueError, match="batches of 2 and 1"):
-        mgd_ops.region_loss(random(2, 3, 4, 4), random(1, 3, 4, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
