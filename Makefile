@@ -2,7 +2,7 @@
 # make teachers                                 both teachers of DATASET and PART
 # make distill PART=1/8 STUDENT=mbv2            the student; trains the teachers first where they are missing
 # make compare                                  Sup at two schedules, MGD and the teachers side by side
-# make test · make lint · make ext · make bench · make clean
+# make install · make test · make lint · make ext · make bench · make clean
 #
 # Every target sets up $(VENV) where it is missing (VENV= uses $(PYTHON) as it is). Runs go to runs/DATASET/PART/; a run
 # that was interrupted goes on where it stopped, and a run that has its last.pt is not made again: remove it to repeat it.
@@ -47,7 +47,9 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo compare teachers distill sup test lint ext bench clean
+.PHONY: install demo compare teachers distill sup test lint ext bench clean
+
+install: | $(INSTALLED)
 
 demo:
 	@$(MAKE) --no-print-directory compare DATASET=shapes DATA= PART=1/32

@@ -51,7 +51,7 @@ def pixel_loss(logits: torch.Tensor, pseudo_labels: list[torch.Tensor]) -> torch
 def image_loss(student: torch.Tensor, teacher: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
     """Image-level semantic-sensitive loss (Eqs. 3 and 4): L1 distance of the globally averaged logits.
 
-    student and teacher (B, N, H, W) floating, of equal batch and classes -> scalar, float32 or float64, averaged over the batch.
+    student and teacher (B, N, H, W) floating, of equal batch and classes -> scalar, float32 or float64, the batch's mean.
     reduction: `sum` over the classes, or `mean`, which is Eq. 4 to the letter and N times weaker.
     """
     student, teacher = (logits if logits.dtype == torch.float64 else logits.float() for logits in (student, teacher))
