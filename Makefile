@@ -47,6 +47,8 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
+# A last.pt is whole from the moment it is there; make must not remove it when it is interrupted.
+.PRECIOUS: runs/%/last.pt
 .PHONY: install demo compare teachers distill sup test lint ext bench clean
 
 install: | $(INSTALLED)

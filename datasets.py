@@ -35,7 +35,7 @@ RECIPES = {
     "shapes": {
         "deep": "resnet34", "wide": "resnet18", "weights": "none", "head_width": 64, "crop": (64, 64),
         "scales": [0.75, 1.0, 1.25], "batch": 8, "lr": 0.05, "teacher_steps": 350, "steps": 250, "sup_only": 0.4,
-        "ramp_up": 0.6, "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 100.0,
+        "ramp_up": 0.6, "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 10.0,
     },
     "folder": {
         "deep": "resnet101", "wide": "wide_resnet34", "weights": "imagenet", "head_width": 256,
