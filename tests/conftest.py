@@ -9,7 +9,7 @@ from PIL import Image
 import common
 import datasets
 
-TINY = ["--workers", "0", "--batch", "2", "--crop", "32", "--head-width", "16", "--lr", "0.02", "--log-every", "1"]
+TINY = ["--workers", "0", "--batch", "2", "--crop", "48", "--head-width", "16", "--lr", "0.02", "--log-every", "1"]
 
 
 @pytest.fixture
