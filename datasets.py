@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from common import ArgumentParser, UserError, run
+from common import ArgumentParser, UserError, crop_size, run
 
 IGNORE = 255  # the mask value that takes part neither in a loss nor in mIoU
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
@@ -442,6 +442,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--part", default="1/8", help="share of the masks that is used: 1/K, or 1 for all")
     group.add_argument("--scales", type=float, nargs="+", help="factors on the image size, one drawn an image")
     group.add_argument("--image-scale", type=float, default=1.0, help="factor on the size of all images, in evaluation too")
+    group.add_argument("--window", type=crop_size, help="evaluate in sliding windows, SIDE or HEIGHTxWIDTH, not whole images")
 
 
 def main():

@@ -7,9 +7,11 @@ The same `evaluate` validates during training, so the figures cannot differ. Who
 are compared at the size of the mask.
 """
 
+import math
 import pathlib
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -25,19 +27,71 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
+class Protocol(NamedTuple):
+    """How the network sees an image. Every training validates with the protocol of its arguments, and a checkpoint is
+    evaluated with that of its training, but for what the command line changes."""
+
+    image_scale: float = 1.0  # factor on the size of all images
+    window: tuple[int, int] | None = None  # (height, width) of sliding windows; None: the whole image at once
+    scales: tuple[float, ...] = (1.0,)  # the mean over these sizes
+    flip: bool = False  # and over the mirrored image
+
+
+WHOLE = Protocol()
+
+
+def protocol_of(args: dict) -> Protocol:
+    """The protocol of a training's arguments."""
+    return Protocol(args["image_scale"], tuple(args["window"]) if args["window"] else None)
+
+
+def starts(size: int, window: int) -> list[int]:
+    """Where windows begin: two thirds of a window apart, the last one moved back to the border."""
+    stride = math.ceil(window * 2 / 3)
+    return [min(i * stride, size - window) for i in range(1 + max(0, -(-(size - window) // stride)))]
+
+
+def window_logits(model, x: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
+    """Normalised images x (B, 3, H, W) -> logits (B, N, H, W), float32: the sum over sliding windows where `window` is given.
+
+    An image smaller than a window is padded with zeros, the mean colour, at its right and lower border.
+    """
+    if window is None:
+        return model(x).logits
+    height, width = x.shape[-2:]
+    h, w = window
+    x = F.pad(x, (0, max(0, w - width), 0, max(0, h - height)))
+    total = None
+    for top in starts(x.shape[-2], h):
+        for left in starts(x.shape[-1], w):
+            logits = model(x[..., top : top + h, left : left + w]).logits
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], *x.shape[-2:])
+            total[..., top : top + h, left : left + w] += logits
+    return total[..., :height, :width]
+
+
 @torch.inference_mode()
-def predict(model, image: np.ndarray, device, precision: str, image_scale: float = 1.0) -> torch.Tensor:
-    """image (H, W, 3) uint8 -> (H, W) int64 class indices on `device`; the network sees the image times `image_scale`."""
+def predict(model, image: np.ndarray, device, precision: str, protocol: Protocol = WHOLE) -> torch.Tensor:
+    """image (H, W, 3) uint8 -> (H, W) int64 class indices on `device`.
+
+    Logits are brought to the image's size; several scales or mirrored images are averaged as probabilities.
+    """
     size = image.shape[:2]
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    if image_scale != 1.0:
-        smaller = [max(1, round(side * image_scale)) for side in size]
-        x = datasets.v2.functional.resize(x, smaller, antialias=True)
-    with autocast(device, precision):
-        logits = model(datasets.normalize(x, device)).logits
-    if logits.shape[-2:] != size:
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
-    return logits[0].argmax(0)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    total, views = 0, len(protocol.scales) * (1 + protocol.flip)
+    for scale in protocol.scales:
+        scaled = [max(1, round(side * protocol.image_scale * scale)) for side in size]
+        resized = pixels if scaled == list(size) else datasets.v2.functional.resize(pixels, scaled, antialias=True)
+        x = datasets.normalize(resized, device)
+        for mirrored in (False, True)[: 1 + protocol.flip]:
+            with autocast(device, precision):
+                logits = window_logits(model, x.flip(-1) if mirrored else x, protocol.window)
+            logits = logits.flip(-1) if mirrored else logits
+            if logits.shape[-2:] != size:
+                logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+            total = logits if views == 1 else total + logits.softmax(1)
+    return total[0].argmax(0)
 
 
 def confusion_matrix(prediction: torch.Tensor, mask: torch.Tensor, classes: int) -> torch.Tensor:
@@ -56,7 +110,7 @@ def iou(confusion: torch.Tensor) -> tuple[float, list[float | None]]:
     return (sum(present) / len(present) if present else float("nan")), values
 
 
-def evaluate(model, dataset, names: Iterable[str], device, precision: str, image_scale: float = 1.0) -> torch.Tensor:
+def evaluate(model, dataset, names: Iterable[str], device, precision: str, protocol: Protocol = WHOLE) -> torch.Tensor:
     """The confusion matrix (N, N), int64 on the CPU, of `model` over the images `names`. The mode of `model` is restored."""
     was_training = model.training
     model.eval()
@@ -64,7 +118,7 @@ def evaluate(model, dataset, names: Iterable[str], device, precision: str, image
     confusion = torch.zeros(n, n, dtype=torch.int64, device=device)
     for name in names:
         mask = torch.from_numpy(np.array(dataset.mask(name))).to(device)
-        prediction = predict(model, dataset.image(name), device, precision, image_scale)
+        prediction = predict(model, dataset.image(name), device, precision, protocol)
         if prediction.shape != mask.shape:
             raise UserError(f"{name}: its mask is {tuple(mask.shape)}, its image {tuple(prediction.shape)} (height, width); "
                             "image and mask must be of one size")  # fmt: skip
@@ -75,7 +129,7 @@ def evaluate(model, dataset, names: Iterable[str], device, precision: str, image
 
 def validate(model, dataset, device, args) -> float:
     """mIoU in percent on the data set's val images, as `evaluate.py` computes it."""
-    return iou(evaluate(model, dataset, dataset.val, device, args.precision, args.image_scale))[0]
+    return iou(evaluate(model, dataset, dataset.val, device, args.precision, protocol_of(vars(args))))[0]
 
 
 def result_row(args, dataset, partition, **fields) -> dict:
@@ -174,12 +228,12 @@ def main():
             raise UserError(f"{path}: was trained on the classes {', '.join(checkpoint['classes'])}, but the data set has "
                             f"{', '.join(dataset.classes)}; give the data set of the training with --data")  # fmt: skip
         precision = pick_precision(args.precision or checkpoint["args"]["precision"], device)
-        scale = checkpoint["args"]["image_scale"]
+        protocol = protocol_of(checkpoint["args"])
         model = models.model_from_checkpoint(checkpoint).to(device)
-        miou, values = iou(evaluate(model, dataset, dataset.val, device, precision, scale))
+        miou, values = iou(evaluate(model, dataset, dataset.val, device, precision, protocol))
         rows.append({**checkpoint["row"], "miou": miou, "iou": dict(zip(dataset.classes, values, strict=True))})
         if args.panels and rows[-1]["seed"] == rows[0]["seed"]:  # one seed is enough to look at
-            masks = [predict(model, dataset.image(name), device, precision, scale).cpu().numpy() for name in shown]
+            masks = [predict(model, dataset.image(name), device, precision, protocol).cpu().numpy() for name in shown]
             panels.append((f"{label_of(rows[-1])}\n{rows[-1]['steps']} steps: {miou:.1f} mIoU", masks))
     print_table(rows, dataset.classes)
     print_seeds(rows)
