@@ -29,7 +29,7 @@ ifeq ($(filter $(STUDENT),r18 r34 r50 r101 wr34 mbv2 resnet18 resnet34 resnet50 
 $(error STUDENT=$(STUDENT): unknown backbone; take r18 or mbv2)
 endif
 
-RUN := runs/$(if $(DATA),$(notdir $(patsubst %/,%,$(DATA))),$(DATASET))/$(subst /,-,$(PART))
+RUN := runs/$(if $(filter folder,$(DATASET)),$(notdir $(patsubst %/,%,$(DATA))),$(DATASET))/$(subst /,-,$(PART))
 # $(call checkpoints,NAME): the last.pt of the runs called NAME, one a seed.
 seed_tag = $(if $(filter-out 0,$(1)),-s$(1))
 checkpoints = $(foreach seed,$(SEEDS),$(RUN)/$(1)$(call seed_tag,$(seed))/last.pt)

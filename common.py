@@ -4,6 +4,7 @@ Functions only: no loop lives here, and nothing here sees a loss.
 """
 
 import argparse
+import atexit
 import datetime
 import json
 import os
@@ -25,8 +26,8 @@ class UserError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with one line for a wrong argument, and the opening docstring as it stands."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description=None, **more):  # subcommands pass more
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
@@ -61,6 +62,7 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--lr", type=float, help="initial learning rate; decays as (1 - step / steps)^0.9")
     group.add_argument("--weight-decay", type=float, default=5e-4, help="not applied to norms and biases")
     group.add_argument("--crop", type=crop_size, help="crop side in pixels, or HEIGHTxWIDTH")
+    group.add_argument("--ohem", action=argparse.BooleanOptionalAction, help="supervised loss on hard pixels only")
     group.add_argument("--no-cutmix", dest="cutmix", action="store_false", help="unlabeled views without CutMix")
     group.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1), help="data loading processes")
     group.add_argument("--device", help="cuda, cpu, ...; by default cuda where there is one")
@@ -86,12 +88,13 @@ def crop_size(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
-def fill_from_recipe(args: argparse.Namespace, recipe: dict, steps: str):
+def fill_from_recipe(args: argparse.Namespace, recipe: dict, stage: str):
     """Give every argument that is still None its value of the recipe, make OUT, and check what argparse cannot.
 
-    `steps` names the recipe's entry with the number of steps. Raises UserError.
+    `stage` is teacher or student. Raises UserError.
     """
-    recipe = {**recipe, "steps": recipe[steps], "lr": recipe.get("lr_of", {}).get(args.backbone, recipe["lr"])}
+    recipe = {**recipe, **recipe.get(stage, {}), **recipe.get("of", {}).get(args.backbone, {}),
+              **({} if args.cutmix else recipe.get("no_cutmix", {}))}  # fmt: skip
     for key, value in recipe.items():
         if getattr(args, key, 0) is None:
             setattr(args, key, value)
@@ -128,6 +131,27 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return torch.device(name)
+
+
+def start_ranks(name: str | None) -> torch.device:
+    """This process's device; under torchrun it also joins the group of ranks, which ends when the process does."""
+    if "RANK" not in os.environ or torch.distributed.is_initialized():
+        return pick_device(name)
+    if name is None and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
+    return device
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and how many there are; (0, 1) without torchrun."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:
@@ -244,6 +268,11 @@ def plain_args(args: argparse.Namespace) -> dict:
 
 
 # ---- logs and result files ----
+
+
+def printable(text: str) -> str:
+    """File names may hold bytes that are not UTF-8; they are shown as such."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class Progress:

@@ -1,47 +1,69 @@
 """Images and masks, partitions into labeled and unlabeled images, augmentation, CutMix.
 
-    python datasets.py --dataset folder --data data/mine --part 1/8     # what would be labeled, and the classes' shares
-    python datasets.py --dataset shapes --picture shapes.png            # a sheet of images and masks
+    python datasets.py check --dataset folder --data data/mine --part 1/8 --picture look.png --chart classes.png
+    python datasets.py prepare-voc --data data/voc --download       # VOC's augmented masks, from SBD
 
 Everything random is a pure function of the seed and the step, so that a resumed run sees what an uninterrupted one sees.
 """
 
 import argparse
+import collections
 import colorsys
+import contextlib
 import functools
 import hashlib
 import math
+import os
 import pathlib
 import re
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from tqdm import tqdm
 
 from common import ArgumentParser, UserError, crop_size, run
 
 IGNORE = 255  # the mask value that takes part neither in a loss nor in mIoU
+FILL = [124, 116, 104]  # the mean below as a colour, for pixels outside the image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 SUFFIXES = (".jpg", ".jpeg", ".png")
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on files it cannot read
 
-# What the arguments left at their defaults become, by data set. `shapes` has small stand-ins for the teachers, so that
-# the whole pipeline runs in minutes without a GPU; `folder` follows the paper's VOC recipe.
+# What the arguments left at their defaults become, by data set; `teacher`, `student`, a backbone of `of`, and `no_cutmix`
+# override. `shapes` has small stand-ins for the teachers, so that the whole pipeline runs in minutes without a GPU. The
+# others are the recipes of the paper and its released code, in one process; `folder` follows that of VOC.
+SHAPES_RECIPE = {
+    "deep": "resnet34", "wide": "resnet18", "weights": "none", "head_width": 64, "crop": (64, 64),
+    "scales": [0.75, 1.0, 1.25], "batch": 8, "lr": 0.05, "sup_only": 0.4, "ramp_up": 0.6, "cps_weight": 1.0,
+    "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 10.0, "window": None, "ohem": False,
+    "teacher": {"steps": 350}, "student": {"steps": 250},
+}  # fmt: skip
+FOLDER_RECIPE = {
+    "deep": "resnet101", "wide": "wide_resnet34", "weights": "imagenet", "head_width": 256, "crop": (512, 512),
+    "scales": [0.5, 0.75, 1.0, 1.5, 1.75, 2.0], "batch": 8, "lr": 0.0025, "steps": 40_000, "sup_only": 0.0, "ramp_up": 0.0,
+    "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 100.0, "window": None, "ohem": False,
+    "of": {"wide_resnet34": {"lr": 0.001}, "mobilenetv2": {"lr": 0.0035}},
+}  # fmt: skip
+VOC_RECIPE = {
+    **FOLDER_RECIPE, "steps": 39_700, "window": (512, 512), "no_cutmix": {"cps_weight": 1.5},
+    "of": {"wide_resnet34": {"lr": 0.001}, "mobilenetv2": {"lr": 0.0035, "lambda_image": 0.001, "lambda_region": 50.0}},
+}  # fmt: skip
 RECIPES = {
-    "shapes": {
-        "deep": "resnet34", "wide": "resnet18", "weights": "none", "head_width": 64, "crop": (64, 64),
-        "scales": [0.75, 1.0, 1.25], "batch": 8, "lr": 0.05, "teacher_steps": 350, "steps": 250, "sup_only": 0.4,
-        "ramp_up": 0.6, "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 10.0,
-    },
-    "folder": {
-        "deep": "resnet101", "wide": "wide_resnet34", "weights": "imagenet", "head_width": 256,
-        "crop": (512, 512), "scales": [0.5, 0.75, 1.0, 1.5, 1.75, 2.0], "batch": 8, "lr": 0.0025,
-        "lr_of": {"wide_resnet34": 0.001, "mobilenetv2": 0.0035}, "teacher_steps": 40_000, "steps": 40_000, "sup_only": 0.0,
-        "ramp_up": 0.0, "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 100.0,
+    "shapes": SHAPES_RECIPE,
+    "folder": FOLDER_RECIPE,
+    "voc": VOC_RECIPE,
+    "voc-few": VOC_RECIPE,
+    "cityscapes": {
+        **FOLDER_RECIPE, "crop": (800, 800), "window": (800, 800), "ohem": True, "cps_weight": 5.0,
+        "no_cutmix": {"cps_weight": 6.0}, "of": {}, "teacher": {"steps": 44_600}, "student": {"steps": 22_300, "batch": 16},
     },
 }  # fmt: skip
 
@@ -138,101 +160,299 @@ OUTLINES = {
 }  # fmt: skip
 
 
-class Folder:
+class Files:
+    """A data set of files: images by name, and masks of some of them. `Folder`, `Voc` and `Cityscapes` say where they lie.
+
+    A mask is opened only where `mask` is called for its name.
+    """
+
+    cache: pathlib.Path | None = None  # a folder of decoded images and masks
+    expected: tuple[int, int] | None = None  # training and val images of a data set that everybody has alike
+
+    root: pathlib.Path
+    name: str
+    classes: list[str]
+    palette: list[tuple[int, int, int]]
+    images: dict[str, pathlib.Path]
+    masks: dict[str, pathlib.Path]
+    train: list[str]
+    val: list[str]
+    bare: list[str]  # more images without masks
+
+    def has_mask(self, name: str) -> bool:
+        return name in self.masks
+
+    def image(self, name: str) -> np.ndarray:
+        """(H, W, 3) uint8, RGB, upright."""
+        return self.decoded(self.images[name], lambda path: np.asarray(open_image(path)))
+
+    def mask(self, name: str) -> np.ndarray:
+        """(H, W) uint8, class indices and 255. Raises UserError for any other value."""
+        if name not in self.masks:
+            raise UserError(f"{self.root}: '{name}' has no mask")
+        return self.decoded(self.masks[name], self.read_mask)
+
+    def read_mask(self, path: pathlib.Path) -> np.ndarray:
+        mask = self.to_classes(open_mask(path), path)
+        values = np.unique(mask)
+        wrong = values[(values >= len(self.classes)) & (values != IGNORE)]
+        if wrong.size:
+            raise UserError(f"{path}: holds label {wrong[0]}, but the {len(self.classes)} classes are 0 to "
+                            f"{len(self.classes) - 1}, and 255 is ignored; mend the mask or classes.txt")  # fmt: skip
+        return mask.astype(np.uint8)
+
+    def to_classes(self, mask: np.ndarray, path: pathlib.Path) -> np.ndarray:
+        """From the values in a mask file to class indices."""
+        return mask
+
+    def decoded(self, path: pathlib.Path, decode) -> np.ndarray:
+        """decode(path), or the array that an earlier call left in the cache, memory-mapped.
+
+        The entry's name is made of the file's path, size and time, so that a changed file is decoded anew.
+        """
+        if self.cache is None:
+            return decode(path)
+        try:
+            stat = path.stat()
+        except OSError:
+            return decode(path)  # which says what is wrong
+        key = digest(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {','.join(self.classes)}")
+        entry = self.cache / f"{key}.npy"
+        if entry.exists():
+            with contextlib.suppress(OSError, ValueError):  # cut short: made again
+                return np.load(entry, mmap_mode="r")
+        array = decode(path)
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.cache, suffix=".tmp", delete=False) as file:
+                np.save(file, array)
+            os.replace(file.name, entry)
+        except OSError as error:
+            raise UserError(f"--cache {self.cache}: cannot be written ({error}); give another folder, or none") from None
+        return array
+
+    def check(self, names: list[str], masks: bool):
+        """Open the header of every image, and where `masks` every mask, so that unreadable files, unequal sizes and labels
+        outside the classes end the run before it starts. Raises UserError for the first."""
+
+        def check_one(name):
+            size = upright_size(self.images[name])
+            if masks:
+                check_size(self.masks.get(name, self.root), self.mask(name), size)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(check_one, names))
+
+    def missing(self) -> str | None:
+        """What lacks to the counts that everybody has, in one line."""
+        if self.expected and (len(self.train), len(self.val)) != self.expected:
+            return (f"{self.root}: {self.name} has {len(self.train)} training and {len(self.val)} val images here, not "
+                    f"{self.expected[0]:,} and {self.expected[1]:,}; {self.what_is_missing()}")  # fmt: skip
+        return None
+
+    def what_is_missing(self) -> str:
+        return "some of the files are not there"
+
+
+def check_size(path: pathlib.Path, mask: np.ndarray, size: tuple[int, int]):
+    height, width = mask.shape
+    if (width, height) != size:
+        raise UserError(f"{path}: is {width}x{height}, its image {size[0]}x{size[1]}; image and mask must be of one size")
+
+
+class Folder(Files):
     """Own data: images/NAME.(jpg|png), masks/NAME.png (class index, 255 = ignore), train.txt, val.txt, and optionally
-    classes.txt (one name a line) and unlabeled.txt. An image without a mask is unlabeled; its mask is never opened."""
+    classes.txt (one name a line), palette.txt (one `R G B` a line) and unlabeled.txt. An image without a mask is unlabeled."""
 
     def __init__(self, root: pathlib.Path | str):
         self.root = root = pathlib.Path(root)
         self.name = root.resolve().name
-        if not root.is_dir():
-            raise UserError(f"{root}: no such folder; give the data set's folder with --data")
-        for part in ("images", "masks"):
-            if not (root / part).is_dir():
-                raise UserError(f"{root / part}: no such folder; a data set holds images/, masks/, train.txt and val.txt")
-        self.files = {p.stem: p for p in sorted((root / "images").iterdir()) if p.suffix.lower() in SUFFIXES}
-        self.masked = {p.stem for p in (root / "masks").iterdir() if p.suffix.lower() == ".png"}
-        self.train, self.val = self.read_list("train.txt"), self.read_list("val.txt")
-        extra = self.read_list("unlabeled.txt") if (root / "unlabeled.txt").exists() else []
+        for folder in (root, root / "images", root / "masks"):
+            if not folder.is_dir():
+                raise UserError(f"{folder}: no such folder; --data names one that holds images/, masks/, train.txt and val.txt")
+        self.images = by_name(p for p in (root / "images").iterdir() if p.suffix.lower() in SUFFIXES)
+        self.masks = by_name(p for p in (root / "masks").iterdir() if p.suffix.lower() == ".png")
+        self.train, self.val = (read_names(root / f, self.images) for f in ("train.txt", "val.txt"))
+        extra = read_names(root / "unlabeled.txt", self.images) if (root / "unlabeled.txt").exists() else []
         self.bare = [name for name in extra if name not in set(self.train)]
         overlap = set(self.val) & {*self.train, *self.bare}
         if overlap:
             raise UserError(f"{root / 'val.txt'}: '{min(overlap)}' is also a training image; take it out of one list")
-        unmasked = [name for name in self.val if name not in self.masked]
+        unmasked = [name for name in self.val if name not in self.masks]
         if unmasked:
             raise UserError(f"{root / 'masks' / (unmasked[0] + '.png')}: no such mask, but val.txt lists its image; "
                             "add the mask or take the name out")  # fmt: skip
         if (root / "classes.txt").exists():
-            self.classes = self.read_lines("classes.txt")
+            self.classes = read_lines(root / "classes.txt")
         else:  # then val says how many classes there are, whatever the partition
-            highest = max(int(mask[mask != IGNORE].max(initial=0)) for mask in map(self.read_mask, self.val))
-            self.classes = [f"class {i}" for i in range(highest + 1)]
-        if len(self.classes) < 2:
-            raise UserError(f"{root / 'classes.txt'}: names {len(self.classes)} class(es); at least two are needed, one a line")
+            masks = (open_mask(self.masks[name]) for name in self.val)
+            self.classes = [f"class {i}" for i in range(1 + max(int(m[m != IGNORE].max(initial=0)) for m in masks))]
+        if not 2 <= len(self.classes) <= IGNORE:
+            raise UserError(f"{root / 'classes.txt'}: names {len(self.classes)} class(es); 2 to 255 are needed, one a line")
         self.palette = voc_palette(len(self.classes))
+        if (root / "palette.txt").exists():
+            self.palette = read_palette(root / "palette.txt", len(self.classes))
 
-    def read_lines(self, file):
-        path = self.root / file
-        try:
-            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; write one image name a line, without folder and extension") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
-    def read_list(self, file):
-        names = self.read_lines(file)
-        if not names:
-            raise UserError(f"{self.root / file}: names no image; write one image name a line")
-        for name in names:
-            if name not in self.files:
-                raise UserError(f"{self.root / 'images' / name}.jpg (or .png): no such image, but {file} lists '{name}'; "
-                                "add the image or take the name out")  # fmt: skip
-        return list(dict.fromkeys(names))
+VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+               "tvmonitor"]  # fmt: skip
 
-    def has_mask(self, name):
-        return name in self.masked
 
-    def image(self, name) -> np.ndarray:
-        """(H, W, 3) uint8, RGB, upright."""
-        return np.asarray(open_image(self.files[name]))
+class Voc(Files):
+    """PASCAL VOC 2012 in the VOCdevkit layout; `data` is VOCdevkit, its VOC2012, or the folder that holds VOCdevkit.
 
-    def mask(self, name) -> np.ndarray:
-        """(H, W) uint8, class indices and 255. Raises UserError for any other value."""
-        mask = self.read_mask(name)
-        values = np.unique(mask)
-        wrong = values[(values >= len(self.classes)) & (values != IGNORE)]
-        if wrong.size:
-            raise UserError(f"{self.mask_path(name)}: holds label {wrong[0]}, but the {len(self.classes)} classes are 0 to "
-                            f"{len(self.classes) - 1}, and 255 is ignored; mend the mask or classes.txt")  # fmt: skip
-        return mask
+    Training images are VOC's train and SBD's, without VOC's val: those that ImageSets/Segmentation/train_aug.txt lists, or,
+    without that file, those with a mask in SegmentationClassAug (see `prepare_voc`). With `few` (voc-few) they are VOC's
+    train alone.
+    """
 
-    def mask_path(self, name):
-        return self.root / "masks" / f"{name}.png"
+    def __init__(self, data: pathlib.Path | str, few: bool = False):
+        self.root = root = voc_root(pathlib.Path(data))
+        self.name, self.expected = ("voc-few", (1464, 1449)) if few else ("voc", (10582, 1449))
+        self.classes, self.palette, self.bare = VOC_CLASSES, voc_palette(21), []
+        self.images = by_name((root / "JPEGImages").glob("*.jpg"))
+        own, augmented = root / "SegmentationClass", root / "SegmentationClassAug"
+        lists = root / "ImageSets" / "Segmentation"
+        self.listed = read_names(lists / "train.txt", self.images)
+        self.val = read_names(lists / "val.txt", self.images)
+        self.masks = by_name(augmented.glob("*.png")) | by_name(own.glob("*.png"))
+        if few:
+            self.train = self.listed
+            return
+        if not augmented.is_dir():
+            raise UserError(f"{augmented}: no such folder; build it with python datasets.py prepare-voc --data {data}, or "
+                            "take --dataset voc-few")  # fmt: skip
+        self.listed = [*self.listed, *by_name(augmented.glob("*.png"))]
+        for file in ("train_aug.txt", "trainaug.txt"):
+            if (lists / file).exists():
+                self.listed = read_names(lists / file, self.images)
+        held_out = set(self.val)
+        self.train = sorted({name for name in self.listed if name in self.images} - held_out)
 
-    def read_mask(self, name):
-        path = self.mask_path(name)
-        try:
-            with Image.open(path) as file:
-                if file.mode not in ("L", "P", "1"):
-                    raise UserError(
-                        f"{path}: is a {file.mode} image; a mask holds one class index a pixel (grey or palette PNG)"
-                    )
-                return np.array(ImageOps.exif_transpose(file), dtype=np.uint8)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such mask") from None
-        except BROKEN_IMAGE as error:
-            raise UserError(f"{path}: cannot be read as a PNG ({error}); replace it") from None
+    def what_is_missing(self):
+        without = [name for name in self.listed if name not in self.images]
+        if without:
+            return f"JPEGImages lacks {len(without)} of them, first {without[0]}.jpg"
+        return "ImageSets/Segmentation or SegmentationClassAug is not whole (python datasets.py prepare-voc builds the latter)"
 
-    def check(self, names, masks: bool):
-        """Open the header of every image, and where `masks` every mask, so that unreadable files, unequal sizes and labels
-        outside the classes end the run before it starts."""
-        for name in names:
-            width, height = upright_size(self.files[name])
-            if masks and self.mask(name).shape != (height, width):
-                mask_height, mask_width = self.mask(name).shape
-                raise UserError(f"{self.mask_path(name)}: is {mask_width}x{mask_height}, its image {width}x{height}; image and "
-                                "mask must be of one size")  # fmt: skip
+
+def voc_root(data: pathlib.Path) -> pathlib.Path:
+    """The folder VOC2012 itself. Raises UserError."""
+    for root in (data, data / "VOC2012", data / "VOCdevkit" / "VOC2012"):
+        if (root / "JPEGImages").is_dir():
+            return root
+    raise UserError(f"{data}: holds no VOC2012/JPEGImages; give VOCdevkit with --data, or download it with "
+                    f"python datasets.py prepare-voc --data {data} --download")  # fmt: skip
+
+
+CITYSCAPES_CLASSES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
+                      "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]  # fmt: skip
+CITYSCAPES_PALETTE = [(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
+                      (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60),
+                      (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)]  # fmt: skip
+CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]  # the classes' labelIds
+
+
+class Cityscapes(Files):
+    """Cityscapes as downloaded: leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png and gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png,
+    or _labelTrainIds.png, which goes first where both are there."""
+
+    name, expected = "cityscapes", (2975, 500)
+
+    def __init__(self, root: pathlib.Path | str):
+        self.root = root = pathlib.Path(root)
+        self.classes, self.palette, self.bare = CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, []
+        self.images, self.masks, names = {}, {}, {}
+        for split in ("train", "val"):
+            images = by_name((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+            if not images:
+                raise UserError(f"{root / 'leftImg8bit' / split}: holds no CITY/NAME_leftImg8bit.png; --data names the "
+                                "folder of leftImg8bit and gtFine")  # fmt: skip
+            names[split] = list(images)
+            self.images |= images
+            for kind in ("labelIds", "labelTrainIds"):
+                self.masks |= by_name((root / "gtFine" / split).glob(f"*/*_gtFine_{kind}.png"))
+        self.train, self.val = names["train"], names["val"]
+        unmasked = [name for name in self.val if name not in self.masks]
+        if unmasked:
+            raise UserError(f"{root / 'gtFine' / 'val'}: holds no {unmasked[0]}_gtFine_labelIds.png (or labelTrainIds); "
+                            "unpack gtFine_trainvaltest.zip there")  # fmt: skip
+
+    def to_classes(self, mask, path):
+        if path.stem.endswith("labelTrainIds"):
+            return mask
+        table = np.full(256, IGNORE, np.uint8)
+        table[CITYSCAPES_IDS] = range(19)
+        if mask.max(initial=0) > 33 and set(np.unique(mask[mask > 33])) != {IGNORE}:  # 255 is -1, the ego licence plate
+            raise UserError(f"{path}: holds label {mask[mask != IGNORE].max()}, but labelIds end at 33; replace it")
+        return table[mask]
+
+    def what_is_missing(self):
+        return "leftImg8bit_trainvaltest.zip holds 18 cities for training and 3 for val"
+
+
+# ---- names, lists, images and masks ----
+
+
+def name_of(text: str) -> str:
+    """The image's name in a file name or path: without folders, suffix, and what Cityscapes appends."""
+    text = text.replace("\\", "/").rsplit("/", 1)[-1]
+    text = re.sub(r"\.(jpe?g|png)$", "", text, flags=re.IGNORECASE)
+    return re.sub(r"_leftImg8bit$|_gtFine(_label(Train)?Ids)?$", "", text)
+
+
+def by_name(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
+    """{name: path}, sorted. Raises UserError where two files have one name."""
+    files = {}
+    for path in sorted(paths):
+        other = files.setdefault(name_of(path.name), path)
+        if other is not path:
+            raise UserError(f"{path}: has the name of {other.name}, beside it; rename or remove one of them")
+    return files
+
+
+def read_lines(path: pathlib.Path) -> list[str]:
+    """The lines of a text file that are not empty, stripped. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; write one name a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_names(path: pathlib.Path, known: Iterable[str]) -> list[str]:
+    """The images that a list names, each once, in its order.
+
+    A line is a name, or a path of the image (folders and suffix do not count), or such a path and that of the mask, with a
+    space or tab between. Raises UserError where the list is empty or names what is not among `known`.
+    """
+    names, known = {}, set(known)
+    for number, line in enumerate(read_lines(path), 1):
+        pair = re.match(r"(.+?\.(?:jpe?g|png))\s+\S", line, re.IGNORECASE)
+        candidates = [line, line.split("\t")[0], pair[1] if pair else line, line.split()[0]]
+        name = next((n for n in [line, *map(name_of, candidates)] if n in known), None)
+        if name is None:
+            raise UserError(f"{path}, entry {number}: '{line}' is no image of this data set (no file "
+                            f"'{name_of(line)}.jpg' or .png); add the image or take the line out")  # fmt: skip
+        names[name] = None
+    if not names:
+        raise UserError(f"{path}: names no image; write one image name a line")
+    return list(names)
+
+
+def read_palette(path: pathlib.Path, classes: int) -> list[tuple[int, int, int]]:
+    palette = []
+    for line in read_lines(path):
+        colour = re.fullmatch(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)", line)
+        if not colour or max(map(int, colour.groups())) > 255:
+            raise UserError(f"{path}: '{line}' is no colour; write one 'R G B' a line, each from 0 to 255")
+        palette.append(tuple(map(int, colour.groups())))
+    if len(palette) != classes:
+        raise UserError(f"{path}: holds {len(palette)} colours for {classes} classes; write one line a class")
+    return palette
 
 
 def upright_size(path) -> tuple[int, int]:
@@ -247,14 +467,30 @@ def upright_size(path) -> tuple[int, int]:
 
 
 def open_image(path) -> Image.Image:
-    """An RGB image, turned upright by its EXIF entry. Raises UserError."""
+    """An RGB image, turned upright by its EXIF entry; of 16 bits a pixel the upper 8 stay. Raises UserError."""
     try:
         with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # Pillow would clip 16-bit grey at 255
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except BROKEN_IMAGE as error:
         raise UserError(f"{path}: cannot be read as an image ({error}); replace it or take it out of the lists") from None
+
+
+def open_mask(path) -> np.ndarray:
+    """(H, W) whole numbers, as they are in a grey or palette PNG of 1 to 16 bits. Raises UserError."""
+    try:
+        with Image.open(path) as file:
+            if file.mode not in ("L", "P", "1") and not file.mode.startswith("I"):
+                raise UserError(f"{path}: is a {file.mode} image; a mask holds one class index a pixel (grey or palette PNG)")
+            return np.array(ImageOps.exif_transpose(file)).astype(np.int32 if file.mode.startswith("I") else np.uint8)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such mask") from None
+    except BROKEN_IMAGE as error:
+        raise UserError(f"{path}: cannot be read as a PNG ({error}); replace it") from None
 
 
 def voc_palette(n: int) -> list[tuple[int, int, int]]:
@@ -269,7 +505,7 @@ def voc_palette(n: int) -> list[tuple[int, int, int]]:
     return colours
 
 
-def open_dataset(name: str, data: pathlib.Path | str | None):
+def open_dataset(name: str, data: pathlib.Path | str | None, cache: pathlib.Path | None = None):
     """The data set of `--dataset` and `--data`. Raises UserError."""
     if name == "shapes":
         if data is not None:
@@ -278,37 +514,102 @@ def open_dataset(name: str, data: pathlib.Path | str | None):
         return Shapes()
     if data is None:
         raise UserError(f"--dataset {name}: needs its folder; give --data DIR (make: DATA=DIR)")
-    return Folder(data)
+    dataset = {"folder": Folder, "voc": Voc, "voc-few": lambda data: Voc(data, few=True), "cityscapes": Cityscapes}[name](data)
+    dataset.cache = cache
+    return dataset
+
+
+# ---- partitions ----
+
+
+def digest(text: str) -> str:
+    """A short hash; file names that are not UTF-8 are welcome."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def partition(dataset, part: str, seed: int = 0) -> Partition:
     """Split the training images: of n, ceil(n / k) stay labeled for `part` 1/k, or as many of them as have a mask.
 
-    Partitions of one seed are nested, 1/16 in 1/8 in 1/4, and do not change when the masks of unlabeled images go away.
-    `1` keeps every mask.
+    Images come in an order drawn by their names, but those that show a class for the first time come first, so every class
+    is labeled where the data allow it. Partitions of one seed are nested, 1/16 in 1/8 in 1/4, and do not change when the
+    masks of unlabeled images go away. Masks beyond the labeled ones are looked at only while a class is missing. `1` keeps
+    every mask.
     """
     match = re.fullmatch(r"1(?:/([1-9][0-9]*))?", part)
     if not match:
         raise UserError(f"--part {part}: expected 1/K with a whole number K, such as 1/8, or 1 for all masks")
     k = int(match[1] or 1)
     able = [name for name in dataset.train if dataset.has_mask(name)]
-    ranked = sorted(able, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    labeled = sorted(ranked[: math.ceil(len(dataset.train) / k)])
+    ranked = sorted(able, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode(errors="surrogateescape")).digest())
+    count = math.ceil(len(dataset.train) / k)
+    if count < len(ranked):
+        carriers = first_carriers(dataset, ranked)
+        ranked.sort(key=lambda name: name not in carriers)  # stable
+    labeled = sorted(ranked[:count])
     if not labeled:
-        raise UserError(f"--part {part}: leaves no labeled image, since no image of train.txt has a mask in masks/")
-    unlabeled = sorted({*dataset.train, *dataset.bare} - set(labeled))
-    digest = hashlib.sha256("\n".join([*labeled, "--", *unlabeled]).encode()).hexdigest()
-    return Partition("1" if k == 1 else part, labeled, unlabeled, digest[:12])
+        raise UserError(f"--part {part}: leaves no labeled image, since no training image of {dataset.name} has a mask")
+    return make_partition("1" if k == 1 else part, labeled, sorted({*dataset.train, *dataset.bare} - set(labeled)))
+
+
+def make_partition(name: str, labeled: list[str], unlabeled: list[str]) -> Partition:
+    return Partition(name, labeled, unlabeled, digest("\n".join([*labeled, "--", *unlabeled])))
+
+
+def first_carriers(dataset, names: list[str]) -> set[str]:
+    """The images that show a class which none before them shows."""
+    carriers, missing = set(), set(range(len(dataset.classes)))
+    for name in names:
+        if not missing:
+            break
+        with contextlib.suppress(UserError):  # a broken mask shows nothing; if it is labeled, the check will name it
+            new = missing.intersection(np.unique(dataset.mask(name)).tolist())
+            if new:
+                carriers.add(name)
+                missing -= new
+    return carriers
+
+
+def listed_partition(dataset, labeled_list: pathlib.Path, unlabeled_list: pathlib.Path | None) -> Partition:
+    """The partition of --labeled-list and --unlabeled-list; without the latter all other training images are unlabeled.
+
+    An image in both lists stays labeled, with a warning. Raises UserError for a val image, and for one without a mask.
+    """
+    known = {*dataset.train, *dataset.bare, *dataset.val}
+    labeled = read_names(labeled_list, known)
+    unlabeled = read_names(unlabeled_list, known) if unlabeled_list else [*dataset.train, *dataset.bare]
+    for path, names in ((labeled_list, labeled), (unlabeled_list, unlabeled)):
+        held_out = sorted(set(names) & set(dataset.val))
+        if held_out:
+            raise UserError(f"{path}: names {len(held_out)} val image(s), first '{held_out[0]}'; take them out")
+    unmasked = [name for name in labeled if not dataset.has_mask(name)]
+    if unmasked:
+        raise UserError(f"{labeled_list}: '{unmasked[0]}' has no mask; add it or take the name out")
+    both = sorted(set(labeled) & set(unlabeled)) if unlabeled_list else []
+    if both:
+        print(f"warning: {unlabeled_list} names {len(both)} labeled image(s) too, first '{both[0]}'; they stay labeled",
+              file=sys.stderr)  # fmt: skip
+    return make_partition(labeled_list.stem, sorted(labeled), sorted(set(unlabeled) - set(labeled)))
+
+
+def partition_of(dataset, args: argparse.Namespace) -> Partition:
+    """The partition of the arguments. Raises UserError."""
+    if args.labeled_list:
+        return listed_partition(dataset, args.labeled_list, args.unlabeled_list)
+    if args.unlabeled_list:
+        raise UserError(f"--unlabeled-list {args.unlabeled_list}: give --labeled-list with it")
+    return partition(dataset, args.part)
 
 
 def open_training_data(args: argparse.Namespace, unlabeled: bool):
     """The data set and the partition of a training, with every file's header checked; `unlabeled` says whether unlabeled
     images are needed. Raises UserError."""
-    dataset = open_dataset(args.dataset, args.data)
-    part = partition(dataset, args.part)
+    dataset = open_dataset(args.dataset, args.data, args.cache)
+    part = partition_of(dataset, args)
     if unlabeled and not part.unlabeled:
         raise UserError(f"--part {args.part}: leaves no unlabeled image; take a smaller part, add images to "
                         "unlabeled.txt, or train with labels alone (train_teacher.py --method sup)")  # fmt: skip
+    if dataset.missing():
+        print(f"note: {dataset.missing()}", file=sys.stderr)
     dataset.check(part.labeled + dataset.val, masks=True)
     if unlabeled:
         dataset.check(part.unlabeled, masks=False)
@@ -318,48 +619,67 @@ def open_training_data(args: argparse.Namespace, unlabeled: bool):
 # ---- augmentation ----
 
 
-class RandomScale(v2.Transform):
-    """Resize by a factor drawn from `scales`: images bilinear, masks nearest."""
+def draw_window(size: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> tuple[slice, slice]:
+    """Rows and columns, uniformly drawn, of a crop of an image of `size`; they reach over its borders where it is smaller."""
+    starts = [int(rng.integers(min(0, s - c), max(0, s - c), endpoint=True)) for s, c in zip(size, crop, strict=True)]
+    return slice(starts[0], starts[0] + crop[0]), slice(starts[1], starts[1] + crop[1])
 
-    def __init__(self, scales):
-        super().__init__()
-        self.scales = scales
 
-    def make_params(self, flat_inputs):
-        height, width = v2.functional.get_size(flat_inputs[0])
-        scale = self.scales[int(torch.randint(len(self.scales), ()))]
-        return {"size": [max(1, round(height * scale)), max(1, round(width * scale))]}
+def resize_window(array: np.ndarray, size: tuple[int, int], window: tuple[slice, slice], fill) -> np.ndarray:
+    """What resizing an array (H, W[, 3]) uint8 to `size` and then cropping to `window` gives, from the window's pixels alone.
 
-    def transform(self, inpt, params):
-        return self._call_kernel(v2.functional.resize, inpt, size=params["size"], antialias=True)
+    Images (three axes) are resized with antialiased bilinear weights, masks (two) take the nearest pixel. Pixels of the
+    window outside the image are `fill`.
+    """
+    crop = tuple(s.stop - s.start for s in window)
+    out = np.empty((*crop, *array.shape[2:]), np.uint8)
+    out[:] = fill
+    inside = [slice(max(0, s.start), min(n, s.stop)) for s, n in zip(window, size, strict=True)]
+    target = tuple(slice(i.start - s.start, i.stop - s.start) for i, s in zip(inside, window, strict=True))
+    ratio = [a / n for a, n in zip(array.shape, size, strict=False)]  # source pixels a target pixel
+    if array.ndim == 2:
+        rows, cols = (((np.arange(i.start, i.stop) + 0.5) * r).astype(int) for i, r in zip(inside, ratio, strict=True))
+        out[target] = array[rows[:, None], cols]
+        return out
+    if ratio == [1.0, 1.0]:
+        out[target] = array[tuple(inside)]
+        return out
+    low = [max(0, int(i.start * r - max(1, r)) - 1) for i, r in zip(inside, ratio, strict=True)]  # the filter reaches max(1, r)
+    high = [min(n, int(i.stop * r + max(1, r)) + 2) for i, r, n in zip(inside, ratio, array.shape, strict=False)]
+    source = Image.fromarray(array[low[0] : high[0], low[1] : high[1]])
+    (top, bottom), (left, right) = ((i.start * r - o, i.stop * r - o) for i, r, o in zip(inside, ratio, low, strict=True))
+    box = (max(0.0, left), max(0.0, top), min(right, source.width), min(bottom, source.height))  # rounding may exceed by 1e-13
+    shape = (inside[1].stop - inside[1].start, inside[0].stop - inside[0].start)
+    out[target] = np.asarray(source.resize(shape, Image.Resampling.BILINEAR, box))
+    return out
 
 
 class TrainSet(torch.utils.data.Dataset):
-    """Augmented crops. Item (index, seed) -> image (3, h, w) uint8, mask (h, w) int64; padding is 255 in the mask.
+    """Augmented crops: a drawn scale, mirrored or not, and a drawn window. Item (index, seed) -> image (3, h, w) uint8, mask
+    (h, w) int64; padding is 255 in the mask.
 
     With `labeled=False` no mask is opened: the mask then holds 0 for pixels of the image and 255 for padding.
     """
 
     def __init__(self, dataset, names, crop, scales, image_scale=1.0, labeled=True):
-        self.dataset, self.names, self.labeled = dataset, names, labeled
-        fill = {tv_tensors.Image: [round(255 * m) for m in MEAN], tv_tensors.Mask: IGNORE}
-        self.transform = v2.Compose([
-            RandomScale([image_scale * s for s in scales]),
-            v2.RandomHorizontalFlip(),
-            v2.RandomCrop(crop, pad_if_needed=True, fill=fill),
-        ])  # fmt: skip
+        self.dataset, self.names, self.crop, self.labeled = dataset, names, crop, labeled
+        self.scales = [image_scale * s for s in scales]
 
     def __getitem__(self, item):
         index, seed = item
         name = self.names[index]
+        rng = np.random.default_rng(seed)
         image = self.dataset.image(name)
-        mask = self.dataset.mask(name) if self.labeled else np.zeros(image.shape[:2], np.uint8)
-        image = tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-        mask = tv_tensors.Mask(torch.from_numpy(np.array(mask)))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            image, mask = self.transform(image, mask)
-        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long()
+        mask = self.dataset.mask(name) if self.labeled else np.broadcast_to(np.uint8(0), image.shape[:2])
+        scale = rng.choice(self.scales)
+        size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
+        # the window first, so that only its pixels are resized
+        window = draw_window(size, self.crop, rng)
+        crops = [resize_window(image, size, window, FILL), resize_window(mask, size, window, IGNORE)]
+        if rng.random() < 0.5:
+            crops = [crop[:, ::-1] for crop in crops]
+        image, mask = (torch.from_numpy(np.ascontiguousarray(crop)) for crop in crops)
+        return image.permute(2, 0, 1), mask.long()
 
 
 @functools.lru_cache(maxsize=4)
@@ -432,6 +752,63 @@ def cutmix(views: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     return torch.where(box if views.ndim == 4 else box[:, 0], inside, outside)
 
 
+# ---- VOC's augmented masks ----
+
+
+def prepare_voc(data: pathlib.Path, download: bool):
+    """Write SegmentationClassAug and ImageSets/Segmentation/train_aug.txt: the masks and names of VOC's train and, of SBD's
+    images, those that VOC's val does not hold. What exists is kept. Raises UserError.
+
+    SBD is looked for in `data` as benchmark_RELEASE/dataset, sbd or dataset; `download` fetches what is missing there.
+    """
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError("prepare-voc: reads SBD's .mat files with scipy; pip install scipy") from None
+    folders = [data / "benchmark_RELEASE" / "dataset", data / "sbd", data / "dataset"]
+    if download:
+        try:
+            if not (data / "VOCdevkit" / "VOC2012" / "JPEGImages").is_dir():
+                torchvision.datasets.VOCSegmentation(data, year="2012", image_set="trainval", download=True)
+            if not any((folder / "cls").is_dir() for folder in folders):
+                torchvision.datasets.SBDataset(data / "sbd", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--download: failed ({error}); fetch VOCtrainval_11-May-2012.tar and benchmark.tgz by other means "
+                            f"and unpack them in {data}") from None  # fmt: skip
+    root = voc_root(data)
+    sbd = next((folder for folder in folders if (folder / "cls").is_dir()), None)
+    if sbd is None:
+        raise UserError(f"{data}: holds no SBD (no cls/ in {', '.join(f.name for f in folders)}); unpack benchmark.tgz "
+                        "there, or add --download")  # fmt: skip
+    lists = root / "ImageSets" / "Segmentation"
+    own, held_out = read_lines(lists / "train.txt"), set(read_lines(lists / "val.txt"))
+    target = root / "SegmentationClassAug"
+    target.mkdir(exist_ok=True)
+    sources = {path.stem: path for path in sorted((sbd / "cls").glob("*.mat"))}
+    sources |= {name: root / "SegmentationClass" / f"{name}.png" for name in own}
+    names = sorted(sources.keys() - held_out)
+    flat = [channel for colour in voc_palette(256) for channel in colour]
+    for name in tqdm(names, desc=target.name, disable=None):
+        source, path = sources[name], target / f"{name}.png"
+        if path.exists():
+            continue
+        if source.suffix == ".mat":
+            try:
+                mask = loadmat(source)["GTcls"]["Segmentation"][0, 0]
+            except Exception as error:  # scipy raises its own and many others on damaged files
+                raise UserError(f"{source}: cannot be read as a mask of SBD ({error}); unpack benchmark.tgz again") from None
+        else:
+            mask = open_mask(source)
+        image = Image.fromarray(mask.astype(np.uint8))
+        image.putpalette(flat)
+        image.save(path.with_suffix(".tmp"), format="PNG")
+        os.replace(path.with_suffix(".tmp"), path)
+    (lists / "train_aug.txt").write_text("".join(f"{name}\n" for name in names))
+    print(f"{target}: {len(names)} masks; names in {lists / 'train_aug.txt'}")
+    missing = Voc(data).missing()
+    print(f"note: {missing}" if missing else "10,582 training and 1,449 val images, as in the paper")
+
+
 # ---- command line ----
 
 
@@ -440,38 +817,140 @@ def add_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--dataset", default="shapes", choices=list(RECIPES), help="shapes is embedded and needs no files")
     group.add_argument("--data", type=pathlib.Path, help="folder of the data set")
     group.add_argument("--part", default="1/8", help="share of the masks that is used: 1/K, or 1 for all")
-    group.add_argument("--scales", type=float, nargs="+", help="factors on the image size, one drawn an image")
+    group.add_argument("--labeled-list", type=pathlib.Path, help="instead of --part: a file that names the labeled images")
+    group.add_argument("--unlabeled-list", type=pathlib.Path, help="with --labeled-list: a file that names the unlabeled ones")
+    group.add_argument("--cache", type=pathlib.Path, help="folder in which decoded images are kept and found again")
+
+
+def add_view_arguments(parser: argparse.ArgumentParser):
+    """How networks see images."""
+    group = parser.add_argument_group("views")
+    group.add_argument("--scales", type=float, nargs="+", help="training: factors on the image size, one drawn an image")
     group.add_argument("--image-scale", type=float, default=1.0, help="factor on the size of all images, in evaluation too")
-    group.add_argument("--window", type=crop_size, help="evaluate in sliding windows, SIDE or HEIGHTxWIDTH, not whole images")
+    group.add_argument("--window", type=window_size, help=WINDOW_HELP)
+
+
+WINDOW_HELP = "evaluation: size of sliding windows, SIDE or HEIGHTxWIDTH, or `whole` for whole images"
+
+
+def window_size(text: str) -> tuple[int, int] | bool:
+    """As `crop_size`, and False for `whole`."""
+    return False if text == "whole" else crop_size(text)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Look at every file, say what is wrong and what there is; the number of problems."""
+    dataset = open_dataset(args.dataset, args.data, args.cache)
+    part = partition_of(dataset, args)
+    groups = {"labeled": part.labeled, "unlabeled": part.unlabeled, "val": dataset.val}
+    problems = []
+    counts = {group: np.zeros(256, np.int64) for group in ("labeled", "val")}  # pixels of each label
+    shown = {group: np.zeros(256, np.int64) for group in counts}  # images that show it
+    sizes = collections.Counter()
+
+    def look(group, name):
+        try:
+            height, width = dataset.image(name).shape[:2]
+            if group == "unlabeled":
+                return (height, width), None, None
+            mask = dataset.mask(name)
+            check_size(pathlib.Path(name) if args.dataset == "shapes" else dataset.masks[name], mask, (width, height))
+            return (height, width), np.bincount(mask.ravel(), minlength=256), None
+        except UserError as error:
+            return None, None, str(error)
+
+    with ThreadPoolExecutor() as pool:
+        for group, names in groups.items():
+            for size, count, problem in tqdm(pool.map(functools.partial(look, group), names), group, len(names), disable=None):
+                if problem:
+                    problems.append(problem)
+                    continue
+                sizes[size] += 1
+                if count is not None:
+                    counts[group] += count
+                    shown[group] += count > 0
+    if dataset.missing():
+        problems.append(dataset.missing())
+
+    print(f"{dataset.name}, partition {part.name} ({part.hash}): {len(part.labeled)} labeled, {len(part.unlabeled)} unlabeled, "
+          f"{len(dataset.val)} val images")  # fmt: skip
+    common = ", ".join(f"{w}x{h} ({n})" for (h, w), n in sizes.most_common(3))
+    print(f"sizes: {common}" + (f" and {len(sizes) - 3} more" if len(sizes) > 3 else ""))
+    shares = {group: 100 * c / max(1, c.sum()) for group, c in counts.items()}
+    print(f"{'':4} {'class':20} {'labeled: pixels':>15} {'images':>7} {'val: pixels':>13} {'images':>7}")
+    for index, label in [*enumerate(dataset.classes), (IGNORE, "(ignored)")]:
+        print(f"{index:4d} {label:20} {shares['labeled'][index]:14.2f}% {shown['labeled'][index]:7d} "
+              f"{shares['val'][index]:12.2f}% {shown['val'][index]:7d}")  # fmt: skip
+    for group in counts:
+        never = [label for index, label in enumerate(dataset.classes) if not shown[group][index]]
+        if never:
+            print(f"warning: no {group} image shows {', '.join(never)}")
+    if args.picture:
+        save_picture(args.picture, dataset, [name for name in part.labeled[:8] if not any(name in p for p in problems)])
+    if args.chart:
+        save_chart(args.chart, dataset, shares)
+    for problem in problems:
+        print(f"problem: {problem}")
+    print(f"{len(problems)} problem(s)" if problems else "no problem found")
+    return len(problems)
+
+
+def save_picture(path: pathlib.Path, dataset, names: list[str]):
+    """A sheet of images over their masks, each 240 pixels wide."""
+    colours = np.full((256, 3), 255, np.uint8)
+    colours[: len(dataset.palette)] = dataset.palette
+    columns = []
+    for name in names:
+        both = np.vstack([dataset.image(name), colours[dataset.mask(name)]])
+        columns.append(Image.fromarray(both).resize((240, round(240 * both.shape[0] / both.shape[1]))))
+    sheet = Image.new("RGB", (240 * max(1, len(columns)), max([c.height for c in columns], default=1)), "white")
+    for i, column in enumerate(columns):
+        sheet.paste(column, (240 * i, 0))
+    write_file("--picture", path, sheet.save)
+
+
+def save_chart(path: pathlib.Path, dataset, shares: dict[str, np.ndarray]):
+    """Bars: each class's share of the pixels with a label, labeled and val."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    n = len(dataset.classes)
+    figure, axis = plt.subplots(figsize=(6, 1 + 0.28 * n), layout="constrained")
+    for offset, (group, share) in zip((-0.2, 0.2), shares.items(), strict=True):
+        axis.barh(np.arange(n) + offset, np.maximum(share[:n], 1e-3), 0.38, label=group)
+    axis.set_yticks(range(n), dataset.classes, fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xlabel("% of the pixels")
+    axis.invert_yaxis()
+    axis.legend(frameon=False)
+    write_file("--chart", path, figure.savefig)
+    plt.close(figure)
+
+
+def write_file(flag: str, path: pathlib.Path, save):
+    try:
+        save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error}); give a name such as look.png") from None
+    print(f"{flag[2:]}: {path}")
 
 
 def main():
-    parser = ArgumentParser("Show a partition, the classes' shares and a sheet of samples.")
-    add_arguments(parser)
-    parser.add_argument("--picture", type=pathlib.Path, help="write a PNG of eight images and their masks")
+    parser = ArgumentParser(__doc__)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="{check,prepare-voc}")
+    checker = commands.add_parser("check", help="look at every file of a data set before training")
+    add_arguments(checker)
+    checker.add_argument("--picture", type=pathlib.Path, help="write a PNG of eight labeled images and their masks")
+    checker.add_argument("--chart", type=pathlib.Path, help="write a PNG of the classes' shares")
+    preparer = commands.add_parser("prepare-voc", help="build VOC's augmented masks from SBD")
+    preparer.add_argument("--data", type=pathlib.Path, required=True, help="folder that holds VOCdevkit and SBD")
+    preparer.add_argument("--download", action="store_true", help="download what is missing")
     args = parser.parse_args()
-    dataset = open_dataset(args.dataset, args.data)
-    part = partition(dataset, args.part)
-    dataset.check(part.labeled + dataset.val, masks=True)
-    dataset.check(part.unlabeled, masks=False)
-    print(f"{len(part.labeled)} labeled, {len(part.unlabeled)} unlabeled, {len(dataset.val)} val; partition {part.hash}")
-    counts = np.zeros((2, 256), np.int64)
-    for row, names in enumerate((part.labeled, dataset.val)):
-        for name in names:
-            counts[row] += np.bincount(dataset.mask(name).ravel(), minlength=256)
-    shares = 100 * counts / counts.sum(1, keepdims=True)
-    for index, label in [*enumerate(dataset.classes), (IGNORE, "(ignored)")]:
-        print(f"{index:4d} {label:20} {shares[0, index]:6.2f}% of the labeled pixels, {shares[1, index]:6.2f}% of val")
-    if args.picture:
-        colours = np.full((256, 3), 255, np.uint8)
-        colours[: len(dataset.palette)] = dataset.palette
-        columns = [np.vstack([dataset.image(n), colours[dataset.mask(n)]]) for n in part.labeled[:8]]
-        height = min(c.shape[0] for c in columns)
-        try:
-            Image.fromarray(np.hstack([c[:height] for c in columns])).save(args.picture)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--picture {args.picture}: cannot be written ({error}); give a name such as look.png") from None
-        print(f"picture: {args.picture}")
+    if args.what == "check":
+        sys.exit(1 if check(args) else 0)
+    prepare_voc(args.data, args.download)
 
 
 if __name__ == "__main__":

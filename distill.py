@@ -44,6 +44,7 @@ def parse_args():
     parser.add_argument("--deep", type=pathlib.Path, required=True, help="checkpoint of the deep teacher T_D")
     parser.add_argument("--wide", type=pathlib.Path, required=True, help="checkpoint of the wide teacher T_W")
     datasets.add_arguments(parser)
+    datasets.add_view_arguments(parser)
     add_model_arguments(parser)
     add_training_arguments(parser)
     group = parser.add_argument_group("distillation")
@@ -54,7 +55,7 @@ def parse_args():
     group.add_argument("--teacher-bn", choices=["eval", "train"], default="eval", help="train: with the batch's statistics")
     args = parser.parse_args()
     args.backbone = models.canonical_name(args.backbone, "--student")
-    fill_from_recipe(args, datasets.RECIPES[args.dataset], "steps")
+    fill_from_recipe(args, datasets.RECIPES[args.dataset], "student")
     if args.regions < 1:
         raise UserError(f"--regions {args.regions}: must be at least 1")
     return args
@@ -110,8 +111,9 @@ def mgd_losses(labeled, unlabeled, label, teacher_labels, pseudo_labels, deep_lo
     labels for the labeled images, pseudo_labels for the views, 255 = ignore; deep_logits (B, N, H, W) of T_D and
     wide_features (B, C, h, w) of T_W on the views.
     """
+    supervised_loss = mgd_ops.ohem_cross_entropy if args.ohem else mgd_ops.pixel_cross_entropy
     terms = {
-        "sup": mgd_ops.pixel_cross_entropy(labeled.logits, label),  # Eq. 1
+        "sup": supervised_loss(labeled.logits, label),  # Eq. 1
         "pixel_l": mgd_ops.pixel_loss(labeled.logits, teacher_labels),  # Eq. 2
         "pixel_u": mgd_ops.pixel_loss(unlabeled.logits, pseudo_labels),  # Eq. 2
         "image": mgd_ops.image_loss(unlabeled.logits, deep_logits, args.image_reduction),  # Eq. 4

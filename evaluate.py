@@ -1,27 +1,46 @@
 """Evaluate checkpoints: mIoU and IoU of each class, as a table, as JSON, and as a picture.
 
     python evaluate.py --ckpt runs/shapes/1-8/mgd-r18/last.pt
-    python evaluate.py --ckpt A/last.pt --compare B/last.pt C/last.pt --json out.json --panels out.png
+    python evaluate.py --ckpt A/last.pt --compare B/last.pt C/last.pt --json out.json --panels out.png --confusion matrix.png
+    python evaluate.py --ckpt A/last.pt --images photos --out predictions          # no masks needed
+    torchrun --nproc-per-node 4 evaluate.py --ckpt A/last.pt                       # the same figures, faster
 
-The same `evaluate` validates during training, so the figures cannot differ. Whole images, one scale, no flip; predictions
-are compared at the size of the mask.
+The same `evaluate` validates during training, so the figures cannot differ. Images are seen as in the training's
+validation (whole, or in the sliding windows of its --window), at one scale and not mirrored unless told otherwise;
+predictions are compared at the size of the mask.
 """
 
+import collections
 import math
 import pathlib
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torchvision.transforms import v2
+from tqdm import tqdm
 
 import datasets
 import mgd_ops
 import models
-from common import ArgumentParser, UserError, autocast, load_checkpoint, pick_device, pick_precision, run, write_result
+from common import (
+    ArgumentParser,
+    UserError,
+    autocast,
+    load_checkpoint,
+    pick_precision,
+    printable,
+    rank_and_size,
+    run,
+    start_ranks,
+    write_result,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -82,7 +101,7 @@ def predict(model, image: np.ndarray, device, precision: str, protocol: Protocol
     total, views = 0, len(protocol.scales) * (1 + protocol.flip)
     for scale in protocol.scales:
         scaled = [max(1, round(side * protocol.image_scale * scale)) for side in size]
-        resized = pixels if scaled == list(size) else datasets.v2.functional.resize(pixels, scaled, antialias=True)
+        resized = pixels if scaled == list(size) else v2.functional.resize(pixels, scaled, antialias=True)
         x = datasets.normalize(resized, device)
         for mirrored in (False, True)[: 1 + protocol.flip]:
             with autocast(device, precision):
@@ -110,19 +129,25 @@ def iou(confusion: torch.Tensor) -> tuple[float, list[float | None]]:
     return (sum(present) / len(present) if present else float("nan")), values
 
 
-def evaluate(model, dataset, names: Iterable[str], device, precision: str, protocol: Protocol = WHOLE) -> torch.Tensor:
-    """The confusion matrix (N, N), int64 on the CPU, of `model` over the images `names`. The mode of `model` is restored."""
+def evaluate(model, dataset, names: Sequence[str], device, precision: str, protocol: Protocol = WHOLE) -> torch.Tensor:
+    """The confusion matrix (N, N), int64 on the CPU, of `model` over the images `names`. The mode of `model` is restored.
+
+    Under torch.distributed every rank takes its share of the names, none twice, and gets the sum.
+    """
     was_training = model.training
     model.eval()
     n = len(dataset.classes)
     confusion = torch.zeros(n, n, dtype=torch.int64, device=device)
-    for name in names:
+    rank, ranks = rank_and_size()
+    for name in names[rank::ranks]:
         mask = torch.from_numpy(np.array(dataset.mask(name))).to(device)
         prediction = predict(model, dataset.image(name), device, precision, protocol)
         if prediction.shape != mask.shape:
             raise UserError(f"{name}: its mask is {tuple(mask.shape)}, its image {tuple(prediction.shape)} (height, width); "
                             "image and mask must be of one size")  # fmt: skip
         confusion += confusion_matrix(prediction, mask, n)
+    if ranks > 1:
+        torch.distributed.all_reduce(confusion)
     model.train(was_training)
     return confusion.cpu()
 
@@ -165,11 +190,36 @@ def draw_panels(path: pathlib.Path, dataset, names: list[str], columns: list[tup
             axis.set_axis_off()
             if r == 0:
                 axis.set_title(head, fontsize=8)
-    patches = [plt.Rectangle((0, 0), 1, 1, color=np.array(c) / 255) for c in dataset.palette]
-    figure.legend(patches, dataset.classes, loc="outside lower center", ncols=min(8, len(patches)), fontsize=7, frameon=False)
+    add_legend(figure, dataset.classes, dataset.palette)
+    save_figure(figure, path)
+
+
+def add_legend(figure, classes, palette):
+    patches = [plt.Rectangle((0, 0), 1, 1, color=np.array(c) / 255) for c in palette]
+    figure.legend(patches, classes, loc="outside lower center", ncols=min(8, len(patches)), fontsize=7, frameon=False)
+
+
+def save_figure(figure, path: pathlib.Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def draw_confusion(path: pathlib.Path, confusion: torch.Tensor, classes: list[str], title: str):
+    """A PNG of the confusion matrix, each row (a true class) in percent of its pixels."""
+    shares = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
+    n = len(classes)
+    figure, axis = plt.subplots(figsize=(2.5 + 0.4 * n, 2 + 0.4 * n), layout="constrained")
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for i, j in np.argwhere(shares >= 0.5):
+        axis.text(
+            j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=7, color="white" if shares[i, j] > 50 else "black"
+        )
+    axis.set_xticks(range(n), classes, rotation=90, fontsize=8)
+    axis.set_yticks(range(n), classes, fontsize=8)
+    axis.set(xlabel="predicted", ylabel="true (rows sum to 100%)")
+    axis.set_title(title, fontsize=9)
+    save_figure(figure, path)
 
 
 def print_table(rows: list[dict], classes: list[str]):
@@ -180,8 +230,11 @@ def print_table(rows: list[dict], classes: list[str]):
               f"{row['seed']:4d} {row['gmacs_model']:6.1f} {row['miou']:6.2f}")  # fmt: skip
     print(f"\n{'IoU':24}" + "".join(f"{chr(97 + i % 26):>7}" for i in range(len(rows))))
     for name in classes:
-        cells = ["  absent" if row["iou"][name] is None else f"{row['iou'][name]:7.2f}" for row in rows]
-        print(f"{name:24}" + "".join(cells))
+        cells = [f"{'-' if row['iou'][name] is None else format(row['iou'][name], '.2f'):>7}" for row in rows]
+        print(f"{printable(name):24}" + "".join(cells))
+    absent = [printable(name) for name in classes if all(row["iou"][name] is None for row in rows)]
+    if absent:
+        print(f"absent from masks and predictions, not in the mean: {', '.join(absent)}")
 
 
 def print_seeds(rows: list[dict]):
@@ -197,7 +250,62 @@ def print_seeds(rows: list[dict]):
             print(f"    {label:24} {part:>5} {steps:6d} steps  {spread}  ({len(values)} seeds)")
 
 
-def main():
+# ---- prediction ----
+
+PREDICTABLE = (*datasets.SUFFIXES, ".webp", ".bmp", ".tif", ".tiff")
+
+
+def predict_folder(model, checkpoint: dict, images: pathlib.Path, out: pathlib.Path, device, precision, protocol) -> int:
+    """Predict every image of a folder: OUT/masks/NAME.png (class indices, with the palette), OUT/overlays/NAME.png, and
+    OUT/sheet.png with the first sixty overlays. A file that cannot be read is reported and skipped; returns how many were."""
+    if not images.is_dir():
+        raise UserError(f"--images {images}: no such folder")
+    paths = sorted(
+        path for path in images.iterdir() if path.suffix.lower() in (*datasets.SUFFIXES, ".webp", ".bmp", ".tif", ".tiff")
+    )
+    if not paths:
+        raise UserError(f"--images {images}: holds no image (jpg, png, webp, bmp, tif)")
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(checkpoint["palette"])] = checkpoint["palette"]
+    try:
+        for folder in ("masks", "overlays"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror}); give another") from None
+    stems = collections.Counter(path.stem for path in paths)
+    tiles, skipped = [], 0
+    for path in tqdm(paths, "predict", disable=None):
+        try:
+            image = np.asarray(datasets.open_image(path))
+        except UserError as error:
+            print(f"skipped {error}", file=sys.stderr)
+            skipped += 1
+            continue
+        prediction = predict(model, image, device, precision, protocol).cpu().numpy().astype(np.uint8)
+        mask = Image.fromarray(prediction)
+        mask.putpalette(palette.ravel().tolist())
+        overlay = Image.blend(Image.fromarray(image), mask.convert("RGB"), 0.5)
+        name = f"{path.stem if stems[path.stem] == 1 else path.name}.png"  # a.jpg and a.png both get a place
+        mask.save(out / "masks" / name)
+        overlay.save(out / "overlays" / name)
+        if len(tiles) < 60:
+            tiles.append((path.name, ImageOps.contain(overlay, (320, 320))))
+    if tiles:
+        columns = min(6, len(tiles))
+        rows = -(-len(tiles) // columns)
+        figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(2.2 * columns, 2 * rows + 0.6), layout="constrained")
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for axis, (name, tile) in zip(axes.flat, tiles, strict=False):
+            axis.imshow(tile)
+            axis.set_title(printable(name), fontsize=6, parse_math=False)
+        add_legend(figure, checkpoint["classes"], checkpoint["palette"])
+        save_figure(figure, out / "sheet.png")
+    print(f"{out}: {len(paths) - skipped} masks and overlays, sheet.png" + (f"; {skipped} file(s) skipped" if skipped else ""))
+    return skipped
+
+
+def parse_args():
     parser = ArgumentParser(__doc__)
     parser.add_argument("--ckpt", type=pathlib.Path, required=True, help="checkpoint of train_teacher.py or distill.py")
     parser.add_argument("--compare", type=pathlib.Path, nargs="+", default=[], help="more checkpoints, beside the first")
@@ -205,36 +313,70 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, help="write a result file")
     parser.add_argument("--panels", type=pathlib.Path, help="write a picture: image, ground truth, each model")
     parser.add_argument("--panel-rows", type=int, default=6, help="images in the picture, evenly spread over val")
+    parser.add_argument("--confusion", type=pathlib.Path, help="write a picture of the first checkpoint's confusion matrix")
+    parser.add_argument("--images", type=pathlib.Path, help="predict the images of this folder instead")
+    parser.add_argument("--out", type=pathlib.Path, help="where their masks and overlays go")
+    parser.add_argument("--window", type=datasets.window_size, help=f"{datasets.WINDOW_HELP}; by default as in training")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="average over these sizes")
+    parser.add_argument("--flip", action="store_true", help="average over mirrored images too")
     parser.add_argument("--device", help="cuda, cpu, ...; by default cuda where there is one")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="by default that of the training")
     args = parser.parse_args()
     if args.panel_rows < 1:
         raise UserError(f"--panel-rows {args.panel_rows}: must be at least 1")
-    for flag, path in (("--json", args.json), ("--panels", args.panels)):
+    if not min(args.scales) > 0:
+        raise UserError(f"--scales {min(args.scales)}: must be above 0")
+    for flag, path in (("--json", args.json), ("--panels", args.panels), ("--confusion", args.confusion)):
         if path and (path.is_dir() or path.suffix.lower() not in (".json", ".png")):
             raise UserError(f"{flag} {path}: give a file's name that ends in .json or .png")
+    if (args.images is None) != (args.out is None):
+        raise UserError("--images DIR and --out DIR belong together")
+    return args
+
+
+def main():
+    args = parse_args()
     began = time.perf_counter()
-    device = pick_device(args.device)
+    device = start_ranks(args.device)
+    main_rank = rank_and_size()[0] == 0
+
+    def open_model(path):
+        """A checkpoint, its network, its precision here and its protocol, as changed by the command line."""
+        checkpoint = load_checkpoint(path)
+        protocol = protocol_of(checkpoint["args"])._replace(scales=tuple(args.scales), flip=args.flip)
+        if args.window is not None:
+            protocol = protocol._replace(window=args.window or None)
+        precision = pick_precision(args.precision or checkpoint["args"]["precision"], device)
+        return checkpoint, models.model_from_checkpoint(checkpoint).to(device), precision, protocol
+
+    if args.images:
+        checkpoint, model, precision, protocol = open_model(args.ckpt)
+        sys.exit(1 if predict_folder(model, checkpoint, args.images, args.out, device, precision, protocol) else 0)
+
     paths = [args.ckpt, *args.compare]
-    checkpoints = [load_checkpoint(path) for path in paths]
-    trained = checkpoints[0]["args"]
+    trained = load_checkpoint(args.ckpt)["args"]
     dataset = datasets.open_dataset(trained["dataset"], args.data or trained["data"])
     dataset.check(dataset.val, masks=True)
-
     rows, panels = [], []
     shown = dataset.val[:: max(1, len(dataset.val) // args.panel_rows)][: args.panel_rows]
-    for path, checkpoint in zip(paths, checkpoints, strict=True):
+    for path in paths:
+        checkpoint, model, precision, protocol = open_model(path)
         if checkpoint["classes"] != dataset.classes:
             raise UserError(f"{path}: was trained on the classes {', '.join(checkpoint['classes'])}, but the data set has "
                             f"{', '.join(dataset.classes)}; give the data set of the training with --data")  # fmt: skip
-        precision = pick_precision(args.precision or checkpoint["args"]["precision"], device)
-        protocol = protocol_of(checkpoint["args"])
-        model = models.model_from_checkpoint(checkpoint).to(device)
-        miou, values = iou(evaluate(model, dataset, dataset.val, device, precision, protocol))
-        rows.append({**checkpoint["row"], "miou": miou, "iou": dict(zip(dataset.classes, values, strict=True))})
+        confusion = evaluate(model, dataset, dataset.val, device, precision, protocol)
+        miou, values = iou(confusion)
+        rows.append({**checkpoint["row"], "miou": miou, "iou": dict(zip(dataset.classes, values, strict=True)),
+                     "window": protocol.window, "scales": protocol.scales, "flip": protocol.flip})  # fmt: skip
+        if not main_rank:
+            continue
         if args.panels and rows[-1]["seed"] == rows[0]["seed"]:  # one seed is enough to look at
             masks = [predict(model, dataset.image(name), device, precision, protocol).cpu().numpy() for name in shown]
             panels.append((f"{label_of(rows[-1])}\n{rows[-1]['steps']} steps: {miou:.1f} mIoU", masks))
+        if args.confusion and len(rows) == 1:
+            draw_confusion(args.confusion, confusion, dataset.classes, f"{label_of(rows[0])}: {miou:.1f} mIoU")
+    if not main_rank:
+        return
     print_table(rows, dataset.classes)
     print_seeds(rows)
     if args.json:
@@ -244,6 +386,8 @@ def main():
     if args.panels:
         draw_panels(args.panels, dataset, shown, panels)
         print(f"panels: {args.panels}")
+    if args.confusion:
+        print(f"confusion matrix: {args.confusion}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def parse_args():
                         help="what the network is for; a teacher's backbone has a default")  # fmt: skip
     parser.add_argument("--backbone", help=", ".join([*models.BACKBONES, *models.ALIASES]))
     datasets.add_arguments(parser)
+    datasets.add_view_arguments(parser)
     add_model_arguments(parser)
     add_training_arguments(parser)
     group = parser.add_argument_group("cross pseudo supervision")
@@ -54,7 +55,7 @@ def parse_args():
     recipe = datasets.RECIPES[args.dataset]
     default = {"teacher_deep": recipe["deep"], "teacher_wide": recipe["wide"], "student": "resnet18"}[args.role]
     args.backbone = models.canonical_name(args.backbone or default)
-    fill_from_recipe(args, recipe, "steps" if args.role == "student" else "teacher_steps")
+    fill_from_recipe(args, recipe, "student" if args.role == "student" else "teacher")
     return args
 
 
@@ -92,6 +93,7 @@ def main():
             optimizer.load_state_dict(state)
         torch.set_rng_state(resumed["rng"])
 
+    supervised_loss = mgd_ops.ohem_cross_entropy if args.ohem else mgd_ops.pixel_cross_entropy
     labeled = datasets.train_batches(dataset, partition.labeled, args, args.batch, start, labeled=True)
     views = 2 if args.cutmix else 1
     unlabeled = None  # its loader starts with the first step that has a weight for it
@@ -145,7 +147,7 @@ def main():
         for i, net in enumerate(nets):
             with autocast(device, args.precision):
                 logits = net(images).logits  # (B, N, H, W)
-            loss = sup = mgd_ops.pixel_cross_entropy(logits, label)
+            loss = sup = supervised_loss(logits, label)
             losses["sup"] += sup.detach() / len(nets)
             if weight > 0:
                 with autocast(device, args.precision):

@@ -1,14 +1,22 @@
 import argparse
 import itertools
+import json
 import math
+import os
+import pathlib
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 
+import common
 import datasets
+import evaluate
+import train_teacher
 from common import UserError
 
 
@@ -68,8 +76,7 @@ def test_masks_of_unlabeled_images_are_never_opened(folder, names):
     assert masks
     for path in masks:
         path.write_bytes(b"junk")
-    args = argparse.Namespace(dataset="folder", data=folder, part="1/4")
-    dataset, again = datasets.open_training_data(args, unlabeled=True)
+    dataset, again = open_folder(folder, "1/4")
     assert again.labeled == split.labeled and len(dataset.classes) == 3
     image, mask = datasets.TrainSet(dataset, split.unlabeled, (48, 48), [1.0], labeled=False)[0, 7]
     assert image.shape == (3, 48, 48) and set(mask.unique().tolist()) == {0, 255}  # 40x56 is padded to a height of 48
@@ -117,7 +124,7 @@ def break_empty_list(root):
 
 def break_listed_image(root):
     (root / "images" / "im03.png").unlink()
-    return "im03.*train.txt lists 'im03'"
+    return "train.txt, entry 4: 'im03' is no image"
 
 
 def break_image_bytes(root):
@@ -169,16 +176,265 @@ def break_classes(root):
     return "classes.txt: names 1 class"
 
 
+def break_image_truncated(root):
+    array = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
+    (root / "images" / "im03.png").unlink()
+    path = root / "images" / "im03.jpg"
+    Image.fromarray(array).save(path)
+    path.write_bytes(path.read_bytes()[:700])
+    return "im03.jpg: cannot be read as an image"
+
+
+def break_bare_image_truncated(root):
+    path = root / "images" / "im08.png"  # has no mask
+    path.write_bytes(path.read_bytes()[:600])
+    return "im08.png: cannot be read as an image"
+
+
+def break_image_empty(root):
+    (root / "images" / "im03.png").write_bytes(b"")
+    return "im03.png: not a readable image"
+
+
+def break_mask_empty(root):
+    (root / "masks" / "im03.png").write_bytes(b"")
+    return "im03.png: cannot be read as a PNG"
+
+
+def break_mask_truncated(root):
+    path = root / "masks" / "im03.png"
+    path.write_bytes(path.read_bytes()[:100])
+    return "im03.png: cannot be read as a PNG"
+
+
+def break_mask_254(root):
+    Image.new("L", (56, 40), 254).save(root / "masks" / "im03.png")
+    return "im03.png: holds label 254"
+
+
+def break_mask_16_bit(root):
+    Image.fromarray(np.full((40, 56), 300, np.uint16)).save(root / "masks" / "im03.png")
+    return "im03.png: holds label 300"
+
+
+def break_mask_colours(root):
+    Image.new("RGB", (56, 40), (128, 0, 0)).save(root / "masks" / "im03.png")
+    return "im03.png: is a RGB image; a mask holds one class index"
+
+
+def break_mask_rgba(root):
+    Image.new("RGBA", (56, 40)).save(root / "masks" / "im03.png")
+    return "im03.png: is a RGBA image"
+
+
+def break_mask_of_val(root):
+    Image.new("L", (56, 40), 9).save(root / "masks" / "im12.png")
+    return "im12.png: holds label 9"
+
+
+def break_mask_turned(root):
+    Image.new("L", (40, 56)).save(root / "masks" / "im03.png")
+    return "im03.png: is 40x56, its image 56x40"
+
+
+def break_two_images_of_a_name(root):
+    Image.new("RGB", (56, 40)).save(root / "images" / "im03.jpg")
+    return "im03.png: has the name of im03.jpg"
+
+
+def break_image_is_a_folder(root):
+    (root / "images" / "im03.png").unlink()
+    (root / "images" / "im03.png").mkdir()
+    return "im03.png: not a readable image"
+
+
+def break_mask_is_a_folder(root):
+    (root / "masks" / "im03.png").unlink()
+    (root / "masks" / "im03.png").mkdir()
+    return "im03.png: cannot be read as a PNG"
+
+
+def break_list_is_a_folder(root):
+    (root / "train.txt").unlink()
+    (root / "train.txt").mkdir()
+    return "train.txt: cannot be read"
+
+
+def break_list_encoding(root):
+    (root / "train.txt").write_bytes(b"im00\nk\xfche\n")
+    return "train.txt: cannot be read as UTF-8"
+
+
+def break_list_in_utf_16(root):
+    (root / "train.txt").write_text("im00\nim01\n", encoding="utf-16")
+    return "train.txt: cannot be read as UTF-8"
+
+
+def break_list_binary(root):
+    (root / "train.txt").write_bytes(bytes(range(1, 9)))
+    return "train.txt, entry 1"
+
+
+def break_unlabeled_list(root):
+    (root / "unlabeled.txt").write_text("im10\n")
+    return "val.txt: 'im10' is also a training image"
+
+
+def break_unlabeled_name(root):
+    (root / "unlabeled.txt").write_text("nowhere\n")
+    return "unlabeled.txt, entry 1: 'nowhere' is no image"
+
+
+def break_missing_images(root):
+    shutil.rmtree(root / "images")
+    return "images: no such folder"
+
+
+def break_missing_val(root):
+    (root / "val.txt").unlink()
+    return "val.txt: no such file"
+
+
+def break_root_is_a_file(root):
+    shutil.rmtree(root)
+    root.write_text("not a folder")
+    return "mine: no such folder"
+
+
+def break_palette(root):
+    (root / "palette.txt").write_text("0 0 0\n1 1 256\n2 2 2\n")
+    return "palette.txt: '1 1 256' is no colour"
+
+
+def break_palette_length(root):
+    (root / "palette.txt").write_text("0 0 0\n1 1 1\n")
+    return "palette.txt: holds 2 colours for 3 classes"
+
+
+def break_too_many_classes(root):
+    (root / "classes.txt").write_text("\n".join(map(str, range(300))))
+    return "classes.txt: names 300 class"
+
+
 BROKEN = [value for name, value in globals().items() if name.startswith("break_")]
+
+
+def odd_windows_line_ends(root):
+    for file in ("train.txt", "val.txt", "classes.txt"):
+        (root / file).write_bytes((root / file).read_bytes().replace(b"\n", b"\r\n"))
+    return 8, 2, 3
+
+
+def odd_byte_order_mark(root):
+    (root / "train.txt").write_bytes(b"\xef\xbb\xbf" + (root / "train.txt").read_bytes())
+    return 8, 2, 3
+
+
+def odd_no_last_line_end_and_blanks(root):
+    (root / "train.txt").write_text("  im00\n\n\tim01  \nim08")
+    return 2, 1, 3
+
+
+def odd_duplicate_names(root):
+    (root / "train.txt").write_text("im00\nim00\nim08\n")
+    return 1, 1, 3
+
+
+def odd_name_in_train_and_unlabeled(root):
+    (root / "unlabeled.txt").write_text("im00\nim08\n")
+    return 8, 2, 3
+
+
+def odd_suffixes_and_folders_in_lists(root):
+    (root / "train.txt").write_text("images/im00.png\n/home/me/im01.PNG\nC:\\data\\im08.png\n")
+    return 2, 1, 3
+
+
+def odd_pairs_in_lists(root):
+    (root / "train.txt").write_text("images/im00.png masks/im00.png\n/x/im01.png\t/y/im01.png\nim08.png\n")
+    return 2, 1, 3
+
+
+def odd_names(root):
+    for i, name in enumerate(["my photo", "v1.2", "straße", "a,b'c"]):
+        for kind in ("images", "masks"):
+            (root / kind / f"im{i:02d}.png").rename(root / kind / f"{name}.png")
+    (root / "train.txt").write_text("my photo\nv1.2\nstraße.png\nimages/a,b'c.png masks/a,b'c.png\nim08\n")
+    return 4, 1, 3
+
+
+def odd_names_that_are_not_utf_8(root):
+    stray = os.fsdecode(b"k\xfche.png")  # listed nowhere, and no reason to fail
+    (root / "images" / "im07.png").rename(root / "images" / stray)
+    (root / "train.txt").write_text("im00\nim08\n")
+    return 1, 1, 3
+
+
+def odd_upper_case_suffixes(root):
+    (root / "images" / "im00.png").rename(root / "images" / "im00.PNG")
+    return 8, 2, 3
+
+
+def odd_mask_forms(root):
+    mask = Image.open(root / "masks" / "im00.png")
+    array = np.asarray(mask)
+    palette = Image.fromarray(array)
+    palette.putpalette(list(range(256)) * 3)
+    palette.save(root / "masks" / "im00.png")
+    Image.fromarray(array.astype(np.uint16)).save(root / "masks" / "im01.png")
+    Image.fromarray(array == 1).save(root / "masks" / "im02.png")
+    return 8, 2, 3
+
+
+def odd_image_forms(root):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 2**16, (40, 56)).astype(np.uint16)).save(root / "images" / "im00.png")
+    Image.fromarray(rng.integers(0, 256, (40, 56), np.uint8)).save(root / "images" / "im01.png")
+    Image.fromarray(rng.integers(0, 256, (40, 56, 4), np.uint8)).save(root / "images" / "im02.png")
+    return 8, 2, 3
+
+
+def odd_other_files(root):
+    (root / "images" / "Thumbs.db").write_bytes(b"junk")
+    (root / "images" / ".DS_Store").write_bytes(b"junk")
+    (root / "masks" / "readme.txt").write_text("words")
+    return 8, 2, 3
+
+
+def odd_stray_mask(root):
+    Image.new("L", (9, 9), 77).save(root / "masks" / "nowhere.png")
+    return 8, 2, 3
+
+
+ODD = [value for name, value in globals().items() if name.startswith("odd_")]
+
+
+def open_folder(folder, part="1", **more):
+    args = {"dataset": "folder", "data": folder, "part": part, "cache": None, "labeled_list": None, "unlabeled_list": None}
+    return datasets.open_training_data(argparse.Namespace(**{**args, **more}), unlabeled=True)
 
 
 @pytest.mark.parametrize("break_it", BROKEN, ids=lambda f: f.__name__)
 def test_broken_folders_are_one_clear_line(folder, break_it):
     expected = break_it(folder)
-    args = argparse.Namespace(dataset="folder", data=folder, part="1")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=expected) as error:
-        datasets.open_training_data(args, unlabeled=True)
+        dataset, split = open_folder(folder)
+        for names, labeled in ((split.labeled, True), (split.unlabeled, False)):  # what only training decodes
+            train_set = datasets.TrainSet(dataset, names, (32, 32), [1.0], labeled=labeled)
+            for i in range(len(names)):
+                train_set[i, 0]
     assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda f: f.__name__)
+def test_odd_folders_are_handled(folder, odd):
+    expected = odd(folder)
+    dataset, split = open_folder(folder)
+    assert (len(split.labeled), len(split.unlabeled), len(dataset.val)) == expected
+    for name in [*split.labeled, *split.unlabeled, *dataset.val]:
+        assert dataset.image(name).dtype == np.uint8 and dataset.image(name).shape[2] == 3
 
 
 def test_broken_masks_are_named(folder):
@@ -288,3 +544,293 @@ def test_normalize_gives_imagenets_mean_zero():
 def test_voc_palette():
     assert datasets.voc_palette(21)[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
     assert datasets.voc_palette(21)[20] == (0, 64, 128)
+
+
+# ---- the official layouts ----
+
+
+def save_jpeg(path, rng):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8)).save(path)
+
+
+def save_mask(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.astype(np.uint8)).save(path)
+
+
+def write_lines(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """VOCdevkit with four training and two val images, beside SBD with masks of one of each and of four more images."""
+    rng = np.random.default_rng(0)
+    root, sbd = tmp_path / "VOCdevkit" / "VOC2012", tmp_path / "benchmark_RELEASE" / "dataset"
+    train, val, more = (["2007_000001", "2007_000002", "2008_000003", "2008_000004"], ["2009_000005", "2009_000006"],
+                        ["2010_000007", "2010_000008", "2011_000009", "2011_000010"])  # fmt: skip
+    for name in train + val + more:
+        save_jpeg(root / "JPEGImages" / f"{name}.jpg", rng)
+    for name in train + val:
+        save_mask(root / "SegmentationClass" / f"{name}.png", rng.choice([0, 1, 20, 255], (40, 56)))
+    write_lines(root / "ImageSets" / "Segmentation" / "train.txt", train)
+    write_lines(root / "ImageSets" / "Segmentation" / "val.txt", val)
+    (sbd / "cls").mkdir(parents=True)
+    for i, name in enumerate([train[0], val[0], *more]):
+        # as SBD has it: a struct GTcls of fields Boundaries, Segmentation and CategoriesPresent
+        entry = np.zeros((1, 1), dtype=[("Boundaries", "O"), ("Segmentation", "O"), ("CategoriesPresent", "O")])
+        entry["Segmentation"][0, 0] = np.full((40, 56), i, np.uint8)
+        pytest.importorskip("scipy.io").savemat(sbd / "cls" / f"{name}.mat", {"GTcls": entry})
+    return tmp_path
+
+
+def test_voc_from_preparation_to_evaluation(script, voc, tmp_path):
+    options = ["--dataset", "voc", "--data", voc, "--part", "1/4"]
+    code, _, err = script(datasets, "check", *options)
+    assert code == 2 and "prepare-voc" in err
+    code, out, err = script(datasets, "prepare-voc", "--data", voc)
+    assert code == 0, err
+    assert "8 training and 2 val images here, not 10,582 and 1,449" in out
+    augmented = voc / "VOCdevkit" / "VOC2012" / "SegmentationClassAug"
+    assert np.unique(np.asarray(Image.open(augmented / "2011_000010.png"))).tolist() == [5]
+    own = np.asarray(Image.open(voc / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000001.png"))
+    assert np.array_equal(np.asarray(Image.open(augmented / "2007_000001.png")), own)  # VOC's mask, not SBD's coarser one
+    assert not (augmented / "2009_000005.png").exists()  # of val
+    before = (augmented / "2011_000010.png").stat().st_mtime_ns
+    assert script(datasets, "prepare-voc", "--data", voc / "VOCdevkit" / "..")[0] == 0
+    assert (augmented / "2011_000010.png").stat().st_mtime_ns == before
+
+    code, out, _ = script(datasets, "check", *options, "--chart", tmp_path / "c.png", "--picture", tmp_path / "p.png")
+    assert code == 1 and "2 labeled, 6 unlabeled, 2 val" in out and "1 problem(s)" in out  # the counts
+    assert (tmp_path / "c.png").exists() and (tmp_path / "p.png").exists()
+    split = datasets.partition(datasets.Voc(voc), "1/4")
+    for name in split.unlabeled:  # as someone has them who never had these masks
+        (augmented / f"{name}.png").unlink()
+        (augmented.parent / "SegmentationClass" / f"{name}.png").unlink(missing_ok=True)
+    assert datasets.partition(datasets.Voc(voc), "1/4") == split
+    train_and_evaluate(script, tmp_path, options, labeled=2, unlabeled=6, classes=21)
+
+
+def train_and_evaluate(script, tmp_path, options, labeled, unlabeled, classes):
+    run = ["--out", tmp_path / "run", "--backbone", "r18", "--weights", "none", "--window", "48", "--steps", "2", *TINY]
+    code, out, err = script(train_teacher, *run, *options, "--sup-only", "0")
+    assert code == 0, err
+    assert f"{labeled} labeled and {unlabeled} unlabeled" in out
+    code, out, err = script(evaluate, "--ckpt", tmp_path / "run" / "last.pt", "--json", tmp_path / "r.json",
+                            "--confusion", tmp_path / "m.png")  # fmt: skip
+    assert code == 0, err
+    row = json.loads((tmp_path / "r.json").read_text())["rows"][0]
+    assert len(row["iou"]) == classes and row["window"] == [48, 48] and (tmp_path / "m.png").exists()
+    assert row["miou"] == common.load_checkpoint(tmp_path / "run" / "last.pt")["row"]["miou"]
+
+
+def test_voc_few_takes_vocs_own_training_images(voc, capsys):
+    dataset = datasets.Voc(voc / "VOCdevkit", few=True)
+    split = datasets.partition(dataset, "1/4")
+    assert len(split.labeled) == 1 and len(split.unlabeled) == 3 and len(dataset.val) == 2
+    assert "1464" in dataset.missing().replace(",", "")
+    write_lines(voc / "labeled.txt", ["2007_000001", "2007_000002"])
+    write_lines(voc / "unlabeled.txt", ["2007_000002", "2008_000003"])
+    split = datasets.listed_partition(dataset, voc / "labeled.txt", voc / "unlabeled.txt")
+    assert split.labeled == ["2007_000001", "2007_000002"] and split.unlabeled == ["2008_000003"]
+    assert "warning" in (err := capsys.readouterr().err) and "'2007_000002'; they stay labeled" in err
+    assert len(datasets.listed_partition(dataset, voc / "labeled.txt", None).unlabeled) == 2
+
+
+@pytest.mark.parametrize("change,expected", [
+    (lambda voc: (voc / "benchmark_RELEASE/dataset/cls/2010_000007.mat").write_bytes(b"junk"), "7.mat: cannot be read"),
+    (lambda voc: shutil.rmtree(voc / "benchmark_RELEASE"), "holds no SBD"),
+    (lambda voc: shutil.rmtree(voc / "VOCdevkit"), "holds no VOC2012/JPEGImages"),
+    (lambda voc: (voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").unlink(), "val.txt: no such file"),
+    (lambda voc: (voc / "VOCdevkit/VOC2012/SegmentationClass/2007_000001.png").unlink(), "2007_000001.png: no such mask"),
+], ids=["mat", "sbd", "voc", "list", "mask"])  # fmt: skip
+def test_preparation_says_what_is_missing(script, voc, change, expected):
+    change(voc)
+    code, _, err = script(datasets, "prepare-voc", "--data", voc)
+    assert code == 2 and re.search(expected, err) and len(err.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def cityscapes(tmp_path):
+    """Five training and two val images; the masks of val are labelTrainIds, the others labelIds."""
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        split, city = ("val", "lindau") if i > 4 else ("train", ("aachen", "bremen")[i % 2])
+        name = f"{city}_{i:06d}_000019"
+        save_jpeg(tmp_path / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", rng)
+        ids = rng.choice([0, 7, 26, 33], (40, 56)) if split == "train" else rng.choice([0, 13, 18, 255], (40, 56))
+        kind = "labelIds" if split == "train" else "labelTrainIds"
+        save_mask(tmp_path / "gtFine" / split / city / f"{name}_gtFine_{kind}.png", ids)
+        save_mask(tmp_path / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png", ids)
+    return tmp_path
+
+
+def test_cityscapes_from_check_to_evaluation(script, cityscapes, tmp_path):
+    dataset = datasets.Cityscapes(cityscapes)
+    mask = np.asarray(Image.open(cityscapes / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"))
+    for value, index in ((0, 255), (7, 0), (26, 13), (33, 18)):  # unlabeled, road, car, bicycle
+        assert (dataset.mask("aachen_000000_000019")[mask == value] == index).all()
+    assert set(np.unique(dataset.mask("lindau_000005_000019"))) == {0, 13, 18, 255}
+    options = ["--dataset", "cityscapes", "--data", cityscapes, "--part", "1/4"]
+    code, out, _ = script(datasets, "check", *options)
+    assert code == 1 and "2 labeled, 3 unlabeled, 2 val" in out and "not 2,975 and 500" in out
+    train_and_evaluate(script, tmp_path, options, labeled=2, unlabeled=3, classes=19)
+    save_mask(cityscapes / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png", np.full((40, 56), 40))
+    with pytest.raises(UserError, match="holds label 40, but labelIds end at 33"):
+        dataset.mask("aachen_000000_000019")
+    shutil.rmtree(cityscapes / "gtFine" / "val")
+    with pytest.raises(UserError, match="lindau_000005_000019_gtFine_labelIds"):
+        datasets.Cityscapes(cityscapes)
+    shutil.rmtree(cityscapes / "leftImg8bit")
+    with pytest.raises(UserError, match="leftImg8bit and gtFine"):
+        datasets.Cityscapes(cityscapes)
+
+
+SPLITS = pathlib.Path(os.environ.get("MGD_SPLITS", pathlib.Path(datasets.__file__).parent / "data" / "splits"))
+needs_splits = pytest.mark.skipif(not SPLITS.is_dir(), reason="no public lists in data/splits or MGD_SPLITS")
+
+
+def touch(paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+@needs_splits
+def test_the_public_lists_of_voc_load_to_the_papers_counts(tmp_path, capsys):
+    root, lists = tmp_path / "VOCdevkit" / "VOC2012", SPLITS / "voc"
+    names = {file: datasets.read_lines(lists / f"{file}.txt") for file in ("train", "val", "train_aug")}
+    touch(root / "JPEGImages" / f"{name}.jpg" for name in names["train_aug"] + names["val"])
+    touch(root / "SegmentationClassAug" / f"{name}.png" for name in names["train_aug"] + names["val"])
+    for file in ("train", "val"):
+        write_lines(root / "ImageSets" / "Segmentation" / f"{file}.txt", names[file])
+    dataset, few = datasets.Voc(tmp_path), datasets.Voc(tmp_path, few=True)
+    assert sorted(dataset.train) == sorted(names["train_aug"]) and dataset.missing() is None and few.missing() is None
+    for k, labeled in ((16, 662), (8, 1323), (4, 2646), (2, 5291)):
+        split = datasets.listed_partition(
+            dataset, lists / f"train_aug_labeled_1-{k}.txt", lists / f"train_aug_unlabeled_1-{k}.txt"
+        )
+        assert (len(split.labeled), len(split.unlabeled)) == (labeled, 10582 - labeled)
+    assert "warning" not in capsys.readouterr().err
+    for k, labeled in ((16, 92), (8, 183), (4, 366), (2, 732)):  # these name one image in both lists
+        split = datasets.listed_partition(few, *(lists / f"pseudoseg_{which}_1-{k}.txt" for which in ("labeled", "unlabeled")))
+        assert len(split.labeled) == labeled and len(split.labeled) + len(split.unlabeled) == 1464
+        assert "they stay labeled" in capsys.readouterr().err
+
+
+@needs_splits
+def test_the_public_lists_of_cityscapes_load_to_the_papers_counts(tmp_path):
+    lists = SPLITS / "cityscapes"
+    for split in ("train", "val"):
+        for line in datasets.read_lines(lists / f"{split}.txt"):
+            name = datasets.name_of(line.split()[0])
+            city = name.split("_")[0]
+            touch([tmp_path / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png",
+                   tmp_path / "gtFine" / split / city / f"{name}_gtFine_labelIds.png"])  # fmt: skip
+    dataset = datasets.Cityscapes(tmp_path)
+    assert dataset.missing() is None
+    for k, labeled in ((16, 186), (8, 372), (4, 744), (2, 1488)):
+        paths = (lists / f"train_aug_{which}_1-{k}.txt" for which in ("labeled", "unlabeled"))
+        split = datasets.listed_partition(dataset, *paths)
+        assert (len(split.labeled), len(split.unlabeled)) == (labeled, 2975 - labeled)
+    held_out = lists / "val.txt"
+    with pytest.raises(UserError, match=r"val.txt: names 500 val image"):
+        datasets.listed_partition(dataset, held_out, None)
+
+
+# ---- lists, partitions, cache, windows ----
+
+
+@pytest.mark.parametrize("line,name", [
+    ("2007_000032", "2007_000032"), ("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png", "2007_000032"),
+    ("JPEGImages/2007_000032.jpg\tSegmentationClassAug/2007_000032.png", "2007_000032"),
+    ("leftImg8bit/train/jena/jena_000078_000019_leftImg8bit.png", "jena_000078_000019"),
+    ("/images/train/jena_000078_000019.png\t/segmentation/train/jena_000078_000019_gtFine.png", "jena_000078_000019"),
+    ("my photo", "my photo"), ("images/my photo.jpg masks/my photo.png", "my photo"), ("v1.2", "v1.2"), ("v1.2.JPEG", "v1.2"),
+])  # fmt: skip
+def test_lists_in_the_forms_people_have(tmp_path, line, name):
+    write_lines(tmp_path / "list.txt", [line])
+    assert datasets.read_names(tmp_path / "list.txt", {name, "my", "other"}) == [name]
+
+
+def test_broken_lists_are_named(folder):
+    dataset = datasets.Folder(folder)
+    write_lines(folder / "l.txt", ["im00", "im08"])
+    with pytest.raises(UserError, match=r"l.txt: 'im08' has no mask"):
+        datasets.listed_partition(dataset, folder / "l.txt", None)
+    write_lines(folder / "l.txt", ["im00", "im11"])
+    with pytest.raises(UserError, match=r"l.txt: names 1 val image\(s\), first 'im11'"):
+        datasets.listed_partition(dataset, folder / "l.txt", None)
+    write_lines(folder / "l.txt", ["im00"])
+    with pytest.raises(UserError, match=r"u.txt: no such file"):
+        datasets.listed_partition(dataset, folder / "l.txt", folder / "u.txt")
+    with pytest.raises(UserError, match="--unlabeled-list"):
+        open_folder(folder, unlabeled_list=folder / "l.txt")
+    _, split = open_folder(folder, labeled_list=folder / "l.txt")
+    assert split.name == "l" and split.labeled == ["im00"] and len(split.unlabeled) == 9
+
+
+def test_every_class_is_labeled_and_partitions_stay_nested(folder):
+    ranked = datasets.partition(datasets.Folder(folder), "1/2").labeled
+    rare = next(f"im{i:02d}" for i in range(8) if f"im{i:02d}" not in ranked)  # would not be labeled
+    for path in (folder / "masks").iterdir():
+        array = np.asarray(Image.open(path)).copy()
+        array[array == 2] = 0
+        if path.stem in (rare, "im11"):
+            array[1, 1] = 2
+        save_mask(path, array)
+    splits = [datasets.partition(datasets.Folder(folder), f"1/{k}") for k in (5, 4, 2, 1)]
+    assert all(rare in split.labeled for split in splits) and [len(s.labeled) for s in splits] == [2, 3, 5, 8]
+    assert all(set(a.labeled) <= set(b.labeled) for a, b in itertools.pairwise(splits))
+    for name in set(splits[0].unlabeled):
+        (folder / "masks" / f"{name}.png").unlink(missing_ok=True)
+    assert datasets.partition(datasets.Folder(folder), "1/5") == splits[0]
+
+
+def test_cache_gives_the_same_and_notices_changes(folder, tmp_path):
+    plain, cached = datasets.Folder(folder), datasets.Folder(folder)
+    cached.cache = tmp_path / "cache"
+    for _ in range(2):
+        assert np.array_equal(plain.image("im00"), cached.image("im00"))
+        assert np.array_equal(plain.mask("im00"), cached.mask("im00"))
+    assert isinstance(cached.image("im00"), np.memmap) and len(list(cached.cache.iterdir())) == 2
+    train_sets = [datasets.TrainSet(d, ["im00"], (32, 32), [0.5, 1.5]) for d in (plain, cached)]
+    for seed in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(*(t[0, seed] for t in train_sets), strict=True))
+    for entry in cached.cache.iterdir():
+        entry.write_bytes(entry.read_bytes()[:100])  # as a full disk leaves them
+    assert np.array_equal(plain.image("im00"), cached.image("im00"))
+    save_jpeg(folder / "images" / "im00.png", np.random.default_rng(7))
+    assert np.array_equal(plain.image("im00"), cached.image("im00"))
+    cached.cache = folder / "train.txt"
+    with pytest.raises(UserError, match="--cache"):
+        cached.image("im01")
+
+
+@pytest.mark.parametrize("size", [(75, 61), (150, 122), (301, 245), (33, 17), (100, 80)])
+def test_resizing_a_window_equals_resizing_all(size):
+    rng = np.random.default_rng(0)
+    image, mask = rng.integers(0, 256, (150, 122, 3), np.uint8), rng.integers(0, 9, (150, 122), np.uint8)
+    whole = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
+    whole_mask = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+    for _ in range(20):
+        window = datasets.draw_window(size, (40, 48), rng)
+        crop, labels = datasets.resize_window(image, size, window, 7), datasets.resize_window(mask, size, window, 255)
+        assert crop.shape == (40, 48, 3) and labels.shape == (40, 48)
+        for y in range(40):
+            for x in range(0, 48, 5):
+                at = (window[0].start + y, window[1].start + x)
+                if 0 <= at[0] < size[0] and 0 <= at[1] < size[1]:
+                    assert abs(crop[y, x] - whole[at]).max() <= 1 and labels[y, x] == whole_mask[at]
+                else:
+                    assert (crop[y, x] == 7).all() and labels[y, x] == 255
+
+
+def test_windows_are_drawn_uniformly():
+    rng = np.random.default_rng(0)
+    drawn = [datasets.draw_window((10, 4), (7, 6), rng) for _ in range(2000)]
+    rows, cols = (np.bincount([w[axis].start + 2 for w in drawn]) for axis in (0, 1))
+    assert (rows[2:6] > 400).all() and rows.sum() == rows[2:6].sum()  # inside the image
+    assert (cols[:3] > 500).all() and len(cols) == 3  # around the image

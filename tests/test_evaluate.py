@@ -112,7 +112,7 @@ def test_scales_and_mirroring_average_probabilities():
     total = 0
     for scale in (1.0, 2.0):
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-        x = datasets.v2.functional.resize(pixels, [round(12 * scale), round(16 * scale)], antialias=True)
+        x = evaluate.v2.functional.resize(pixels, [round(12 * scale), round(16 * scale)], antialias=True)
         x = datasets.normalize(x, cpu)
         for mirror in (lambda t: t, lambda t: t.flip(-1)):
             logits = mirror(model(mirror(x)).logits)
