@@ -27,6 +27,7 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from common import ArgumentParser, UserError, crop_size, run
@@ -619,38 +620,35 @@ def open_training_data(args: argparse.Namespace, unlabeled: bool):
 # ---- augmentation ----
 
 
-def draw_window(size: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> tuple[slice, slice]:
-    """Rows and columns, uniformly drawn, of a crop of an image of `size`; they reach over its borders where it is smaller."""
-    starts = [int(rng.integers(min(0, s - c), max(0, s - c), endpoint=True)) for s, c in zip(size, crop, strict=True)]
-    return slice(starts[0], starts[0] + crop[0]), slice(starts[1], starts[1] + crop[1])
+def draw_window(size, crop, scale: float, rng: np.random.Generator) -> tuple[list[slice], list[slice]]:
+    """A uniformly drawn crop of an image (H, W) that is to be resized by `scale`: which rows and columns of the image
+    become which rows and columns of the crop. Where the resized image is smaller than the crop, it fills a part of it.
 
-
-def resize_window(array: np.ndarray, size: tuple[int, int], window: tuple[slice, slice], fill) -> np.ndarray:
-    """What resizing an array (H, W[, 3]) uint8 to `size` and then cropping to `window` gives, from the window's pixels alone.
-
-    Images (three axes) are resized with antialiased bilinear weights, masks (two) take the nearest pixel. Pixels of the
-    window outside the image are `fill`.
+    Windows begin and end at whole pixels of the image, so a crop's scale differs from `scale` by half a pixel at most.
     """
-    crop = tuple(s.stop - s.start for s in window)
-    out = np.empty((*crop, *array.shape[2:]), np.uint8)
-    out[:] = fill
-    inside = [slice(max(0, s.start), min(n, s.stop)) for s, n in zip(window, size, strict=True)]
-    target = tuple(slice(i.start - s.start, i.stop - s.start) for i, s in zip(inside, window, strict=True))
-    ratio = [a / n for a, n in zip(array.shape, size, strict=False)]  # source pixels a target pixel
-    if array.ndim == 2:
-        rows, cols = (((np.arange(i.start, i.stop) + 0.5) * r).astype(int) for i, r in zip(inside, ratio, strict=True))
-        out[target] = array[rows[:, None], cols]
-        return out
-    if ratio == [1.0, 1.0]:
-        out[target] = array[tuple(inside)]
-        return out
-    low = [max(0, int(i.start * r - max(1, r)) - 1) for i, r in zip(inside, ratio, strict=True)]  # the filter reaches max(1, r)
-    high = [min(n, int(i.stop * r + max(1, r)) + 2) for i, r, n in zip(inside, ratio, array.shape, strict=False)]
-    source = Image.fromarray(array[low[0] : high[0], low[1] : high[1]])
-    (top, bottom), (left, right) = ((i.start * r - o, i.stop * r - o) for i, r, o in zip(inside, ratio, low, strict=True))
-    box = (max(0.0, left), max(0.0, top), min(right, source.width), min(bottom, source.height))  # rounding may exceed by 1e-13
-    shape = (inside[1].stop - inside[1].start, inside[0].stop - inside[0].start)
-    out[target] = np.asarray(source.resize(shape, Image.Resampling.BILINEAR, box))
+    source, target = [], []
+    for side, length in zip(size, crop, strict=True):
+        resized = max(1, round(side * scale))
+        taken = min(side, max(1, round(length * side / resized)))
+        start = int(rng.integers(side - taken, endpoint=True))
+        source.append(slice(start, start + taken))
+        filled = min(resized, length)
+        start = int(rng.integers(length - filled, endpoint=True))
+        target.append(slice(start, start + filled))
+    return source, target
+
+
+def resize_window(array: np.ndarray, source: list[slice], crop, target: list[slice], fill) -> torch.Tensor:
+    """(H, W, C) uint8 -> (C, *crop) uint8: the window `source`, resized to `target`, and `fill` around it.
+
+    Images (C = 3) are resized with antialiased bilinear weights, masks (C = 1) take the nearest pixel.
+    """
+    out = torch.empty(array.shape[2], *crop, dtype=torch.uint8)
+    out[:] = torch.tensor(fill, dtype=torch.uint8).view(-1, 1, 1)
+    pixels = torch.from_numpy(np.array(array[tuple(source)])).permute(2, 0, 1)
+    mode = v2.InterpolationMode.BILINEAR if len(pixels) == 3 else v2.InterpolationMode.NEAREST_EXACT
+    size = [t.stop - t.start for t in target]
+    out[:, target[0], target[1]] = v2.functional.resize(pixels, size, mode, antialias=True)
     return out
 
 
@@ -671,15 +669,13 @@ class TrainSet(torch.utils.data.Dataset):
         rng = np.random.default_rng(seed)
         image = self.dataset.image(name)
         mask = self.dataset.mask(name) if self.labeled else np.broadcast_to(np.uint8(0), image.shape[:2])
-        scale = rng.choice(self.scales)
-        size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
         # the window first, so that only its pixels are resized
-        window = draw_window(size, self.crop, rng)
-        crops = [resize_window(image, size, window, FILL), resize_window(mask, size, window, IGNORE)]
+        source, target = draw_window(image.shape[:2], self.crop, rng.choice(self.scales), rng)
+        image = resize_window(image, source, self.crop, target, FILL)
+        mask = resize_window(mask[..., None], source, self.crop, target, [IGNORE])[0]
         if rng.random() < 0.5:
-            crops = [crop[:, ::-1] for crop in crops]
-        image, mask = (torch.from_numpy(np.ascontiguousarray(crop)) for crop in crops)
-        return image.permute(2, 0, 1), mask.long()
+            image, mask = image.flip(-1), mask.flip(-1)
+        return image, mask.long()
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from torchvision.transforms import v2
 
 import common
 import datasets
@@ -809,28 +810,33 @@ def test_cache_gives_the_same_and_notices_changes(folder, tmp_path):
         cached.image("im01")
 
 
-@pytest.mark.parametrize("size", [(75, 61), (150, 122), (301, 245), (33, 17), (100, 80)])
-def test_resizing_a_window_equals_resizing_all(size):
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 4.0])
+def test_resizing_a_window_equals_resizing_all(scale):
+    """At scales at which the resized window begins at a whole pixel, but for the pixels beside its border."""
     rng = np.random.default_rng(0)
-    image, mask = rng.integers(0, 256, (150, 122, 3), np.uint8), rng.integers(0, 9, (150, 122), np.uint8)
-    whole = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
-    whole_mask = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+    image, mask = rng.integers(0, 256, (80, 122, 3), np.uint8), rng.integers(0, 9, (80, 122, 1), np.uint8)
+    size = [round(80 * scale), round(122 * scale)]
+    whole = v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), size, antialias=True).int()
+    whole_mask = np.asarray(Image.fromarray(mask[..., 0]).resize(size[::-1], Image.Resampling.NEAREST))
     for _ in range(20):
-        window = datasets.draw_window(size, (40, 48), rng)
-        crop, labels = datasets.resize_window(image, size, window, 7), datasets.resize_window(mask, size, window, 255)
-        assert crop.shape == (40, 48, 3) and labels.shape == (40, 48)
-        for y in range(40):
-            for x in range(0, 48, 5):
-                at = (window[0].start + y, window[1].start + x)
-                if 0 <= at[0] < size[0] and 0 <= at[1] < size[1]:
-                    assert abs(crop[y, x] - whole[at]).max() <= 1 and labels[y, x] == whole_mask[at]
-                else:
-                    assert (crop[y, x] == 7).all() and labels[y, x] == 255
+        source, target = datasets.draw_window((80, 122), (40, 48), scale, rng)
+        if any(s.start * scale % 1 for s in source):
+            continue
+        crop = datasets.resize_window(image, source, (40, 48), target, [1, 2, 3]).int()
+        labels = datasets.resize_window(mask, source, (40, 48), target, [255])[0].numpy()
+        top, left = (round(s.start * scale) for s in source)
+        assert (crop[:, 4:-4, 4:-4] - whole[:, top : top + 40, left : left + 48][:, 4:-4, 4:-4]).abs().max() <= 1
+        assert np.array_equal(labels, whole_mask[top : top + 40, left : left + 48])
 
 
-def test_windows_are_drawn_uniformly():
+def test_windows_are_drawn_uniformly_and_small_images_are_surrounded():
     rng = np.random.default_rng(0)
-    drawn = [datasets.draw_window((10, 4), (7, 6), rng) for _ in range(2000)]
-    rows, cols = (np.bincount([w[axis].start + 2 for w in drawn]) for axis in (0, 1))
-    assert (rows[2:6] > 400).all() and rows.sum() == rows[2:6].sum()  # inside the image
-    assert (cols[:3] > 500).all() and len(cols) == 3  # around the image
+    drawn = [datasets.draw_window((10, 4), (6, 10), 1.5, rng) for _ in range(2000)]
+    rows = np.bincount([source[0].start for source, _ in drawn])
+    cols = np.bincount([target[1].start for _, target in drawn])
+    assert len(rows) == 7 and (rows > 200).all() and len(cols) == 5 and (cols > 300).all()
+    source, target = drawn[0]
+    assert source[1] == slice(0, 4) and target[1].stop - target[1].start == 6 and target[0] == slice(0, 6)
+    crop = datasets.resize_window(np.zeros((10, 4, 3), np.uint8), source, (6, 10), target, [1, 2, 3])
+    assert (crop[:, 0, target[1].start - 1 if target[1].start else -1] == torch.tensor([1, 2, 3])).all()
+    assert (crop[:, :, target[1]] == 0).all()

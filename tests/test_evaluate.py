@@ -1,11 +1,21 @@
+import json
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import common
 import datasets
 import evaluate
+import models
+
+SHAPES = datasets.Shapes()
 
 
 def iou_by_hand(predictions, masks, classes):
@@ -120,3 +130,85 @@ def test_scales_and_mirroring_average_probabilities():
     got = evaluate.predict(model, image, cpu, "fp32", evaluate.Protocol(scales=(1.0, 2.0), flip=True))
     assert torch.equal(got, total[0].argmax(0))
     assert not torch.equal(got, evaluate.predict(model, image, cpu, "fp32"))
+
+
+# ---- prediction and pictures ----
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    """A checkpoint of a network that was not trained."""
+    args = {"dataset": "shapes", "data": None, "backbone": "resnet18", "stem": "standard", "head_width": 16,
+            "separable_head": False, "precision": "fp32", "image_scale": 1.0, "window": None}  # fmt: skip
+    data = datasets.Shapes()
+    torch.manual_seed(0)
+    model = models.build_model("r18", 6, head_width=16)
+    row = {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1/8", "labeled": 64, "steps": 0, "seed": 0,
+           "gmacs_model": 1.0, "mgd_ops": "torch"}  # fmt: skip
+    common.save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict(), "args": args, "classes": data.classes,
+                                                  "palette": data.palette, "row": row})  # fmt: skip
+    return tmp_path / "last.pt"
+
+
+def test_prediction_of_any_images(script, ckpt, tmp_path):
+    images, out, rng = tmp_path / "photos", tmp_path / "out", np.random.default_rng(0)
+    images.mkdir()
+    for name, size in (("wide.jpg", (30, 90)), ("dot.png", (1, 1)), ("tall.webp", (71, 33)), ("wide.png", (20, 20))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(images / name)
+    Image.fromarray(rng.integers(0, 2**16, (20, 24)).astype(np.uint16)).save(images / "deep.png")
+    (images / "notes.txt").write_text("not an image")
+    code, text, err = script(evaluate, "--ckpt", ckpt, "--images", images, "--out", out)
+    assert code == 0 and "5 masks" in text, err
+    assert {p.name for p in (out / "masks").iterdir()} == {"wide.jpg.png", "wide.png.png", "dot.png", "tall.png", "deep.png"}
+    mask = Image.open(out / "masks" / "tall.png")
+    assert mask.mode == "P" and mask.size == (33, 71) and mask.getpalette()[:18] == [v for c in SHAPES.palette for v in c]
+    model = models.model_from_checkpoint(common.load_checkpoint(ckpt))
+    expected = evaluate.predict(model, np.asarray(datasets.open_image(images / "tall.webp")), torch.device("cpu"), "fp32")
+    assert np.array_equal(np.asarray(mask), expected.numpy())
+    assert Image.open(out / "overlays" / "wide.jpg.png").size == (90, 30) and (out / "sheet.png").exists()
+
+    (images / "broken.jpg").write_bytes(b"junk")
+    stray = images / os.fsdecode(b"k\xfche.png")
+    stray.write_bytes((images / "dot.png").read_bytes())
+    code, text, err = script(evaluate, "--ckpt", ckpt, "--images", images, "--out", out, "--window", "32", "--flip")
+    assert code == 1 and "6 masks" in text and "broken.jpg: cannot be read" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments,expected", [
+    (["--images", "absent", "--out", "x"], "absent: no such folder"), (["--images", "."], "belong together"),
+    (["--images", "empty", "--out", "x"], "holds no image"), (["--images", "photos", "--out", "file"], "--out file"),
+    (["--scales", "0"], "--scales"), (["--window", "0"], "--window"), (["--confusion", "x.jpg"], "--confusion"),
+])  # fmt: skip
+def test_wrong_arguments_are_one_line(script, ckpt, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "file").write_text("")
+    code, _, err = script(evaluate, "--ckpt", ckpt, *arguments)
+    assert code == 2 and expected in err and len(err.strip().splitlines()) == 1
+
+
+def test_pictures_and_options_reach_the_result_file(script, ckpt, tmp_path):
+    code, out, err = script(evaluate, "--ckpt", ckpt, "--confusion", tmp_path / "c.png", "--json", tmp_path / "r.json",
+                            "--window", "48", "--scales", "1", "1.5", "--flip")  # fmt: skip
+    assert code == 0 and "confusion matrix: " in out and Image.open(tmp_path / "c.png").size[0] > 200, err
+    row = json.loads((tmp_path / "r.json").read_text())["rows"][0]
+    assert (row["window"], row["scales"], row["flip"]) == ([48, 48], [1.0, 1.5], True)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_counts_the_same(script, ckpt, tmp_path, ranks):
+    """Eight val images, which three ranks cannot share evenly."""
+    code, _, err = script(evaluate, "--ckpt", ckpt, "--json", tmp_path / "one.json")
+    assert code == 0, err
+    program = "import datasets, evaluate; datasets.Shapes.__init__.__defaults__ = (512, 8); evaluate.main()"
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), tmp_path / "program.py",
+         "--ckpt", ckpt, "--json", tmp_path / "many.json"],
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(evaluate.__file__).parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, many = (json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("one", "many"))
+    assert one == many and done.stdout.count("mIoU") == 1

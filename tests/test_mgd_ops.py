@@ -1,5 +1,6 @@
 """The losses against the paper's formulas, written out in float64. More on the region op in test_region_op.py."""
 
+import itertools
 import math
 
 import pytest
@@ -94,3 +95,19 @@ def test_low_precision_is_accumulated_in_float32(dtype):
         loss = mgd_ops.region_loss(student, teacher)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("keep,ignored", [(0.08, 0.1), (0.5, 0.1), (1.0, 0.1), (0.5, 0.9), (0.5, 1.0)])
+def test_ohem_equals_sorting_by_hand(keep, ignored):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 5, 8, 9, generator=generator, dtype=torch.float64)
+    label = torch.randint(5, (2, 8, 9), generator=generator)
+    label[torch.rand(label.shape, generator=generator) < ignored] = 255
+    losses = []
+    for b, y, x in itertools.product(range(2), range(8), range(9)):
+        if label[b, y, x] != 255:
+            losses.append(-float(logits[b, :, y, x].log_softmax(0)[label[b, y, x]]))
+    losses.sort(reverse=True)
+    hard = [loss for i, loss in enumerate(losses) if i < int(keep * label.numel()) or math.exp(-loss) < 0.7]
+    expected = sum(hard) / max(1, len(hard))
+    assert float(mgd_ops.ohem_cross_entropy(logits, label, keep=keep)) == pytest.approx(expected)
