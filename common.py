@@ -97,7 +97,7 @@ def fill_from_recipe(args: argparse.Namespace, recipe: dict, stage: str):
               **({} if args.cutmix else recipe.get("no_cutmix", {}))}  # fmt: skip
     for key, value in recipe.items():
         if getattr(args, key, 0) is None:
-            setattr(args, key, value)
+            setattr(args, key, args.crop if value == "crop" else value)
     if args.schedule > 0:  # what is not is refused below
         args.steps = round(args.steps * args.schedule)
     at_least = {"steps": 1, "batch": 2, "log_every": 1, "save_every": 1, "head_width": 1, "seed": 0, "workers": 0,

@@ -150,7 +150,7 @@ def test_total_loss_is_eq_7():
     unlabeled = models.Output(random(2, 3, 6, 6), random(2, 4, 3, 3))
     label, on_labeled, on_views = labels(), [labels(), labels()], [labels(), labels()]
     deep_logits, wide_features = random(2, 3, 6, 6), random(2, 5, 3, 3)
-    args = argparse.Namespace(lambda_image=0.3, lambda_region=11.0, image_reduction="sum", regions=3)
+    args = argparse.Namespace(lambda_image=0.3, lambda_region=11.0, image_reduction="sum", regions=3, ohem=False)
 
     def cross_entropy(logits, label):
         return -logits.log_softmax(1).gather(1, label[:, None]).mean()
@@ -166,6 +166,9 @@ def test_total_loss_is_eq_7():
     expected += 11.0 * (correlation(unlabeled.features) - correlation(wide_features)).square().mean()
     losses = distill.mgd_losses(labeled, unlabeled, label, on_labeled, on_views, deep_logits, wide_features, args)
     torch.testing.assert_close(losses["loss"], expected)
+    args.ohem = True
+    hard = distill.mgd_losses(labeled, unlabeled, label, on_labeled, on_views, deep_logits, wide_features, args)
+    assert {name for name in losses if losses[name] != hard[name]} == {"sup", "loss"}
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -336,7 +339,8 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
     assert "cannot be read" in errors(script, evaluate, "--ckpt", tmp_path / "file")
     assert "--panel-rows" in errors(script, evaluate, "--ckpt", teachers[0], "--panel-rows", "0")
     assert "--json" in errors(script, evaluate, "--ckpt", teachers[0], "--json", tmp_path)
-    assert "--picture" in errors(script, datasets, "--picture", tmp_path / "look")
+    assert "--picture" in errors(script, datasets, "check", "--picture", tmp_path / "look")
+    assert "prepare-voc" in errors(script, datasets)
     (folder / "images" / "im00.png").unlink()
     assert "im00" in errors(script, train_teacher, *run, *mine)
 
