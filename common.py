@@ -5,6 +5,7 @@ Functions only: no loop lives here, and nothing here sees a loss.
 
 import argparse
 import atexit
+import contextlib
 import datetime
 import json
 import os
@@ -58,8 +59,12 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--seed", type=int, default=0, help="initialisation, order and augmentation; not the partition")
     group.add_argument("--steps", type=int, help="optimizer steps")
     group.add_argument("--schedule", type=float, default=1.0, metavar="FACTOR", help="multiplies the steps")
-    group.add_argument("--batch", type=int, help="labeled images a step; as many unlabeled views are added")
-    group.add_argument("--lr", type=float, help="initial learning rate; decays as (1 - step / steps)^0.9")
+    group.add_argument("--batch", type=int, help="labeled images a step, over all processes; unlabeled views are added")
+    group.add_argument(
+        "--accumulate", type=int, default=1, metavar="PARTS", help="compute a step in so many parts, to save memory"
+    )
+    group.add_argument("--lr", type=float, help="initial learning rate; decays as (1 - step / steps)^0.9. The default grows in "
+                       "proportion to --batch")  # fmt: skip
     group.add_argument("--weight-decay", type=float, default=5e-4, help="not applied to norms and biases")
     group.add_argument("--crop", type=crop_size, help="crop side in pixels, or HEIGHTxWIDTH")
     group.add_argument("--ohem", action=argparse.BooleanOptionalAction, help="supervised loss on hard pixels only")
@@ -95,13 +100,15 @@ def fill_from_recipe(args: argparse.Namespace, recipe: dict, stage: str):
     """
     recipe = {**recipe, **recipe.get(stage, {}), **recipe.get("of", {}).get(args.backbone, {}),
               **({} if args.cutmix else recipe.get("no_cutmix", {}))}  # fmt: skip
+    if args.batch is not None:  # the recipe's learning rate is that of its batch
+        recipe["lr"] *= args.batch / recipe["batch"]
     for key, value in recipe.items():
         if getattr(args, key, 0) is None:
             setattr(args, key, args.crop if value == "crop" else value)
     if args.schedule > 0:  # what is not is refused below
         args.steps = round(args.steps * args.schedule)
-    at_least = {"steps": 1, "batch": 2, "log_every": 1, "save_every": 1, "head_width": 1, "seed": 0, "workers": 0,
-                "val_every": 0, "weight_decay": 0}  # batch norm needs two images  # fmt: skip
+    at_least = {"steps": 1, "batch": 2, "accumulate": 1, "log_every": 1, "save_every": 1, "head_width": 1, "seed": 0,
+                "workers": 0, "val_every": 0, "weight_decay": 0}  # batch norm needs two images  # fmt: skip
     above = {"lr": 0, "schedule": 0, "image_scale": 0}
     shares = ("sup_only", "ramp_up", "threshold")
     for name, value in vars(args).items():
@@ -152,6 +159,64 @@ def rank_and_size() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def say(text: str):
+    """Print on the first rank alone."""
+    if rank_and_size()[0] == 0:
+        print(text, flush=True)
+
+
+def finish(args: argparse.Namespace):
+    """Remove OUT/resume.pt, now that last.pt is there."""
+    if rank_and_size()[0] == 0:
+        (args.out / "resume.pt").unlink(missing_ok=True)
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean of each entry over the ranks; one small collective, without reading anything on the host."""
+    if rank_and_size()[1] > 1:
+        torch.distributed.all_reduce(values)
+        values /= rank_and_size()[1]
+    return values
+
+
+def distribute(model: torch.nn.Module) -> torch.nn.Module:
+    """`model` as DistributedDataParallel where there are several ranks, with batch norm over all of them on GPUs."""
+    if rank_and_size()[1] == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        say("note: batch norm sees each rank's images alone, since SyncBatchNorm needs GPUs")
+    # running statistics are each rank's own (or equal); the first rank's are saved
+    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def valid_pixels(shares: list[list[torch.Tensor]]) -> torch.Tensor:
+    """The mean number of pixels that are not 255 in a share of the joined batch, for each of the label maps (m, H, W) that
+    every share has: what their cross entropies are divided by, so that a step does not depend on how its batch is shared."""
+    counts = torch.stack([torch.stack([(label != 255).sum() for label in labels]) for labels in shares])
+    return mean_over_ranks(counts.float().mean(0))
+
+
+def gradients_stay(model: torch.nn.Module, last: bool):
+    """A context in which backward leaves gradients to this rank: for all shares of its batch but the last."""
+    return contextlib.nullcontext() if last or rank_and_size()[1] == 1 else model.no_sync()
+
+
+def shares_of(args: argparse.Namespace) -> tuple[range, int]:
+    """Which shares of a step's batch this rank computes, one after the other, and how many images one has.
+
+    The batch is cut into ranks · --accumulate shares, in the order of its images, so that it holds the same images at any
+    number of ranks. Raises UserError where it cannot be cut evenly.
+    """
+    rank, ranks = rank_and_size()
+    total = ranks * args.accumulate
+    if args.batch % total or args.batch // total < 2:
+        raise UserError(f"--batch {args.batch}: is shared by {ranks} process(es) with --accumulate {args.accumulate}, so it "
+                        f"must be a multiple of {total} and at least {2 * total}")  # fmt: skip
+    return range(rank * args.accumulate, (rank + 1) * args.accumulate), args.batch // total
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:
@@ -205,7 +270,9 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def save_checkpoint(path: pathlib.Path, checkpoint: dict):
-    """Write `checkpoint` so that `path` is at every moment either the old file or the whole new one."""
+    """Write `checkpoint` so that `path` is at every moment either the old file or the whole new one; the first rank does."""
+    if rank_and_size()[0] > 0:
+        return
     checkpoint["rng"] = torch.get_rng_state()
     checkpoint["versions"] = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,14 +346,15 @@ class Progress:
     """One progress bar and OUT/log.jsonl. Metrics stay on the device until they are logged."""
 
     def __init__(self, args: argparse.Namespace, start: int):
-        path = args.out / "log.jsonl"
-        kept = []
+        path = args.out / "log.jsonl" if rank_and_size()[0] == 0 else os.devnull
+        path, kept = pathlib.Path(path), []
         if start and path.exists():  # the lines after the checkpoint are made again
             kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= start]
         self.file = open(path, "w")  # noqa: SIM115
         self.file.writelines(line + "\n" for line in kept)
         self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
-        self.bar = tqdm(total=args.steps, initial=start, desc=args.out.name, disable=None, dynamic_ncols=True)
+        quiet = True if rank_and_size()[0] > 0 else None
+        self.bar = tqdm(total=args.steps, initial=start, desc=args.out.name, disable=quiet, dynamic_ncols=True)
 
     def waiting(self, batches):
         """The next item of the iterator `batches`; the time it takes counts as waiting for data."""
@@ -303,7 +371,8 @@ class Progress:
         done = step + 1
         if done % self.args.log_every and done % self.args.save_every and done != self.args.steps:
             return
-        values = {name: float(value) for name, value in losses.items()}
+        values = mean_over_ranks(torch.stack([torch.as_tensor(value).float() for value in losses.values()])).tolist()
+        values = dict(zip(losses, values, strict=True))
         now = time.perf_counter()
         elapsed, self.since = now - self.since, now
         speed = self.steps * images / elapsed
@@ -317,7 +386,7 @@ class Progress:
         text += f" lr {lr:.2g} {speed:.1f} img/s data {data:.0%}"
         if self.bar.disable:  # not a terminal: lines instead of a bar
             eta = datetime.timedelta(seconds=round((self.args.steps - step - 1) * images / speed))
-            print(f"{self.args.out.name} {step + 1}/{self.args.steps} {text} eta {eta}", flush=True)
+            say(f"{self.args.out.name} {step + 1}/{self.args.steps} {text} eta {eta}")
         self.bar.set_postfix_str(text)
 
     def write(self, **entry):

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import ArgumentParser, UserError, crop_size, run
+from common import ArgumentParser, UserError, crop_size, rank_and_size, run, shares_of
 
 IGNORE = 255  # the mask value that takes part neither in a loss nor in mIoU
 FILL = [124, 116, 104]  # the mean below as a colour, for pixels outside the image
@@ -614,11 +614,12 @@ def open_training_data(args: argparse.Namespace, unlabeled: bool):
     if unlabeled and not part.unlabeled:
         raise UserError(f"--part {args.part}: leaves no unlabeled image; take a smaller part, add images to "
                         "unlabeled.txt, or train with labels alone (train_teacher.py --method sup)")  # fmt: skip
-    if dataset.missing():
-        print(f"note: {dataset.missing()}", file=sys.stderr)
-    dataset.check(part.labeled + dataset.val, masks=True)
-    if unlabeled:
-        dataset.check(part.unlabeled, masks=False)
+    if rank_and_size()[0] == 0:  # an error here ends all ranks
+        if dataset.missing():
+            print(f"note: {dataset.missing()}", file=sys.stderr)
+        dataset.check(part.labeled + dataset.val, masks=True)
+        if unlabeled:
+            dataset.check(part.unlabeled, masks=False)
     return dataset, part
 
 
@@ -689,22 +690,29 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class StepSampler(torch.utils.data.Sampler):
-    """Batches of (index, augmentation seed) for steps `start` to `steps`, each a pure function of (seed, step).
+    """Lists of (index, augmentation seed), one a share of a step, for steps `start` to `steps`; each is a pure function of
+    (seed, step, share).
 
-    The images come in an endless row of permutations of range(n), so each is seen once an epoch.
+    A step sees views · batch images, the views of a batch one after the other. A share of `size` images has the images
+    share · size to (share + 1) · size of each. The images come in an endless row of permutations of range(n), so each is seen
+    once an epoch.
     """
 
-    def __init__(self, n, batch, seed, start, steps):
+    def __init__(self, n, batch, seed, start, steps, views=1, shares=range(1), size=None):
         self.n, self.batch, self.seed, self.start, self.steps = n, batch, seed, start, steps
+        self.views, self.shares, self.size = views, shares, size or batch
 
     def __len__(self):
-        return self.steps - self.start
+        return (self.steps - self.start) * len(self.shares)
 
     def __iter__(self):
         for step in range(self.start, self.steps):
-            positions = range(step * self.batch, (step + 1) * self.batch)
-            indices = [int(permutation(self.n, self.seed, p // self.n)[p % self.n]) for p in positions]
-            yield [(i, seed_of(self.seed, p)) for i, p in zip(indices, positions, strict=True)]
+            for share in self.shares:
+                yield [
+                    (int(permutation(self.n, self.seed, p // self.n)[p % self.n]), seed_of(self.seed, p))
+                    for view in range(step * self.views, (step + 1) * self.views)
+                    for p in range(view * self.batch + share * self.size, view * self.batch + (share + 1) * self.size)
+                ]
 
 
 def seed_of(*parts: int) -> int:
@@ -712,13 +720,24 @@ def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence([len(parts), *parts]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def train_batches(dataset, names, args, batch: int, start: int, labeled: bool):
-    """An iterator over the batches of steps `start` to `args.steps`: images (B, 3, h, w) uint8, masks (B, h, w)."""
+def train_batches(dataset, names, args, views: int, start: int, labeled: bool):
+    """An iterator over this rank's shares of steps `start` to `args.steps`: images (views · m, 3, h, w) uint8, masks
+    (views · m, h, w), m images of each view (see `common.shares_of`)."""
     train_set = TrainSet(dataset, names, args.crop, args.scales, args.image_scale, labeled)
-    sampler = StepSampler(len(names), batch, seed_of(args.seed, int(labeled)), start, args.steps)
+    seed, (shares, size) = seed_of(args.seed, int(labeled)), shares_of(args)
+    sampler = StepSampler(len(names), args.batch, seed, start, args.steps, views, shares, size)
     workers = {"num_workers": args.workers, "persistent_workers": True, "prefetch_factor": 4} if args.workers else {}
     loader = DataLoader(train_set, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), **workers)
     return iter(loader)
+
+
+def cutmix_boxes(args, step: int, device) -> list[torch.Tensor | None]:
+    """The CutMix masks of a step, one (m, 1, h, w) bool on `device` for each of this rank's shares; None with --no-cutmix."""
+    shares, size = shares_of(args)
+    if not args.cutmix:
+        return [None] * len(shares)
+    boxes = cutmix_mask(args.batch, args.crop, seed_of(args.seed, 2, step)).to(device)
+    return [boxes[share * size : (share + 1) * size] for share in shares]
 
 
 def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -747,8 +766,15 @@ def cutmix_mask(batch: int, size: tuple[int, int], seed: int) -> torch.Tensor:
     return torch.from_numpy(mask)
 
 
-def cutmix(views: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
-    """views (2B, C, H, W) or (2B, H, W), box (B, 1, H, W) -> B mixed views: the first B outside the box, the last inside."""
+def cutmix(views: torch.Tensor, box: torch.Tensor | None) -> torch.Tensor:
+    """views (2B, C, H, W) or (2B, H, W), box (B, 1, H, W) -> B mixed views: the first B outside the box, the last inside.
+
+    Maps of another size than the box are mixed along the box at their size. Without a box the views are as they are.
+    """
+    if box is None:
+        return views
+    if box.shape[-2:] != views.shape[-2:]:
+        box = torch.nn.functional.interpolate(box.float(), views.shape[-2:], mode="nearest-exact") > 0.5
     outside, inside = views.chunk(2)
     return torch.where(box if views.ndim == 4 else box[:, 0], inside, outside)
 

@@ -8,8 +8,10 @@ unlabeled images: cross entropy with both teachers' labels (Eq. 2), the image-le
 and the region-level loss against the wide one (Eq. 6).
 """
 
+import collections
 import pathlib
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -24,16 +26,21 @@ from common import (
     add_model_arguments,
     add_training_arguments,
     autocast,
+    distribute,
     fill_from_recipe,
+    finish,
+    gradients_stay,
     load_checkpoint,
     load_for_resume,
     parameter_groups,
-    pick_device,
     pick_precision,
     plain_args,
     poly_lr,
     run,
     save_checkpoint,
+    say,
+    start_ranks,
+    valid_pixels,
 )
 
 
@@ -53,6 +60,9 @@ def parse_args():
     group.add_argument("--image-reduction", choices=["sum", "mean"], default="sum", help="over the classes; mean is Eq. 4")
     group.add_argument("--regions", type=int, default=7, help="regions a side, H_v = W_v of Eq. 6")
     group.add_argument("--teacher-bn", choices=["eval", "train"], default="eval", help="train: with the batch's statistics")
+    group.add_argument("--mixed-terms", choices=["mixed", "clean"], default="mixed",
+                       help="what the teachers' image and region terms see: mixed views, or the clean views' outputs, mixed, "
+                       "which saves a quarter of their work")  # fmt: skip
     args = parser.parse_args()
     args.backbone = models.canonical_name(args.backbone, "--student")
     fill_from_recipe(args, datasets.RECIPES[args.dataset], "student")
@@ -84,39 +94,61 @@ def set_batch_norm_training(teacher):
             module.track_running_stats = False
 
 
-@torch.no_grad()
-def teach(teacher, images, views, box, separate: bool):
-    """What a teacher says of labeled images (B, 3, H, W) and of the unlabeled views.
+class Taught(NamedTuple):
+    """What a teacher says of a share of a step: m labeled images, and m views as mixed."""
 
-    With CutMix, views (2B, 3, H, W) are mixed along `box` (B, 1, H, W); without, views (B, 3, H, W) and box None. Returns the
-    labels of the images and of the views as mixed, (B, H, W) each, and the output on the mixed views themselves. The views'
-    labels come from the clean views, and are mixed as the views are. `separate` runs each batch by itself, which batch norm
-    in training mode needs; otherwise one forward serves all.
+    labels: torch.Tensor  # (m, H, W) int64, of the labeled images
+    pseudo_labels: torch.Tensor  # (m, H, W) int64, of the clean views, mixed as the views are
+    logits: torch.Tensor  # (m, N, h, w), of the mixed views, before they are brought to full size
+    features: torch.Tensor  # (m, C, h, w), of the mixed views
+
+
+@torch.inference_mode()
+def teach(teacher, images, views, box, args) -> Taught:
+    """Run a teacher (a `models.Coarse`, perhaps folded) on labeled images (m, 3, H, W) and unlabeled views (2m, 3, H, W), which
+    CutMix mixes along `box` (m, 1, H, W); or on views (m, 3, H, W) with box None.
+
+    One forward serves all, unless batch norm is in training mode, where the released procedure's separate batches matter.
+    With --mixed-terms clean the mixed views are not run: their logits and features are those of the clean views, mixed.
     """
-    mixed = views if box is None else datasets.cutmix(views, box)
-    parts = [images, mixed] if box is None else [images, mixed, *views.chunk(2)]
-    if separate:
+    mixed = [] if box is None or args.mixed_terms == "clean" else [datasets.cutmix(views, box)]
+    parts = [images, *views.split(len(images)), *mixed]
+    if args.teacher_bn == "train":
         outputs = [teacher(part) for part in parts]
     else:
         logits, features = teacher(torch.cat(parts))
         outputs = [models.Output(*pair) for pair in zip(logits.split(len(images)), features.split(len(images)), strict=True)]
-    clean = outputs[1].logits if box is None else datasets.cutmix(torch.cat([o.logits for o in outputs[2:]]), box)
-    return outputs[0].logits.argmax(1), clean.argmax(1), outputs[1]
+    clean = outputs[1 : len(parts) - len(mixed)]
+    size = images.shape[-2:]
+    labels, *view_labels = (models.full_size(output.logits, size).argmax(1) for output in (outputs[0], *clean))
+    # maps of labels can be mixed as well as maps of logits: each pixel is of one view
+    pseudo_labels = datasets.cutmix(torch.cat(view_labels), box)
+    if mixed:
+        return Taught(labels, pseudo_labels, *outputs[-1])
+    return Taught(labels, pseudo_labels, *(datasets.cutmix(torch.cat(maps), box) for maps in zip(*clean, strict=True)))
 
 
-def mgd_losses(labeled, unlabeled, label, teacher_labels, pseudo_labels, deep_logits, wide_features, args) -> dict:
+def mgd_losses(labeled, unlabeled, label, teacher_labels, pseudo_labels, deep_logits, wide_features, args, counts=None) -> dict:
     """The terms of Eq. 7, and their weighted sum as `loss`.
 
-    labeled, unlabeled: the student's `Output` on labeled images and on the (mixed) views; label (B, H, W) and the teachers'
-    labels for the labeled images, pseudo_labels for the views, 255 = ignore; deep_logits (B, N, H, W) of T_D and
-    wide_features (B, C, h, w) of T_W on the views.
+    labeled, unlabeled: the student's coarse `Output` on labeled images and on the (mixed) views; label (B, H, W) and the
+    teachers' labels for the labeled images, pseudo_labels for the views, 255 = ignore; deep_logits (B, N, h, w) of T_D and
+    wide_features (B, C, h, w) of T_W on the views; `counts` of the labeled and of the views' pixels (see
+    `mgd_ops.pixel_cross_entropies`).
     """
-    supervised_loss = mgd_ops.ohem_cross_entropy if args.ohem else mgd_ops.pixel_cross_entropy
+    size = label.shape[-2:]
+    of_labeled, of_views = (None, None) if counts is None else ([counts[0]] * 3, [counts[1]] * 2)
+    logits = models.full_size(labeled.logits, size)  # (B, N, H, W)
+    sup, *pixel_l = mgd_ops.pixel_cross_entropies(logits, [label, *teacher_labels], of_labeled)
+    if args.ohem:
+        sup = mgd_ops.ohem_cross_entropy(logits, label)
+    logits = models.full_size(unlabeled.logits, size)
+    pixel_u = mgd_ops.pixel_cross_entropies(logits, pseudo_labels, of_views)
     terms = {
-        "sup": supervised_loss(labeled.logits, label),  # Eq. 1
-        "pixel_l": mgd_ops.pixel_loss(labeled.logits, teacher_labels),  # Eq. 2
-        "pixel_u": mgd_ops.pixel_loss(unlabeled.logits, pseudo_labels),  # Eq. 2
-        "image": mgd_ops.image_loss(unlabeled.logits, deep_logits, args.image_reduction),  # Eq. 4
+        "sup": sup,  # Eq. 1
+        "pixel_l": sum(pixel_l),  # Eq. 2
+        "pixel_u": sum(pixel_u),  # Eq. 2
+        "image": mgd_ops.image_loss(unlabeled.logits, deep_logits, size, args.image_reduction),  # Eq. 4
         "region": mgd_ops.region_loss(unlabeled.features, wide_features, args.regions),  # Eq. 6
     }
     weights = {"image": args.lambda_image, "region": args.lambda_region}
@@ -125,7 +157,7 @@ def mgd_losses(labeled, unlabeled, label, teacher_labels, pseudo_labels, deep_lo
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
+    device = start_ranks(args.device)
     args.precision = pick_precision(args.precision, device)
     mgd_ops.load_kernels()
     dataset, partition = datasets.open_training_data(args, unlabeled=True)
@@ -134,17 +166,19 @@ def main():
     teachers, teacher_rows = [], []
     for role, path in (("T_D", args.deep), ("T_W", args.wide)):
         teacher, checkpoint = load_teacher(path, dataset, args, device)
+        row = checkpoint["row"]
         miou = evaluate.validate(teacher, dataset, device, args)
-        print(
-            f"{role} {checkpoint['row']['method']} {checkpoint['row']['backbone']}: {miou:.2f} mIoU on val ({path})", flush=True
-        )
+        say(f"{role} {row['method']} {row['backbone']}: {miou:.2f} mIoU on val ({path})")
         if checkpoint["partition"]["hash"] != partition.hash:
-            print(f"note: {path} was trained on partition {checkpoint['partition']['name']} "
-                  f"({checkpoint['partition']['hash']}), the student's is {partition.name} ({partition.hash})")  # fmt: skip
+            say(f"note: {path} was trained on partition {checkpoint['partition']['name']} "
+                f"({checkpoint['partition']['hash']}), the student's is {partition.name} ({partition.hash})")  # fmt: skip
+        teacher = models.Coarse(teacher)
         if args.teacher_bn == "train":
             set_batch_norm_training(teacher)
+        else:
+            teacher = models.fold_batch_norm(teacher)
         teachers.append(teacher)
-        teacher_rows.append(checkpoint["row"])
+        teacher_rows.append(row)
 
     torch.manual_seed(datasets.seed_of(args.seed, 20))
     student = models.build_model(args.backbone, len(dataset.classes), args.weights, args.stem, args.head_width,
@@ -156,10 +190,10 @@ def main():
         student.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizers"][0])
         torch.set_rng_state(resumed["rng"])
+    running = distribute(student)  # what the steps run; `student` is what is validated and saved
 
-    views = 2 if args.cutmix else 1
-    labeled = datasets.train_batches(dataset, partition.labeled, args, args.batch, start, labeled=True)
-    unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views * args.batch, start, labeled=False)
+    labeled = datasets.train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
+    unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, 2 if args.cutmix else 1, start, labeled=False)
 
     row = evaluate.result_row(
         args, dataset, partition, role="student", losses=["sup", "pixel", "image:T_D", "region:T_W"],
@@ -175,8 +209,8 @@ def main():
         optimizers = [optimizer.state_dict()] if path.name == "resume.pt" else []
         save_checkpoint(path, {**checkpoint, "model": student.state_dict(), "optimizers": optimizers, "step": step})
 
-    print(f"{args.out}: {args.method} {args.backbone}, {len(partition.labeled)} labeled and {len(partition.unlabeled)} "
-          f"unlabeled images, {args.steps} steps on {device} in {args.precision}, ops {mgd_ops.backend()}")  # fmt: skip
+    say(f"{args.out}: {args.method} {args.backbone}, {len(partition.labeled)} labeled and {len(partition.unlabeled)} "
+        f"unlabeled images, {args.steps} steps on {device} in {args.precision}, ops {mgd_ops.backend()}")  # fmt: skip
     progress = Progress(args, start)
     began = time.perf_counter()
     for step in range(start, args.steps):
@@ -185,42 +219,48 @@ def main():
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
 
-        images, label = progress.waiting(labeled)
-        images, label = datasets.normalize(images, device), label.to(device, non_blocking=True)
-        bare, padding = progress.waiting(unlabeled)
-        bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True)
+        shares = []  # of the batch; the teachers see all of them first, so that their valid pixels can be counted
+        for box in datasets.cutmix_boxes(args, step, device):
+            images, label = progress.waiting(labeled)
+            images, label = datasets.normalize(images, device), label.to(device, non_blocking=True)
+            bare, padding = progress.waiting(unlabeled)
+            bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True)
+            with autocast(device, args.precision):
+                taught = [teach(teacher, images, bare, box, args) for teacher in teachers]
+            # pixels without a label, or outside the image, take no part in Eq. 2 either
+            outside = datasets.cutmix(padding, box) == datasets.IGNORE
+            teacher_labels = [t.labels.masked_fill(label == datasets.IGNORE, datasets.IGNORE) for t in taught]
+            pseudo_labels = [t.pseudo_labels.masked_fill(outside, datasets.IGNORE) for t in taught]
+            targets = (label, teacher_labels, pseudo_labels, taught[0].logits, taught[1].features)
+            shares.append((images, datasets.cutmix(bare, box), targets))
+        counts = valid_pixels([[label, pseudo_labels[0]] for _, _, (label, _, pseudo_labels, _, _) in shares])
 
-        box = None
-        if args.cutmix:
-            box = datasets.cutmix_mask(args.batch, args.crop, datasets.seed_of(args.seed, 2, step)).to(device)
-        with autocast(device, args.precision):
-            taught = [teach(teacher, images, bare, box, separate=args.teacher_bn == "train") for teacher in teachers]
-            labeled_output = student(images)
-            unlabeled_output = student(datasets.cutmix(bare, box) if args.cutmix else bare)
-        # pixels without a label, or outside the image, take no part in Eq. 2 either
-        outside = (datasets.cutmix(padding, box) if args.cutmix else padding) == datasets.IGNORE
-        teacher_labels = [on_images.masked_fill(label == datasets.IGNORE, datasets.IGNORE) for on_images, _, _ in taught]
-        pseudo_labels = [on_views.masked_fill(outside, datasets.IGNORE) for _, on_views, _ in taught]
-        losses = mgd_losses(labeled_output, unlabeled_output, label, teacher_labels, pseudo_labels,
-                            taught[0][2].logits, taught[1][2].features, args)  # fmt: skip
-        losses["loss"].backward()
+        losses = collections.Counter()
+        for i, (images, mixed, targets) in enumerate(shares):
+            with gradients_stay(running, last=i + 1 == len(shares)):
+                with autocast(device, args.precision):
+                    outputs = running(images, upsample=False), running(mixed, upsample=False)
+                terms = mgd_losses(*outputs, *targets, args, counts)
+                (terms["loss"] / len(shares)).backward()
+            for name, term in terms.items():
+                losses[name] += term.detach() / len(shares)
         optimizer.step()
-        progress.step(step, len(images) + len(bare), lr, {name: term.detach() for name, term in losses.items()})
+        progress.step(step, args.batch * (3 if args.cutmix else 2), lr, losses)
 
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save(step + 1, args.out / "resume.pt")
         if args.val_every and (step + 1) % args.val_every == 0 and step + 1 < args.steps:
             miou = evaluate.validate(student, dataset, device, args)
             progress.write(step=step + 1, miou=miou)
-            print(f"{args.out.name} step {step + 1}: {miou:.2f} mIoU", flush=True)
+            say(f"{args.out.name} step {step + 1}: {miou:.2f} mIoU")
 
     save(args.steps, args.out / "resume.pt")  # so that nothing is lost should the validation fail
     row["miou"] = evaluate.validate(student, dataset, device, args)
     save(args.steps, args.out / "last.pt")
-    (args.out / "resume.pt").unlink(missing_ok=True)
+    finish(args)
     progress.write(step=args.steps, miou=row["miou"])
     progress.close()
-    print(f"{args.out}/last.pt: {row['miou']:.2f} mIoU after {args.steps} steps, {row['seconds']:.0f} s")
+    say(f"{args.out}/last.pt: {row['miou']:.2f} mIoU after {args.steps} steps, {row['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -31,20 +31,32 @@ MIN_NORM = 1e-6  # a pooled region below this norm has no direction: its correla
 # ---- pixel and image level: plain PyTorch ----
 
 
-def pixel_cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Cross entropy, mean over the pixels that are not 255 (Eq. 1); 0 where all are.
+def pixel_cross_entropies(logits: torch.Tensor, labels: list[torch.Tensor], counts=None) -> list[torch.Tensor]:
+    """Cross entropies of the same logits against several label maps, each the mean over its pixels that are not 255 (Eq. 1);
+    0 where all are.
 
-    logits (B, N, H, W) floating, label (B, H, W) int64 -> scalar, float32 or float64.
+    logits (B, N, H, W) floating, labels (B, H, W) int64 -> scalars, float32 or float64. `counts`, a scalar tensor each, are
+    divided by instead of the number of valid pixels: where this is one of several shares of a batch, their mean number, so
+    that the mean over the shares is the loss of the batch.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    total = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (label != IGNORE_INDEX).sum().clamp(min=1)
+    log_probabilities = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
+    losses = []
+    for i, label in enumerate(labels):
+        count = (label != IGNORE_INDEX).sum() if counts is None else counts[i]
+        total = F.nll_loss(log_probabilities, label, ignore_index=IGNORE_INDEX, reduction="sum")
+        losses.append(total / count.clamp(min=1e-6))
+    return losses
 
 
-def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, threshold: float = 0.7, keep: float = 0.08) -> torch.Tensor:
+def pixel_cross_entropy(logits: torch.Tensor, label: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
+    """`pixel_cross_entropies` against one label map (Eq. 1)."""
+    return pixel_cross_entropies(logits, [label], None if count is None else [count])[0]
+
+
+def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, count=None, threshold=0.7, keep=0.08) -> torch.Tensor:
     """Cross entropy, mean over the hard pixels: those whose true class has a probability below `threshold`, and at least
     the share `keep` of all pixels, hardest first, as far as they have labels (Shrivastava et al. 2016; CPS on Cityscapes
-    keeps 50,000 of 800x800).
+    keeps 50,000 of 800x800). `count` is there for `pixel_cross_entropy`'s sake: each share has its own hard pixels.
 
     logits (B, N, H, W) floating, label (B, H, W) int64, 255 = ignore -> scalar, float32 or float64.
     """
@@ -56,22 +68,29 @@ def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, threshold: flo
     return (losses * hard).sum() / hard.sum().clamp(min=1)
 
 
-def pixel_loss(logits: torch.Tensor, pseudo_labels: list[torch.Tensor]) -> torch.Tensor:
-    """Pixel-level consistency (Eq. 2): the sum of the cross entropies against each teacher's pseudo label.
+def global_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The average of logits over the image (Eq. 3): coarse logits (B, N, h, w) floating, as if they were first brought to
+    `size` by bilinear interpolation with aligned corners, -> (B, N), float32 or float64.
 
-    logits (B, N, H, W) floating, pseudo labels (B, H, W) int64 with 255 = ignore -> scalar, float32 or float64.
+    Interpolation and average are linear, so each coarse pixel has a weight, and the large logits need not be made.
     """
-    return sum(pixel_cross_entropy(logits, label) for label in pseudo_labels)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    weights = []
+    for length, target in zip(logits.shape[2:], size, strict=True):
+        eye = torch.eye(length, dtype=logits.dtype, device=logits.device)[None]
+        weights.append(F.interpolate(eye, target, mode="linear", align_corners=True).mean((0, 2)))
+    return torch.einsum("bnhw,h,w->bn", logits, *weights)
 
 
-def image_loss(student: torch.Tensor, teacher: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
-    """Image-level semantic-sensitive loss (Eqs. 3 and 4): L1 distance of the globally averaged logits.
+def image_loss(student: torch.Tensor, teacher: torch.Tensor, size: tuple[int, int], reduction: str = "sum") -> torch.Tensor:
+    """Image-level semantic-sensitive loss (Eqs. 3 and 4): L1 distance of the globally averaged logits, of which `size` is the
+    resolution they are averaged at.
 
-    student and teacher (B, N, H, W) floating, of equal batch and classes -> scalar, float32 or float64, the batch's mean.
+    student and teacher (B, N, h, w) floating, of equal batch and classes -> scalar, float32 or float64, the batch's mean.
     reduction: `sum` over the classes, or `mean`, which is Eq. 4 to the letter and N times weaker.
     """
-    student, teacher = (logits if logits.dtype == torch.float64 else logits.float() for logits in (student, teacher))
-    difference = (student.mean((2, 3)) - teacher.mean((2, 3))).abs()  # (B, N)
+    with torch.autocast(student.device.type, enabled=False):
+        difference = (global_logits(student, size) - global_logits(teacher, size)).abs()  # (B, N)
     return (difference.sum(1) if reduction == "sum" else difference.mean(1)).mean()
 
 

@@ -4,7 +4,8 @@
     python models.py --json     # the same figures for a program
 
 A model maps images (B, 3, H, W) to `Output(logits, features)`: logits (B, N, H, W) in float32 at the size of the images,
-and the decoder's features (B, C, H/4, W/4), the F of the paper's region-level loss.
+and the decoder's features (B, C, H/4, W/4), the F of the paper's region-level loss. With `upsample=False` the logits are
+those of the classifier, (B, N, H/4, W/4), and `full_size` brings them to any size.
 """
 
 import copy
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
@@ -52,7 +54,7 @@ PAPER = {
 
 
 class Output(NamedTuple):
-    logits: torch.Tensor  # (B, N, H, W), float32
+    logits: torch.Tensor  # (B, N, H, W), or (B, N, H/4, W/4) with upsample=False; float32
     features: torch.Tensor  # (B, C, H/4, W/4)
 
 
@@ -105,12 +107,16 @@ class DeepLabV3Plus(nn.Module):
             make_separable(self.aspp)
             make_separable(self.decoder)
 
-    def forward(self, images) -> Output:
+    def forward(self, images, upsample: bool = True) -> Output:
         low, high = self.backbone(images)
         features = self.decoder(low, self.aspp(high))  # (B, C, H/4, W/4)
         logits = self.classifier(features).float()  # losses and argmax see float32, also under autocast
-        logits = F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=True)
-        return Output(logits, features)
+        return Output(full_size(logits, images.shape[-2:]) if upsample else logits, features)
+
+
+def full_size(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Logits (B, N, h, w) -> (B, N, *size), bilinear with aligned corners, as the released code has it."""
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
 def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -232,6 +238,22 @@ def model_from_checkpoint(checkpoint: dict) -> DeepLabV3Plus:
                         args["separable_head"])  # fmt: skip
     model.load_state_dict(checkpoint["model"])
     return model.eval()
+
+
+class Coarse(nn.Module):
+    """A model that stops at the classifier's logits (`upsample=False`); teachers are run so."""
+
+    def __init__(self, model: DeepLabV3Plus):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images) -> Output:
+        return self.model(images, upsample=False)
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy of `model` in evaluation mode with every batch norm folded into the convolution before it."""
+    return fuse(copy.deepcopy(model).eval()).eval().to(memory_format=torch.channels_last)
 
 
 def gmacs(module: nn.Module, size: int) -> float:

@@ -9,6 +9,7 @@
                 the other's pseudo labels on CutMix views of unlabeled images. The first of them is kept.
 """
 
+import collections
 import time
 
 import torch
@@ -23,16 +24,21 @@ from common import (
     add_model_arguments,
     add_training_arguments,
     autocast,
+    distribute,
     fill_from_recipe,
+    finish,
+    gradients_stay,
     load_for_resume,
     parameter_groups,
-    pick_device,
     pick_precision,
     plain_args,
     poly_lr,
     ramp_up,
     run,
     save_checkpoint,
+    say,
+    start_ranks,
+    valid_pixels,
 )
 
 
@@ -72,7 +78,7 @@ def pseudo_label(logits, valid, threshold):
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
+    device = start_ranks(args.device)
     args.precision = pick_precision(args.precision, device)
     dataset, partition = datasets.open_training_data(args, unlabeled=args.method == "cps")
     resumed = load_for_resume(args, partition)
@@ -92,9 +98,10 @@ def main():
             net.load_state_dict(resumed[key])
             optimizer.load_state_dict(state)
         torch.set_rng_state(resumed["rng"])
+    running = [distribute(net) for net in nets]  # what the steps run; `nets` are what is validated and saved
 
     supervised_loss = mgd_ops.ohem_cross_entropy if args.ohem else mgd_ops.pixel_cross_entropy
-    labeled = datasets.train_batches(dataset, partition.labeled, args, args.batch, start, labeled=True)
+    labeled = datasets.train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
     views = 2 if args.cutmix else 1
     unlabeled = None  # its loader starts with the first step that has a weight for it
 
@@ -111,8 +118,8 @@ def main():
         optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(path, {**checkpoint, **states, "optimizers": optimizer_states, "step": step})
 
-    print(f"{args.out}: {args.method} {args.backbone}, {len(partition.labeled)} labeled and {len(partition.unlabeled)} "
-          f"unlabeled images, {args.steps} steps on {device} in {args.precision}, ops {mgd_ops.backend()}")  # fmt: skip
+    say(f"{args.out}: {args.method} {args.backbone}, {len(partition.labeled)} labeled and {len(partition.unlabeled)} "
+        f"unlabeled images, {args.steps} steps on {device} in {args.precision}, ops {mgd_ops.backend()}")  # fmt: skip
     progress = Progress(args, start)
     began = time.perf_counter()
     for step in range(start, args.steps):
@@ -122,58 +129,59 @@ def main():
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
         weight = args.cps_weight * ramp_up(step, args.steps, args.sup_only, args.ramp_up) if args.method == "cps" else 0.0
+        if weight > 0 and unlabeled is None:
+            unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views, step, labeled=False)
 
-        images, label = progress.waiting(labeled)
-        images, label = datasets.normalize(images, device), label.to(device, non_blocking=True)
-        losses = {"sup": 0.0}
-        seen = len(images)
-        if weight > 0:
-            if unlabeled is None:
-                unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views * args.batch, step, labeled=False)
-            bare, valid = progress.waiting(unlabeled)
-            bare, valid = datasets.normalize(bare, device), valid.to(device, non_blocking=True) == 0
-            seen += len(bare)
-            with torch.no_grad(), autocast(device, args.precision):
-                clean = [net(bare).logits for net in nets]  # batch norm in training mode, as in CPS
-            if args.cutmix:
-                box = datasets.cutmix_mask(args.batch, args.crop, datasets.seed_of(args.seed, 2, step)).to(device)
-                mixed, valid = datasets.cutmix(bare, box), datasets.cutmix(valid, box)
-                clean = [datasets.cutmix(logits, box) for logits in clean]
-            else:
-                mixed = bare
-            pseudo = [pseudo_label(logits, valid, args.threshold) for logits in clean]  # (B, H, W) each
-            losses["cps"] = 0.0
-
-        for i, net in enumerate(nets):
-            with autocast(device, args.precision):
-                logits = net(images).logits  # (B, N, H, W)
-            loss = sup = supervised_loss(logits, label)
-            losses["sup"] += sup.detach() / len(nets)
+        shares = []  # of the batch: images, label, mixed views, each network's pseudo label
+        for box in datasets.cutmix_boxes(args, step, device):
+            images, label = progress.waiting(labeled)
+            images, label = datasets.normalize(images, device), label.to(device, non_blocking=True)
+            mixed, pseudo = None, []
             if weight > 0:
-                with autocast(device, args.precision):
-                    logits = net(mixed).logits
-                cps = mgd_ops.pixel_cross_entropy(logits, pseudo[1 - i])
-                losses["cps"] += cps.detach() / len(nets)
-                loss = sup + weight * cps
-            loss.backward()
-            optimizers[i].step()
-        progress.step(step, seen, lr, losses)
+                bare, padding = progress.waiting(unlabeled)
+                bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True)
+                with torch.no_grad(), autocast(device, args.precision):
+                    clean = [net(bare).logits for net in nets]  # batch norm in training mode, as in CPS
+                mixed, valid = datasets.cutmix(bare, box), datasets.cutmix(padding, box) != datasets.IGNORE
+                pseudo = [pseudo_label(datasets.cutmix(logits, box), valid, args.threshold) for logits in clean]
+            shares.append((images, label, mixed, pseudo))
+        counts = valid_pixels([[label, *pseudo] for _, label, _, pseudo in shares])
+
+        losses = collections.Counter()
+        for s, (images, label, mixed, pseudo) in enumerate(shares):
+            for i, net in enumerate(running):
+                with gradients_stay(net, last=s + 1 == len(shares)):
+                    with autocast(device, args.precision):
+                        logits = net(images).logits  # (m, N, H, W)
+                    loss = sup = supervised_loss(logits, label, counts[0])
+                    losses["sup"] += sup.detach() / (len(shares) * len(nets))
+                    if weight > 0:
+                        with autocast(device, args.precision):
+                            logits = net(mixed).logits
+                        peer = 1 - i
+                        cps = mgd_ops.pixel_cross_entropy(logits, pseudo[peer], counts[1 + peer])
+                        losses["cps"] += cps.detach() / (len(shares) * len(nets))
+                        loss = sup + weight * cps
+                    (loss / len(shares)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        progress.step(step, args.batch * (1 + views if weight > 0 else 1), lr, losses)
 
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save(step + 1, args.out / "resume.pt")
         if args.val_every and (step + 1) % args.val_every == 0 and step + 1 < args.steps:
             miou = evaluate.validate(nets[0], dataset, device, args)
             progress.write(step=step + 1, miou=miou)
-            print(f"{args.out.name} step {step + 1}: {miou:.2f} mIoU", flush=True)
+            say(f"{args.out.name} step {step + 1}: {miou:.2f} mIoU")
 
     save(args.steps, args.out / "resume.pt")  # so that nothing is lost should the validation fail
     row["miou"] = evaluate.validate(nets[0], dataset, device, args)
     del nets[1:], optimizers[:]
     save(args.steps, args.out / "last.pt")
-    (args.out / "resume.pt").unlink(missing_ok=True)
+    finish(args)
     progress.write(step=args.steps, miou=row["miou"])
     progress.close()
-    print(f"{args.out}/last.pt: {row['miou']:.2f} mIoU after {args.steps} steps, {row['seconds']:.0f} s")
+    say(f"{args.out}/last.pt: {row['miou']:.2f} mIoU after {args.steps} steps, {row['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -484,6 +484,17 @@ def test_sampler_is_a_function_of_seed_and_step():
     assert len(set(seeds)) == len(seeds)
 
 
+def test_shares_of_a_step_are_its_batch():
+    whole = list(datasets.StepSampler(10, 6, seed=3, start=2, steps=5, views=2))
+    shares = list(datasets.StepSampler(10, 6, seed=3, start=2, steps=5, views=2, shares=range(3), size=2))
+    assert len(whole) == 3 and len(shares) == 9
+    for step, (first, second) in enumerate(zip([w[:6] for w in whole], [w[6:] for w in whole], strict=True)):
+        of_step = shares[3 * step : 3 * step + 3]
+        assert [item for share in of_step for item in share[:2]] == first  # the views stay apart
+        assert [item for share in of_step for item in share[2:]] == second
+    assert list(datasets.StepSampler(10, 6, 3, 2, 5, 2, range(1, 3), 2)) == [s for i, s in enumerate(shares) if i % 3]
+
+
 def test_cutmix_mask_covers_what_three_boxes_may():
     masks = datasets.cutmix_mask(200, (64, 96), seed=0)
     assert masks.shape == (200, 1, 64, 96) and masks.dtype == torch.bool
@@ -535,6 +546,8 @@ def test_cutmix_takes_the_second_view_inside_the_box():
     mixed = datasets.cutmix(views, box)
     assert (mixed[0, :, :2] == 2).all() and (mixed[0, :, 2:] == 0).all() and (mixed[1, :, :2] == 3).all()
     assert torch.equal(datasets.cutmix(views[:, 0], box), mixed[:, 0])
+    assert torch.equal(datasets.cutmix(views[:, :, ::2, ::2], box), mixed[:, :, ::2, ::2])
+    assert datasets.cutmix(views, None) is views
 
 
 def test_normalize_gives_imagenets_mean_zero():

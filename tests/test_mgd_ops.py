@@ -62,18 +62,33 @@ def test_pixel_loss_is_eq_2():
     logits = random(2, 4, 3, 5)
     labels = [torch.randint(4, (2, 3, 5), generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
     expected = sum(cross_entropy_by_hand(logits, label) for label in labels)
-    assert mgd_ops.pixel_loss(logits, labels).item() == pytest.approx(expected, rel=1e-12)
+    assert sum(mgd_ops.pixel_cross_entropies(logits, labels)).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_image_loss_is_eq_4(reduction):
-    student, teacher = random(3, 4, 6, 5), random(3, 4, 6, 5, seed=1)
+@pytest.mark.parametrize("size", [(6, 5), (17, 8), (24, 20)])
+def test_image_loss_is_eq_4(reduction, size):
+    student, teacher = random(3, 4, 6, 5).requires_grad_(), random(3, 4, 6, 5, seed=1)
+    large = [torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=True) for x in (student, teacher)]
     per_image = [
-        sum(abs(student[b, n].mean() - teacher[b, n].mean()) for n in range(4)) / (4 if reduction == "mean" else 1)
+        sum(abs(large[0][b, n].mean() - large[1][b, n].mean()) for n in range(4)) / (4 if reduction == "mean" else 1)
         for b in range(3)
     ]
-    expected = float(sum(per_image) / 3)
-    assert mgd_ops.image_loss(student, teacher, reduction).item() == pytest.approx(expected, rel=1e-12)
+    expected = sum(per_image) / 3
+    loss = mgd_ops.image_loss(student, teacher, size, reduction)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each, student)[0] for each in (loss, expected)))
+
+
+def test_shares_of_a_batch_average_to_its_cross_entropy():
+    logits, label = random(6, 4, 3, 5), torch.randint(4, (6, 3, 5), generator=torch.Generator().manual_seed(1))
+    label[:, 0] = 255
+    label[0] = 255  # shares of unequal numbers of valid pixels, one of none
+    count = (label != 255).sum() / 3
+    shares = [mgd_ops.pixel_cross_entropy(logits[i : i + 2], label[i : i + 2], count) for i in (0, 2, 4)]
+    torch.testing.assert_close(sum(shares) / 3, mgd_ops.pixel_cross_entropy(logits, label))
+    empty = torch.full((2, 3, 5), 255)
+    assert mgd_ops.pixel_cross_entropy(logits[:2], empty, torch.tensor(0.0)) == 0
 
 
 @pytest.mark.parametrize("size,regions", [((14, 14), 7), ((9, 13), 7), ((5, 3), 7), ((1, 1), 2), ((12, 8), (3, 2))])

@@ -21,6 +21,7 @@ import models
 import train_teacher
 
 ROOT = pathlib.Path(common.__file__).parent
+ONE_THREAD = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # for several processes on a small machine
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,63 @@ def log(out):
 
 
 def same_weights(a, b):
-    a, b = (torch.load(p, weights_only=True)["model"] for p in (a, b))
+    a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+# Batch norm in evaluation mode, so that a share's images do not depend on the others; one step of plain descent, so that
+# the weights tell the gradient; two val images.
+ALONE = """
+import sys, torch, datasets, {script}
+torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+datasets.Shapes.__init__.__defaults__ = (512, 2)
+{script}.main()
+"""
+
+
+@pytest.mark.parametrize("script_name,options", [
+    ("train_teacher", ["--backbone", "r18", "--sup-only", "0", "--ramp-up", "0", "--threshold", "0.17"]), ("distill", []),
+])  # fmt: skip
+def test_any_number_of_ranks_and_shares_gives_the_gradient_of_the_joined_batch(teachers, tmp_path, script_name, options):
+    """Crops larger than the images, so that shares differ in their valid pixels."""
+    if script_name == "distill":
+        options = ["--deep", teachers[0], "--wide", teachers[1]]
+    program = tmp_path / "program.py"
+    program.write_text(ALONE.format(script=script_name))
+    arguments = [*TINY, *options, "--batch", "12", "--crop", "72", "--precision", "fp32", "--steps", "1", "--lr", "1"]
+    logs = {}
+    for ranks, parts in ((1, 1), (1, 3), (2, 1), (2, 2), (3, 1)):
+        out = tmp_path / f"{ranks}-{parts}"
+        launch = [sys.executable]
+        if ranks > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*launch, program, *map(str, [*arguments, "--out", out, "--accumulate", parts])]
+        done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("SyncBatchNorm needs GPUs" in done.stdout) == (ranks > 1)
+        logs[out] = log(out)[0]
+    expected, *others = logs
+    moved = [(key, value) for key, value in weights(expected / "last.pt").items() if value.is_floating_point()]
+    for other in others:
+        assert logs[other] == pytest.approx(logs[expected], rel=1e-4)
+        for key, value in moved:
+            torch.testing.assert_close(weights(other / "last.pt")[key], value, rtol=1e-3, atol=1e-5, msg=f"{other.name} {key}")
+
+
+def test_a_rank_that_dies_ends_the_run(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import os, train_teacher\noriginal = train_teacher.poly_lr\n"
+                       "def poly_lr(step, *rest):\n    if os.environ['RANK'] == '1' and step == 1:\n"
+                       "        raise RuntimeError('rank 1 is gone')\n    return original(step, *rest)\n"
+                       "train_teacher.poly_lr = poly_lr\ntrain_teacher.main()\n")  # fmt: skip
+    arguments = ["--out", tmp_path / "x", "--method", "sup", *TINY, "--batch", "4", "--steps", "4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, *arguments]
+    done = subprocess.run([*map(str, command)], env=ONE_THREAD, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "rank 1 is gone" in done.stderr
 
 
 @pytest.mark.parametrize("student", ["r18", "mbv2"])
@@ -93,6 +149,8 @@ def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_p
         "--lambda-region 7": {"loss"},
         "--lambda-image 7": {"loss"},
         "--teacher-bn train": {"pixel_l", "pixel_u", "image", "region", "loss"},
+        "--mixed-terms clean": {"image", "region", "loss"},
+        "--ohem": {"sup", "loss"},
     }
     assert script(distill, *distill_args(tmp_path / "plain", teachers))[0] == 0
     plain = log(tmp_path / "plain")[0]
@@ -171,12 +229,15 @@ def test_total_loss_is_eq_7():
     assert {name for name in losses if losses[name] != hard[name]} == {"sup", "loss"}
 
 
-@pytest.mark.parametrize("separate", [False, True])
-def test_teachers_label_clean_views_and_mix_the_labels(separate):
+@pytest.mark.parametrize("teacher_bn", ["eval", "train"])
+@pytest.mark.parametrize("mixed_terms", ["mixed", "clean"])
+def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
     """A teacher that says class 1 for an image that is bright at its corner, wherever CutMix puts that image's pixels."""
+    seen = []
 
     class Teacher(torch.nn.Module):
         def forward(self, images):
+            seen.append(len(images))
             bright = images[:, :1, :1, :1].expand(-1, 1, *images.shape[2:])
             return models.Output(torch.cat([-bright, bright], 1), images)
 
@@ -184,13 +245,30 @@ def test_teachers_label_clean_views_and_mix_the_labels(separate):
     views = torch.tensor([-1.0, 1.0, 1.0, -1.0]).view(4, 1, 1, 1).expand(4, 3, 4, 4)
     box = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     box[:, :, :2] = True  # the corner of the mixed view comes from the second view
-    on_images, on_views, output = distill.teach(Teacher(), images, views, box, separate)
-    assert (on_images[0] == 1).all() and (on_images[1] == 0).all()
-    assert (on_views[0, :2] == 1).all() and (on_views[0, 2:] == 0).all()
-    assert (on_views[1, :2] == 0).all() and (on_views[1, 2:] == 1).all()
-    assert torch.equal(output.features, datasets.cutmix(views, box)) and (output.logits[0, 1] == 1).all()
-    _, plain, output = distill.teach(Teacher(), images, views[:2], None, separate)
-    assert (plain[0] == 0).all() and (plain[1] == 1).all() and torch.equal(output.features, views[:2])
+    args = argparse.Namespace(teacher_bn=teacher_bn, mixed_terms=mixed_terms)
+    taught = distill.teach(Teacher(), images, views, box, args)
+    runs = 4 if mixed_terms == "mixed" else 3
+    assert seen == ([2] * runs if teacher_bn == "train" else [2 * runs])
+    assert (taught.labels[0] == 1).all() and (taught.labels[1] == 0).all()
+    assert (taught.pseudo_labels[0, :2] == 1).all() and (taught.pseudo_labels[0, 2:] == 0).all()
+    assert (taught.pseudo_labels[1, :2] == 0).all() and (taught.pseudo_labels[1, 2:] == 1).all()
+    assert torch.equal(taught.features, datasets.cutmix(views, box)) and (taught.logits[0, 1, :2] == 1).all()
+    assert (taught.logits[0, 1, 2:] == (1 if mixed_terms == "mixed" else -1)).all()  # by its corner, or each view by its own
+    taught = distill.teach(Teacher(), images, views[:2], None, args)
+    assert (taught.pseudo_labels[0] == 0).all() and (taught.pseudo_labels[1] == 1).all()
+    assert torch.equal(taught.features, views[:2])
+
+
+def test_folded_teachers_say_the_same(teachers):
+    dataset, args = datasets.Shapes(), argparse.Namespace(image_scale=1.0, teacher_bn="eval", mixed_terms="mixed")
+    for path in teachers:
+        teacher, _ = distill.load_teacher(path, dataset, args, torch.device("cpu"))
+        plain, folded = models.Coarse(teacher), models.fold_batch_norm(models.Coarse(teacher))
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+        images = torch.randn(2, 3, 48, 64)
+        with torch.no_grad():
+            for a, b in zip(plain(images), folded(images), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_batch_norm_in_training_mode_leaves_the_teachers_statistics_alone(teachers):
@@ -317,6 +395,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
     assert "unknown backbone 'vgg'" in errors(script, train_teacher, *run, "--backbone", "vgg")
     assert "--stem" in errors(script, train_teacher, *run, "--stem", "odd")
     assert "--batch 1" in errors(script, train_teacher, *run, "--batch", "1")
+    assert "must be a multiple of 3" in errors(script, train_teacher, *run, "--batch", "8", "--accumulate", "3")
     assert "--steps 0" in errors(script, train_teacher, *run, "--steps", "0")
     assert "--part 2/3" in errors(script, train_teacher, *run, "--part", "2/3")
     assert "no unlabeled image" in errors(script, train_teacher, *run, "--part", "1")

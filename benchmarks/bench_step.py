@@ -1,0 +1,361 @@
+"""How long does a training step take, against the released procedure, and where does the time go?
+
+    python benchmarks/bench_step.py [--json FILE] [--curves PNG]     (make bench; writes results/step-DEVICE.json)
+
+The released procedure is written out below, plainly, from the paper's code: float32 (TF32 convolutions on GPUs, as PyTorch's
+default is), cudnn.benchmark, all networks in training mode, eight teacher and four student forwards a labeled image, eleven
+cross entropies of which those of the student's own logits can give a gradient, every term read on the host. This project's
+step is made of the functions that distill.py runs. Both see the same models, batch and crop, drawn on the device. Each arm
+runs in a process of its own. On the CPU `peak_mb` is resident memory above that after models and optimizer are built.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import datasets
+import distill
+import mgd_ops
+import models
+from common import ArgumentParser, UserError, autocast, parameter_groups, pick_precision, run, write_result
+
+# stage and student, crop, labeled images a step, classes
+CASES = {
+    "cuda": {
+        "distill r18 512": ("resnet18", 512, 8, 21), "distill mbv2 512": ("mobilenetv2", 512, 8, 21),
+        "distill r18 800": ("resnet18", 800, 8, 19), "distill mbv2 800": ("mobilenetv2", 800, 8, 19),
+        "cps r101 512": ("resnet101", 512, 8, 21), "cps wr34 512": ("wide_resnet34", 512, 8, 21),
+    },
+    "cpu": {
+        "distill r18 128": ("resnet18", 128, 4, 21), "distill mbv2 128": ("mobilenetv2", 128, 4, 21),
+        "cps r18 128": ("resnet18", 128, 4, 21),
+    },
+}  # fmt: skip
+ARMS = {"distill": ["released", "ours", "ours: clean", "ours: compile"], "cps": ["released", "ours"]}
+LR = 0.0025
+
+
+# ---- the released procedure, in words of its description ----
+
+
+def released_distill(nets, optimizer, batch):
+    """One step; returns its terms, as read on the host."""
+    student, deep, wide = nets
+    images, label, u0, u1, box = batch
+    mixed = torch.where(box, u1, u0)
+    with torch.no_grad():
+        pseudo = {}
+        for name, net in (("student", student), ("wide", wide), ("deep", deep)):
+            logits = torch.where(box, net(u1).logits, net(u0).logits)
+            pseudo[name] = logits.argmax(1)
+    student_mixed = student(mixed)
+    student_labeled = student(images)
+    with torch.no_grad():
+        wide_mixed, deep_mixed = wide(mixed), deep(mixed)
+        wide_labeled, deep_labeled = wide(images), deep(images)
+    entropy = F.cross_entropy
+    on_mixed = entropy(student_mixed.logits, pseudo["wide"]) + entropy(student_mixed.logits, pseudo["deep"])
+    unused = entropy(wide_mixed.logits, pseudo["student"]) + entropy(deep_mixed.logits, pseudo["student"])
+    on_labeled = (entropy(student_labeled.logits, wide_labeled.logits.argmax(1))
+                  + entropy(student_labeled.logits, deep_labeled.logits.argmax(1)))  # fmt: skip
+    own = student_labeled.logits.argmax(1)
+    unused += entropy(wide_labeled.logits, own) + entropy(deep_labeled.logits, own)
+    supervised = entropy(student_labeled.logits, label, ignore_index=255)
+    unused += entropy(wide_labeled.logits, label, ignore_index=255) + entropy(deep_labeled.logits, label, ignore_index=255)
+    image = (student_mixed.logits.mean((2, 3)) - deep_mixed.logits.mean((2, 3))).abs().sum()
+    region = mgd_ops.region_loss_reference(student_mixed.features, wide_mixed.features)
+    loss = supervised + on_labeled + on_mixed + 0.001 * image + 100 * region + 0 * unused
+    terms = {"sup": supervised, "pixel_l": on_labeled, "pixel_u": on_mixed, "image": image, "region": region}
+    terms = {name: float(term.detach()) for name, term in terms.items()}
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return terms
+
+
+def released_cps(nets, optimizer, batch):
+    """Cross pseudo supervision as published: float32, each batch by itself."""
+    images, label, u0, u1, box = batch
+    with torch.no_grad():
+        pseudo = [torch.where(box, net(u1).logits, net(u0).logits).argmax(1) for net in nets]
+    mixed = torch.where(box, u1, u0)
+    on_mixed = [net(mixed).logits for net in nets]
+    on_labeled = [net(images).logits for net in nets]
+    cps = F.cross_entropy(on_mixed[0], pseudo[1]) + F.cross_entropy(on_mixed[1], pseudo[0])
+    supervised = sum(F.cross_entropy(logits, label, ignore_index=255) for logits in on_labeled)
+    optimizer.zero_grad()
+    (supervised + cps).backward()
+    optimizer.step()
+    return {"sup": float(supervised.detach()), "cps": float(cps.detach())}
+
+
+# ---- this project's step, from the functions of distill.py and train_teacher.py ----
+
+
+def our_distill(nets, optimizer, batch, args, clock=lambda name: None):
+    """One step; returns its terms, on the device. `clock(name)` is called at the end of each part."""
+    student, deep, wide = nets
+    images, label, u0, u1, box = batch
+    bare, device = torch.cat([u0, u1]), images.device
+    padding = torch.zeros_like(label).repeat(2, 1, 1)
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(device, args.precision):
+        taught = [distill.teach(teacher, images, bare, box, args) for teacher in (deep, wide)]
+    teacher_labels = [t.labels.masked_fill(label == 255, 255) for t in taught]
+    pseudo_labels = [t.pseudo_labels.masked_fill(datasets.cutmix(padding, box) == 255, 255) for t in taught]
+    clock("teachers")
+    with autocast(device, args.precision):
+        outputs = student(images, upsample=False), student(datasets.cutmix(bare, box), upsample=False)
+    clock("student forward")
+    terms = distill.mgd_losses(*outputs, label, teacher_labels, pseudo_labels, taught[0].logits, taught[1].features, args)
+    clock("losses")
+    terms["loss"].backward()
+    clock("backward")
+    optimizer.step()
+    clock("optimizer")
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def our_cps(nets, optimizer, batch, args, clock=lambda name: None):
+    images, label, u0, u1, box = batch
+    bare, device = torch.cat([u0, u1]), images.device
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad(), autocast(device, args.precision):
+        pseudo = [datasets.cutmix(net(bare).logits, box).argmax(1) for net in nets]
+    mixed = datasets.cutmix(bare, box)
+    clock("pseudo labels")
+    terms = {"sup": 0.0, "cps": 0.0}
+    for i, net in enumerate(nets):
+        with autocast(device, args.precision):
+            logits = net(images).logits
+        sup = mgd_ops.pixel_cross_entropy(logits, label)
+        with autocast(device, args.precision):
+            logits = net(mixed).logits
+        cps = mgd_ops.pixel_cross_entropy(logits, pseudo[1 - i])
+        clock("student forward")
+        (sup + cps).backward()
+        clock("backward")
+        terms = {"sup": terms["sup"] + sup.detach(), "cps": terms["cps"] + cps.detach()}
+    optimizer.step()
+    clock("optimizer")
+    return terms
+
+
+# ---- measuring ----
+
+
+def draw_batch(batch, crop, classes, device, channels_last):
+    generator = torch.Generator().manual_seed(0)
+    images, u0, u1 = (torch.randn(batch, 3, crop, crop, generator=generator).to(device) for _ in range(3))
+    if channels_last:
+        images, u0, u1 = (x.contiguous(memory_format=torch.channels_last) for x in (images, u0, u1))
+    label = torch.randint(classes, (batch, crop, crop), generator=generator).to(device)
+    return images, label, u0, u1, datasets.cutmix_mask(batch, (crop, crop), 0).to(device)
+
+
+def make_arm(stage, backbone, crop, batch, classes, impl, device):
+    """(step, clocked step, unit of labeled images): functions without arguments that run one step."""
+    torch.manual_seed(0)
+    ours = impl != "released"
+    args = argparse.Namespace(
+        precision=pick_precision(None, device), teacher_bn="eval", ohem=False, image_reduction="sum", regions=7,
+        mixed_terms="clean" if impl == "ours: clean" else "mixed", lambda_image=0.002, lambda_region=100.0,
+    )  # fmt: skip
+    names = [backbone, "resnet101", "wide_resnet34"] if stage == "distill" else [backbone] * 2
+    nets = [models.build_model(name, classes).to(device).train() for name in names]
+    if not ours:
+        nets = [net.to(memory_format=torch.contiguous_format) for net in nets]
+    trained = nets[:1] if stage == "distill" else nets
+    groups = [group for net in trained for group in parameter_groups(net, 5e-4)]
+    optimizer = torch.optim.SGD(groups, lr=LR, momentum=0.9, **({"fused": True} if ours else {}))
+    if stage == "distill":
+        for net in nets[1:]:
+            net.requires_grad_(False)
+        if ours:
+            nets[1:] = [models.fold_batch_norm(models.Coarse(net)) for net in nets[1:]]
+    if impl == "ours: compile":
+        nets = [torch.compile(net, dynamic=False) for net in nets]
+    data = draw_batch(batch, crop, classes, device, ours)
+    if not ours:
+        step = released_distill if stage == "distill" else released_cps
+        return lambda: step(nets, optimizer, data), None
+    step = our_distill if stage == "distill" else our_cps
+    return (lambda: step(nets, optimizer, data, args)), lambda clock: step(nets, optimizer, data, args, clock)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def resident_mb(field: str) -> float:
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1e3
+    return float("nan")
+
+
+def measure(stage, backbone, crop, batch, classes, impl, device, steps) -> list[dict]:
+    """The rows of one arm, in this process."""
+    device = torch.device(device)
+    torch.backends.cudnn.benchmark = True
+    if impl != "released":
+        mgd_ops.load_kernels()
+    step, clocked = make_arm(stage, backbone, crop, batch, classes, impl, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 1e6
+    else:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # begin a new peak
+        before = resident_mb("VmRSS")
+    step()
+    step()
+    times = []
+    for _ in range(steps):
+        synchronize(device)
+        began = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(1e3 * (time.perf_counter() - began))
+    peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else resident_mb("VmHWM")
+    gflops = float("nan")
+    if impl != "ours: compile":  # the counter sees eager ops
+        with FlopCounterMode(display=False) as counter:
+            step()
+        gflops = counter.get_total_flops() / 1e9
+    p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    common = {"impl": impl, "device": device.type, "dtype": "float32" if impl == "released" else "bfloat16 autocast",
+              "memory_format": "contiguous" if impl == "released" else "channels_last", "shape": [batch, 3, crop, crop],
+              "classes": classes}  # fmt: skip
+    rows = [{**common, "pass": "step", "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "peak_mb": peak - before,
+             "images_per_s": 1e3 * batch / p50, "gflops": gflops}]  # fmt: skip
+    if clocked and impl == "ours":
+        parts = {}
+
+        def clock(name):
+            nonlocal last
+            synchronize(device)
+            now = time.perf_counter()
+            parts[name] = parts.get(name, 0.0) + 1e3 * (now - last)
+            last = now
+
+        rounds = max(2, steps // 2)
+        for _ in range(rounds):
+            synchronize(device)
+            last = time.perf_counter()
+            clocked(clock)
+        rows += [{**common, "pass": name, "p50_ms": total / rounds} for name, total in parts.items()]
+    return rows
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """Measured TFLOP/s of large matrix products."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(8):
+        synchronize(torch.device(device))
+        began = time.perf_counter()
+        a @ b
+        synchronize(torch.device(device))
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / sorted(times)[len(times) // 2] / 1e12
+
+
+def in_own_process(stage, backbone, crop, batch, classes, impl, device, steps) -> list[dict]:
+    spec = json.dumps([stage, backbone, crop, batch, classes, impl, device, steps])
+    done = subprocess.run([sys.executable, __file__, "--arm", spec], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{stage} {backbone} {crop} {impl}: failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return []
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def draw_curves(path, device, rows):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    for axis, what in zip(axes, ("crop", "batch", "classes"), strict=True):
+        for impl in ("released", "ours"):
+            points = sorted((row[what], row["p50_ms"]) for row in rows if row["curve"] == what and row["impl"] == impl)
+            axis.plot(*zip(*points, strict=True), "o-", label=impl)
+        axis.set(xlabel=what, ylim=(0, None))
+    axes[0].set_ylabel(f"ms a step ({device})")
+    axes[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--json", type=pathlib.Path, help="where to write; by default results/step-DEVICE.json")
+    parser.add_argument("--curves", type=pathlib.Path, help="write a picture of the cost against crop, batch and classes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--steps", type=int, help="timed steps an arm; by default 30 on a GPU, 5 on the CPU")
+    parser.add_argument("--cases", nargs="+", help="of these alone, such as 'distill r18 512'")
+    parser.add_argument("--no-compile", action="store_true", help="without the compiled arm")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.arm:
+        print(json.dumps(measure(*json.loads(args.arm))))
+        return
+    unknown = set(args.cases or []) - set(CASES[args.device])
+    if unknown:
+        raise UserError(f"--cases '{min(unknown)}': choose of {', '.join(CASES[args.device])}")
+    began, device = time.perf_counter(), args.device
+    steps = args.steps or (30 if device == "cuda" else 5)
+    rates = {str(dtype): matrix_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    print(", ".join(f"{dtype.removeprefix('torch.')} matrix products {rate:.2f} TFLOP/s" for dtype, rate in rates.items()))
+    print(f"{'case':18} {'impl':14} {'ms':>8} {'images/s':>9} {'speedup':>8} {'peak MB':>8} {'GFLOP':>7} {'of peak':>8}")
+    rows = []
+    for case in args.cases or CASES[device]:
+        stage, backbone, first = case.split()[0], CASES[device][case], None
+        for impl in ARMS[stage]:
+            if impl == "ours: compile" and args.no_compile:
+                continue
+            for row in in_own_process(stage, *backbone, impl, device, steps):
+                row = {"case": case, **row}
+                rows.append(row)
+                if row["pass"] != "step":
+                    print(f"{'':18} {'':14} {row['p50_ms']:8.1f} {row['pass']}")
+                    continue
+                first = first or row
+                row["speedup"] = row["images_per_s"] / first["images_per_s"]
+                rate = rates["torch.float32" if impl == "released" else "torch.bfloat16"]
+                row["matrix_tflops"], row["utilisation"] = rate, row["gflops"] / row["p50_ms"] / rate
+                print(f"{case:18} {impl:14} {row['p50_ms']:8.1f} {row['images_per_s']:9.2f} {row['speedup']:7.2f}x "
+                      f"{row['peak_mb']:8.0f} {row['gflops']:7.0f} {row['utilisation']:7.1%}")  # fmt: skip
+    if args.curves:
+        base = ("resnet18", *((512, 8, 21) if device == "cuda" else (128, 4, 21)))
+        values = {"crop": (256, 512, 768) if device == "cuda" else (64, 96, 128), "batch": (2, 4, 8), "classes": (2, 21, 80)}
+        points = []
+        for place, (what, steps_of) in enumerate(values.items(), 1):
+            for value in steps_of:
+                for impl in ("released", "ours"):
+                    setting = [*base[:place], value, *base[place + 1 :]]
+                    for row in in_own_process("distill", *setting, impl, device, max(2, steps // 2))[:1]:
+                        points.append({**row, "case": f"curve {what} {value}", "pass": "curve", "curve": what, what: value})
+        draw_curves(args.curves, device, points)
+        rows += points
+        print(f"curves: {args.curves}")
+    name = torch.cuda.get_device_name().split()[-1].lower() if device == "cuda" else "cpu"
+    path = args.json or pathlib.Path("results", f"step-{name}.json")
+    write_result(path, "training step", rows, time.perf_counter() - began, "native")
+    print(f"results: {path} ({os.cpu_count()} cores)")
+
+
+if __name__ == "__main__":
+    run(main)
