@@ -16,6 +16,8 @@ SEEDS ?= 0
 # Backbones of the teachers; empty takes the data set's recipe.
 DEEP ?=
 WIDE ?=
+# Processes that share each training's batch, one a GPU; more than one run under torchrun.
+NPROC ?= 1
 # Passed on: to every training, to the teachers' alone, to distill.py alone.
 ARGS ?=
 TEACHER_ARGS ?=
@@ -47,6 +49,8 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
+RUN_SCRIPT = $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
+
 # A last.pt is whole from the moment it is there; make must not remove it when it is interrupted.
 .PRECIOUS: runs/%/last.pt
 .PHONY: install demo compare teachers distill sup test lint ext bench clean
@@ -57,7 +61,7 @@ demo:
 	@$(MAKE) --no-print-directory compare DATASET=shapes DATA= PART=1/32
 
 compare: $(SUP) $(SUP_LONG) $(T_D) $(T_W) $(MGD)
-	$(PY) evaluate.py --ckpt $(firstword $(SUP)) --compare $(wordlist 2,99,$(SUP)) $(SUP_LONG) $(MGD) $(T_D) $(T_W) \
+	$(RUN_SCRIPT) evaluate.py --ckpt $(firstword $(SUP)) --compare $(wordlist 2,99,$(SUP)) $(SUP_LONG) $(MGD) $(T_D) $(T_W) \
 	    --json $(REPORT).json --panels $(REPORT).png
 
 teachers: $(T_D) $(T_W)
@@ -69,19 +73,19 @@ sup: $(SUP)
 # The runs of one seed; $(1) is the seed, $(2) the suffix of its folders.
 define RUNS
 $(RUN)/teacher-deep$(2)/last.pt: | $(INSTALLED)
-	$$(PY) train_teacher.py --out $$(@D) --role teacher_deep $(if $(DEEP),--backbone $(DEEP)) --seed $(1) $$(COMMON) $$(TEACHER_ARGS)
+	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --role teacher_deep $(if $(DEEP),--backbone $(DEEP)) --seed $(1) $$(COMMON) $$(TEACHER_ARGS)
 
 $(RUN)/teacher-wide$(2)/last.pt: | $(INSTALLED)
-	$$(PY) train_teacher.py --out $$(@D) --role teacher_wide $(if $(WIDE),--backbone $(WIDE)) --seed $(1) $$(COMMON) $$(TEACHER_ARGS)
+	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --role teacher_wide $(if $(WIDE),--backbone $(WIDE)) --seed $(1) $$(COMMON) $$(TEACHER_ARGS)
 
 $(RUN)/sup-$(STUDENT)$(2)/last.pt: | $(INSTALLED)
-	$$(PY) train_teacher.py --out $$(@D) --method sup --backbone $(STUDENT) --seed $(1) $$(COMMON)
+	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --method sup --backbone $(STUDENT) --seed $(1) $$(COMMON)
 
 $(RUN)/sup-long-$(STUDENT)$(2)/last.pt: | $(INSTALLED)
-	$$(PY) train_teacher.py --out $$(@D) --method sup --backbone $(STUDENT) --schedule 3 --seed $(1) $$(COMMON)
+	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --method sup --backbone $(STUDENT) --schedule 3 --seed $(1) $$(COMMON)
 
 $(RUN)/mgd-$(STUDENT)$(2)/last.pt: $(RUN)/teacher-deep$(2)/last.pt $(RUN)/teacher-wide$(2)/last.pt | $(INSTALLED)
-	$$(PY) distill.py --out $$(@D) --student $(STUDENT) --deep $$(word 1,$$^) --wide $$(word 2,$$^) --seed $(1) $$(COMMON) $$(STUDENT_ARGS)
+	$$(RUN_SCRIPT) distill.py --out $$(@D) --student $(STUDENT) --deep $$(word 1,$$^) --wide $$(word 2,$$^) --seed $(1) $$(COMMON) $$(STUDENT_ARGS)
 endef
 $(foreach seed,$(SEEDS),$(eval $(call RUNS,$(seed),$(call seed_tag,$(seed)))))
 
@@ -97,6 +101,8 @@ ext: | $(INSTALLED)
 
 bench: | $(INSTALLED)
 	$(PY) benchmarks/bench_region_loss.py
+	$(PY) benchmarks/bench_loading.py
+	$(PY) benchmarks/bench_step.py
 
 clean:
 	rm -rf runs

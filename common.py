@@ -72,6 +72,7 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1), help="data loading processes")
     group.add_argument("--device", help="cuda, cpu, ...; by default cuda where there is one")
     group.add_argument("--precision", choices=["bf16", "fp32"], help="autocast; by default bf16 where it is fast")
+    group.add_argument("--compile", action="store_true", help="torch.compile the networks; worth its minutes on long runs")
     group.add_argument("--log-every", type=int, default=20, metavar="STEPS")
     group.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="how often OUT/resume.pt is written")
     group.add_argument("--val-every", type=int, default=0, metavar="STEPS", help="0: validate after the last step only")
@@ -193,11 +194,49 @@ def distribute(model: torch.nn.Module) -> torch.nn.Module:
     return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that a training on `device` can still have; infinite where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return 1024 * int(line.split()[1]) / rank_and_size()[1]
+    except OSError:
+        pass
+    return float("inf")
+
+
+def say_plan(args: argparse.Namespace, device: torch.device, images: str, needed: float):
+    """Say what a training will do. `needed` is an estimate of its memory, in bytes, on the low side; raises UserError where
+    there is less."""
+    free, sides = free_memory(device), "x".join(map(str, args.crop))
+    if needed > free:
+        raise UserError(f"--batch {args.batch}: crops of {sides} need {needed / 1e9:.1f} GB, but {device} "
+                        f"has {free / 1e9:.1f} GB free; add --accumulate, or lower --batch or --crop")  # fmt: skip
+    say(f"{args.out}: {args.method} {args.backbone}, {images}, {args.steps} steps of {args.batch} labeled images, lr "
+        f"{args.lr:.2g}, on {device} in {args.precision}; about {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB")  # fmt: skip
+
+
 def valid_pixels(shares: list[list[torch.Tensor]]) -> torch.Tensor:
     """The mean number of pixels that are not 255 in a share of the joined batch, for each of the label maps (m, H, W) that
     every share has: what their cross entropies are divided by, so that a step does not depend on how its batch is shared."""
     counts = torch.stack([torch.stack([(label != 255).sum() for label in labels]) for labels in shares])
     return mean_over_ranks(counts.float().mean(0))
+
+
+def compiled(model: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    """torch.compile of `model` with --compile, where this machine can compile; a line says why where not."""
+    if not args.compile:
+        return model
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds: no compiler, no Triton, an unsupported Python
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        say(f"note: --compile is not possible here, going on without: {lines[0]}")
+        args.compile = False
+        return model
+    return torch.compile(model, dynamic=False)
 
 
 def gradients_stay(model: torch.nn.Module, last: bool):
@@ -353,6 +392,7 @@ class Progress:
         self.file = open(path, "w")  # noqa: SIM115
         self.file.writelines(line + "\n" for line in kept)
         self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
+        self.start, self.began = start, None
         quiet = True if rank_and_size()[0] > 0 else None
         self.bar = tqdm(total=args.steps, initial=start, desc=args.out.name, disable=quiet, dynamic_ncols=True)
 
@@ -369,6 +409,13 @@ class Progress:
         self.steps += 1
         self.bar.update()
         done = step + 1
+        if done - self.start in (2, 5):  # the first steps warm up
+            float(next(iter(losses.values())))  # waits for the device
+            now = time.perf_counter()
+            if self.began:
+                duration = datetime.timedelta(seconds=round((now - self.began) / 3 * (self.args.steps - self.start)))
+                say(f"{self.args.out.name}: about {duration} for {self.args.steps - self.start} steps, measured over 3")
+            self.began = now
         if done % self.args.log_every and done % self.args.save_every and done != self.args.steps:
             return
         values = mean_over_ranks(torch.stack([torch.as_tensor(value).float() for value in losses.values()])).tolist()

@@ -26,6 +26,7 @@ from common import (
     add_model_arguments,
     add_training_arguments,
     autocast,
+    compiled,
     distribute,
     fill_from_recipe,
     finish,
@@ -39,6 +40,8 @@ from common import (
     run,
     save_checkpoint,
     say,
+    say_plan,
+    shares_of,
     start_ranks,
     valid_pixels,
 )
@@ -177,7 +180,7 @@ def main():
             set_batch_norm_training(teacher)
         else:
             teacher = models.fold_batch_norm(teacher)
-        teachers.append(teacher)
+        teachers.append(compiled(teacher, args, device))
         teacher_rows.append(row)
 
     torch.manual_seed(datasets.seed_of(args.seed, 20))
@@ -190,7 +193,7 @@ def main():
         student.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizers"][0])
         torch.set_rng_state(resumed["rng"])
-    running = distribute(student)  # what the steps run; `student` is what is validated and saved
+    running = compiled(distribute(student), args, device)  # what the steps run; `student` is what is validated and saved
 
     labeled = datasets.train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
     unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, 2 if args.cutmix else 1, start, labeled=False)
@@ -209,8 +212,10 @@ def main():
         optimizers = [optimizer.state_dict()] if path.name == "resume.pt" else []
         save_checkpoint(path, {**checkpoint, "model": student.state_dict(), "optimizers": optimizers, "step": step})
 
-    say(f"{args.out}: {args.method} {args.backbone}, {len(partition.labeled)} labeled and {len(partition.unlabeled)} "
-        f"unlabeled images, {args.steps} steps on {device} in {args.precision}, ops {mgd_ops.backend()}")  # fmt: skip
+    activations = models.activation_bytes(student, shares_of(args)[1], args.crop, args.precision)
+    weights = 4 * sum(p.numel() for p in student.parameters())
+    say_plan(args, device, f"{len(partition.labeled)} labeled and {len(partition.unlabeled)} unlabeled images, ops "
+             f"{mgd_ops.backend()}", needed=3 * weights + 2 * activations)  # gradients, momentum; two forwards  # fmt: skip
     progress = Progress(args, start)
     began = time.perf_counter()
     for step in range(start, args.steps):

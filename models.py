@@ -256,6 +256,27 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return fuse(copy.deepcopy(model).eval()).eval().to(memory_format=torch.channels_last)
 
 
+def activation_bytes(model: nn.Module, images: int, crop: tuple[int, int], precision: str) -> float:
+    """Bytes that one training forward of `images` crops keeps for backward, with the logits' softmax; counted on the meta
+    device, so nothing is computed."""
+    meta = copy.deepcopy(model).to("meta").train()
+    weights = {tensor.untyped_storage()._cdata for tensor in [*meta.parameters(), *meta.buffers()]}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            # under autocast all but the full-size logits is kept in 16 bits
+            half = precision == "bf16" and tensor.shape[-2:] != tuple(crop)
+            kept[storage._cdata] = storage.nbytes() / (2 if half else 1)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = meta(torch.empty(images, 3, *crop, device="meta")).logits.log_softmax(1)
+    del output  # the graph, and with it the storages, had to live until here
+    return sum(kept.values())
+
+
 def gmacs(module: nn.Module, size: int) -> float:
     """Multiply-accumulates, in G, of one forward of one (3, size, size) image; convolutions only, as counted by torch."""
     module = copy.deepcopy(module).to("meta").eval()

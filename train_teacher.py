@@ -24,6 +24,7 @@ from common import (
     add_model_arguments,
     add_training_arguments,
     autocast,
+    compiled,
     distribute,
     fill_from_recipe,
     finish,
@@ -37,6 +38,8 @@ from common import (
     run,
     save_checkpoint,
     say,
+    say_plan,
+    shares_of,
     start_ranks,
     valid_pixels,
 )
@@ -98,7 +101,9 @@ def main():
             net.load_state_dict(resumed[key])
             optimizer.load_state_dict(state)
         torch.set_rng_state(resumed["rng"])
-    running = [distribute(net) for net in nets]  # what the steps run; `nets` are what is validated and saved
+    running = [
+        compiled(distribute(net), args, device) for net in nets
+    ]  # what the steps run; `nets` are what is validated and saved
 
     supervised_loss = mgd_ops.ohem_cross_entropy if args.ohem else mgd_ops.pixel_cross_entropy
     labeled = datasets.train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
@@ -118,8 +123,10 @@ def main():
         optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(path, {**checkpoint, **states, "optimizers": optimizer_states, "step": step})
 
-    say(f"{args.out}: {args.method} {args.backbone}, {len(partition.labeled)} labeled and {len(partition.unlabeled)} "
-        f"unlabeled images, {args.steps} steps on {device} in {args.precision}, ops {mgd_ops.backend()}")  # fmt: skip
+    activations = models.activation_bytes(nets[0], shares_of(args)[1], args.crop, args.precision)
+    weights = 4 * sum(p.numel() for net in nets for p in net.parameters())
+    say_plan(args, device, f"{len(partition.labeled)} labeled and {len(partition.unlabeled)} unlabeled images",
+             needed=3 * weights + len(nets) * activations)  # weights, gradients, momentum; sup's and cps's forward  # fmt: skip
     progress = Progress(args, start)
     began = time.perf_counter()
     for step in range(start, args.steps):

@@ -77,7 +77,7 @@ def test_any_number_of_ranks_and_shares_gives_the_gradient_of_the_joined_batch(t
     program.write_text(ALONE.format(script=script_name))
     arguments = [*TINY, *options, "--batch", "12", "--crop", "72", "--precision", "fp32", "--steps", "1", "--lr", "1"]
     logs = {}
-    for ranks, parts in ((1, 1), (1, 3), (2, 1), (2, 2), (3, 1)):
+    for ranks, parts in ((1, 1), (1, 3), (2, 2), (3, 1)):
         out = tmp_path / f"{ranks}-{parts}"
         launch = [sys.executable]
         if ranks > 1:
@@ -93,6 +93,16 @@ def test_any_number_of_ranks_and_shares_gives_the_gradient_of_the_joined_batch(t
         assert logs[other] == pytest.approx(logs[expected], rel=1e-4)
         for key, value in moved:
             torch.testing.assert_close(weights(other / "last.pt")[key], value, rtol=1e-3, atol=1e-5, msg=f"{other.name} {key}")
+
+
+def test_compile_falls_back_with_one_line(script, tmp_path, monkeypatch):
+    def no_compiler(*args, **more):
+        raise RuntimeError("Failed to find C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    arguments = ["--out", tmp_path / "x", "--method", "sup", *TINY, "--steps", "1", "--compile"]
+    code, out, _ = script(train_teacher, *arguments)
+    assert code == 0 and "note: --compile is not possible here, going on without: Failed to find C++ compiler\n" in out
 
 
 def test_a_rank_that_dies_ends_the_run(tmp_path):
@@ -424,6 +434,18 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
     assert "im00" in errors(script, train_teacher, *run, *mine)
 
 
+def test_what_does_not_fit_into_memory_is_refused_with_advice(script, teachers, tmp_path, monkeypatch):
+    for module, arguments in (
+        (train_teacher, ["--out", tmp_path / "x", *TINY]),
+        (distill, distill_args(tmp_path / "x", teachers)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "free_memory", lambda device: 1e6)
+            assert "add --accumulate, or lower --batch or --crop" in errors(script, module, *arguments, "--steps", "6")
+        code, out, _ = script(module, *arguments, "--steps", "6")
+        assert code == 0 and " GB of " in out and "for 6 steps, measured over 3" in out
+
+
 def test_a_label_outside_the_classes_is_found_before_the_training(script, folder, tmp_path):
     Image.new("L", (56, 40), 9).save(folder / "masks" / "im11.png")  # of val
     data = ["--dataset", "folder", "--data", folder, "--part", "1", "--weights", "none", "--backbone", "r18", "--steps", "2"]
@@ -477,6 +499,12 @@ def test_make_passes_arguments_on_and_repeats_for_each_seed(tmp_path):
     assert ["--sup-only 0" in line for line in train if "--role teacher" in line] == [True] * 6
     assert [line for line in lines if "--regions 3" in line] == [line for line in lines if "distill.py" in line] != []
     assert lines[-2].count("last.pt") == 15 and f"--json runs/{tmp_path.name}/1-8/compare-r18.json" in lines[-1]
+
+
+def test_make_runs_several_processes():
+    lines = make("compare", "NPROC=4", "SEEDS=3", "PART=1/2")
+    scripts = [line for line in lines if ".py" in line]
+    assert len(scripts) == 6 and all("-m torch.distributed.run --standalone --nproc-per-node 4" in line for line in scripts)
 
 
 def test_make_refuses_an_unknown_student_before_it_trains_teachers():
