@@ -163,14 +163,17 @@ def draw_batch(batch, crop, classes, device, channels_last):
     return images, label, u0, u1, datasets.cutmix_mask(batch, (crop, crop), 0).to(device)
 
 
+def distillation_args(precision, mixed_terms):
+    """The arguments of distill.py that its functions look at."""
+    return argparse.Namespace(precision=precision, mixed_terms=mixed_terms, teacher_bn="eval", ohem=False, regions=7,
+                              image_reduction="sum", lambda_image=0.002, lambda_region=100.0)  # fmt: skip
+
+
 def make_arm(stage, backbone, crop, batch, classes, impl, device):
     """(step, clocked step, unit of labeled images): functions without arguments that run one step."""
     torch.manual_seed(0)
     ours = impl != "released"
-    args = argparse.Namespace(
-        precision=pick_precision(None, device), teacher_bn="eval", ohem=False, image_reduction="sum", regions=7,
-        mixed_terms="clean" if impl == "ours: clean" else "mixed", lambda_image=0.002, lambda_region=100.0,
-    )  # fmt: skip
+    args = distillation_args(pick_precision(None, device), "clean" if impl == "ours: clean" else "mixed")
     names = [backbone, "resnet101", "wide_resnet34"] if stage == "distill" else [backbone] * 2
     nets = [models.build_model(name, classes).to(device).train() for name in names]
     if not ours:

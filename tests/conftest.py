@@ -9,6 +9,7 @@ from PIL import Image
 import common
 import datasets
 
+ROOT = pathlib.Path(common.__file__).parent
 TINY = ["--workers", "0", "--batch", "2", "--crop", "48", "--head-width", "16", "--lr", "0.02", "--log-every", "1"]
 
 

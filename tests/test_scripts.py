@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import ROOT, TINY
 from PIL import Image
 
 import common
@@ -20,7 +20,6 @@ import evaluate
 import models
 import train_teacher
 
-ROOT = pathlib.Path(common.__file__).parent
 ONE_THREAD = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # for several processes on a small machine
 
 

@@ -1,0 +1,42 @@
+"""The benchmarks' released procedure is a fair opponent: it computes the same losses."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import models
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_step
+
+
+@pytest.mark.parametrize("mixed_terms", ["mixed", "clean"])
+def test_the_released_step_and_ours_have_equal_terms(mixed_terms):
+    """Teachers and student in evaluation mode on both sides, float32, no padding."""
+    torch.manual_seed(0)
+    nets = [models.build_model(name, 5, head_width=16).eval() for name in ("r18", "r18", "mbv2")]
+    for net in nets:  # batch norm that does something
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+    folded = [nets[0], *(models.fold_batch_norm(models.Coarse(net)).requires_grad_(False) for net in nets[1:])]
+    batch = bench_step.draw_batch(2, 64, 5, torch.device("cpu"), channels_last=True)
+    args = bench_step.distillation_args("fp32", mixed_terms)
+    still = torch.optim.SGD(nets[0].parameters(), lr=0.0)
+    released = bench_step.released_distill(nets, still, batch)
+    ours = bench_step.our_distill(folded, still, batch, args)
+    released["image"] /= 2  # its sum over the batch is our mean
+    names = ["sup", "pixel_l", "pixel_u"] + (["image", "region"] if mixed_terms == "mixed" else [])
+    for name in names:
+        assert float(ours[name]) == pytest.approx(released[name], rel=1e-4), name
+    if mixed_terms == "clean":  # near, since only what the networks see across a box's border differs
+        assert float(ours["image"]) != pytest.approx(released["image"], rel=1e-4)
+
+
+def test_the_arms_run(capsys):
+    for impl in ("released", "ours"):
+        rows = bench_step.measure("cps", "resnet18", 48, 2, 3, impl, "cpu", 2)
+        assert rows[0]["pass"] == "step" and rows[0]["gflops"] > 1 and rows[0]["peak_mb"] > 0
+    assert {row["pass"] for row in rows} == {"step", "pseudo labels", "student forward", "backward", "optimizer"}
