@@ -69,7 +69,8 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--crop", type=crop_size, help="crop side in pixels, or HEIGHTxWIDTH")
     group.add_argument("--ohem", action=argparse.BooleanOptionalAction, help="supervised loss on hard pixels only")
     group.add_argument("--no-cutmix", dest="cutmix", action="store_false", help="unlabeled views without CutMix")
-    group.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1), help="data loading processes")
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    group.add_argument("--workers", type=int, default=max(0, min(8, cores - 1)), help="processes of each data loader")
     group.add_argument("--device", help="cuda, cpu, ...; by default cuda where there is one")
     group.add_argument("--precision", choices=["bf16", "fp32"], help="autocast; by default bf16 where it is fast")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks; worth its minutes on long runs")
@@ -145,8 +146,10 @@ def start_ranks(name: str | None) -> torch.device:
     """This process's device; under torchrun it also joins the group of ranks, which ends when the process does."""
     if "RANK" not in os.environ or torch.distributed.is_initialized():
         return pick_device(name)
-    if name is None and torch.cuda.is_available():
+    if (name is None and torch.cuda.is_available()) or name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif name and name.startswith("cuda:"):
+        raise UserError(f"--device {name}: every process has a GPU of its own; give --device cuda, or none")
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -190,13 +193,21 @@ def distribute(model: torch.nn.Module) -> torch.nn.Module:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
         say("note: batch norm sees each rank's images alone, since SyncBatchNorm needs GPUs")
-    # running statistics are each rank's own (or equal); the first rank's are saved
+    # running statistics are each rank's own (or equal); see `agree`
     return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def agree(model: torch.nn.Module):
+    """Give every rank the first one's running statistics, so that all validate the network that is saved."""
+    if rank_and_size()[1] > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def free_memory(device: torch.device) -> float:
     """Bytes that a training on `device` can still have; infinite where that cannot be told."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     try:
         for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
@@ -356,7 +367,19 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
         return None
     checkpoint = load_checkpoint(path)
     # What may change without changing the result; everything else must be as it was.
-    free = {"resume", "out", "workers", "device", "log_every", "save_every", "val_every", "data"}
+    free = {
+        "resume",
+        "out",
+        "workers",
+        "device",
+        "compile",
+        "cache",
+        "accumulate",
+        "log_every",
+        "save_every",
+        "val_every",
+        "data",
+    }
     for key, value in plain_args(args).items():
         if key not in free and checkpoint["args"].get(key) != value:
             raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {checkpoint['args'].get(key)}, not {value}; "
@@ -392,7 +415,7 @@ class Progress:
         self.file = open(path, "w")  # noqa: SIM115
         self.file.writelines(line + "\n" for line in kept)
         self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
-        self.start, self.began = start, None
+        self.terms, self.first, self.began = 0, start, None  # the steps that the duration is measured over
         quiet = True if rank_and_size()[0] > 0 else None
         self.bar = tqdm(total=args.steps, initial=start, desc=args.out.name, disable=quiet, dynamic_ncols=True)
 
@@ -409,12 +432,15 @@ class Progress:
         self.steps += 1
         self.bar.update()
         done = step + 1
-        if done - self.start in (2, 5):  # the first steps warm up
+        if len(losses) != self.terms:  # at the first step, and where pseudo labels set in
+            self.terms, self.first = len(losses), step
+        if step - self.first in (1, 4):  # the first steps warm up
             float(next(iter(losses.values())))  # waits for the device
             now = time.perf_counter()
-            if self.began:
-                duration = datetime.timedelta(seconds=round((now - self.began) / 3 * (self.args.steps - self.start)))
-                say(f"{self.args.out.name}: about {duration} for {self.args.steps - self.start} steps, measured over 3")
+            if step - self.first == 4:
+                left = self.args.steps - done
+                duration = datetime.timedelta(seconds=round((now - self.began) / 3 * left))
+                say(f"{self.args.out.name}: about {duration} for {left} more steps such as the last 3")
             self.began = now
         if done % self.args.log_every and done % self.args.save_every and done != self.args.steps:
             return
@@ -435,6 +461,12 @@ class Progress:
             eta = datetime.timedelta(seconds=round((self.args.steps - step - 1) * images / speed))
             say(f"{self.args.out.name} {step + 1}/{self.args.steps} {text} eta {eta}")
         self.bar.set_postfix_str(text)
+
+    def validated(self, step: int, miou: float):
+        """Log a validation after `step` steps; its time does not count as the next steps'."""
+        self.write(step=step, miou=miou)
+        say(f"{self.args.out.name} step {step}: {miou:.2f} mIoU")
+        self.since, self.steps, self.waited = time.perf_counter(), 0, 0.0
 
     def write(self, **entry):
         self.file.write(json.dumps(entry) + "\n")

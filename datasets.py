@@ -343,9 +343,12 @@ class Voc(Files):
         return "ImageSets/Segmentation or SegmentationClassAug is not whole (python datasets.py prepare-voc builds the latter)"
 
 
+VOC_FOLDERS = ("", "VOC2012", "VOCdevkit/VOC2012")
+
+
 def voc_root(data: pathlib.Path) -> pathlib.Path:
     """The folder VOC2012 itself. Raises UserError."""
-    for root in (data, data / "VOC2012", data / "VOCdevkit" / "VOC2012"):
+    for root in (data / folder for folder in VOC_FOLDERS):
         if (root / "JPEGImages").is_dir():
             return root
     raise UserError(f"{data}: holds no VOC2012/JPEGImages; give VOCdevkit with --data, or download it with "
@@ -537,9 +540,9 @@ def partition(dataset, part: str, seed: int = 0) -> Partition:
     """Split the training images: of n, ceil(n / k) stay labeled for `part` 1/k, or as many of them as have a mask.
 
     Images come in an order drawn by their names, but those that show a class for the first time come first, so every class
-    is labeled where the data allow it. Partitions of one seed are nested, 1/16 in 1/8 in 1/4, and do not change when the
-    masks of unlabeled images go away. Masks beyond the labeled ones are looked at only while a class is missing. `1` keeps
-    every mask.
+    is labeled if that many images can hold it. Partitions of one seed are nested, 1/16 in 1/8 in 1/4, and do not change when
+    the masks of unlabeled images go away. To find those images, masks are looked at in that order until each class was seen;
+    training itself opens the labeled ones alone. `1` keeps every mask.
     """
     match = re.fullmatch(r"1(?:/([1-9][0-9]*))?", part)
     if not match:
@@ -612,8 +615,9 @@ def open_training_data(args: argparse.Namespace, unlabeled: bool):
     dataset = open_dataset(args.dataset, args.data, args.cache)
     part = partition_of(dataset, args)
     if unlabeled and not part.unlabeled:
-        raise UserError(f"--part {args.part}: leaves no unlabeled image; take a smaller part, add images to "
-                        "unlabeled.txt, or train with labels alone (train_teacher.py --method sup)")  # fmt: skip
+        flag = f"--labeled-list {args.labeled_list}" if args.labeled_list else f"--part {args.part}"
+        raise UserError(f"{flag}: leaves no unlabeled image; take a smaller part, add images to unlabeled.txt, or train "
+                        "with labels alone (train_teacher.py --method sup)")  # fmt: skip
     if rank_and_size()[0] == 0:  # an error here ends all ranks
         if dataset.missing():
             print(f"note: {dataset.missing()}", file=sys.stderr)
@@ -736,16 +740,23 @@ def cutmix_boxes(args, step: int, device) -> list[torch.Tensor | None]:
     shares, size = shares_of(args)
     if not args.cutmix:
         return [None] * len(shares)
-    boxes = cutmix_mask(args.batch, args.crop, seed_of(args.seed, 2, step)).to(device)
+    boxes = cutmix_mask(args.batch, args.crop, seed_of(args.seed, 2, step))
+    if device.type == "cuda":
+        boxes = boxes.pin_memory().to(device, non_blocking=True)
     return [boxes[share * size : (share + 1) * size] for share in shares]
 
 
 def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """(B, 3, H, W) uint8 -> float32 on `device`, channels_last, with ImageNet's mean and deviation taken out."""
     images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-    mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(STD, device=device).view(3, 1, 1)
+    mean, std = colour_statistics(device)
     return (images / 255 - mean) / std
+
+
+@functools.lru_cache(maxsize=4)
+def colour_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(3, 1, 1) each, copied to the device once: a copy from pageable memory waits for it."""
+    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
 
 
 def cutmix_mask(batch: int, size: tuple[int, int], seed: int) -> torch.Tensor:
@@ -795,7 +806,7 @@ def prepare_voc(data: pathlib.Path, download: bool):
     folders = [data / "benchmark_RELEASE" / "dataset", data / "sbd", data / "dataset"]
     if download:
         try:
-            if not (data / "VOCdevkit" / "VOC2012" / "JPEGImages").is_dir():
+            if not any((data / folder / "JPEGImages").is_dir() for folder in VOC_FOLDERS):
                 torchvision.datasets.VOCSegmentation(data, year="2012", image_set="trainval", download=True)
             if not any((folder / "cls").is_dir() for folder in folders):
                 torchvision.datasets.SBDataset(data / "sbd", download=True)

@@ -25,6 +25,7 @@ from common import (
     UserError,
     add_model_arguments,
     add_training_arguments,
+    agree,
     autocast,
     compiled,
     distribute,
@@ -161,6 +162,7 @@ def mgd_losses(labeled, unlabeled, label, teacher_labels, pseudo_labels, deep_lo
 def main():
     args = parse_args()
     device = start_ranks(args.device)
+    torch.backends.cudnn.benchmark = True  # crops are of one size
     args.precision = pick_precision(args.precision, device)
     mgd_ops.load_kernels()
     dataset, partition = datasets.open_training_data(args, unlabeled=True)
@@ -187,6 +189,10 @@ def main():
     student = models.build_model(args.backbone, len(dataset.classes), args.weights, args.stem, args.head_width,
                                  args.separable_head).to(device).train()  # fmt: skip
     optimizer = torch.optim.SGD(parameter_groups(student, args.weight_decay), lr=args.lr, momentum=0.9, fused=True)
+    activations = models.activation_bytes(student, shares_of(args)[1], args.crop, args.precision)
+    weights = 4 * sum(p.numel() for p in student.parameters())
+    say_plan(args, device, f"{len(partition.labeled)} labeled and {len(partition.unlabeled)} unlabeled images, ops "
+             f"{mgd_ops.backend()}", needed=3 * weights + 2 * activations)  # gradients, momentum; two forwards  # fmt: skip
     start, seconds = 0, 0.0
     if resumed:
         start, seconds = resumed["step"], resumed["row"]["seconds"]
@@ -212,10 +218,6 @@ def main():
         optimizers = [optimizer.state_dict()] if path.name == "resume.pt" else []
         save_checkpoint(path, {**checkpoint, "model": student.state_dict(), "optimizers": optimizers, "step": step})
 
-    activations = models.activation_bytes(student, shares_of(args)[1], args.crop, args.precision)
-    weights = 4 * sum(p.numel() for p in student.parameters())
-    say_plan(args, device, f"{len(partition.labeled)} labeled and {len(partition.unlabeled)} unlabeled images, ops "
-             f"{mgd_ops.backend()}", needed=3 * weights + 2 * activations)  # gradients, momentum; two forwards  # fmt: skip
     progress = Progress(args, start)
     began = time.perf_counter()
     for step in range(start, args.steps):
@@ -255,10 +257,10 @@ def main():
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save(step + 1, args.out / "resume.pt")
         if args.val_every and (step + 1) % args.val_every == 0 and step + 1 < args.steps:
-            miou = evaluate.validate(student, dataset, device, args)
-            progress.write(step=step + 1, miou=miou)
-            say(f"{args.out.name} step {step + 1}: {miou:.2f} mIoU")
+            agree(student)
+            progress.validated(step + 1, evaluate.validate(student, dataset, device, args))
 
+    agree(student)
     save(args.steps, args.out / "resume.pt")  # so that nothing is lost should the validation fail
     row["miou"] = evaluate.validate(student, dataset, device, args)
     save(args.steps, args.out / "last.pt")

@@ -12,6 +12,7 @@ predictions are compared at the size of the mask.
 
 import collections
 import math
+import os
 import pathlib
 import sys
 import time
@@ -61,7 +62,7 @@ WHOLE = Protocol()
 
 def protocol_of(args: dict) -> Protocol:
     """The protocol of a training's arguments."""
-    return Protocol(args["image_scale"], tuple(args["window"]) if args["window"] else None)
+    return Protocol(args["image_scale"], tuple(args["window"]) if args.get("window") else None)
 
 
 def starts(size: int, window: int) -> list[int]:
@@ -71,7 +72,8 @@ def starts(size: int, window: int) -> list[int]:
 
 
 def window_logits(model, x: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
-    """Normalised images x (B, 3, H, W) -> logits (B, N, H, W), float32: the sum over sliding windows where `window` is given.
+    """Normalised images x (B, 3, H, W) -> logits (B, N, H, W), float32: the mean over the sliding windows that see a pixel
+    where `window` is given (the same classes as their sum has).
 
     An image smaller than a window is padded with zeros, the mean colour, at its right and lower border.
     """
@@ -80,14 +82,15 @@ def window_logits(model, x: torch.Tensor, window: tuple[int, int] | None) -> tor
     height, width = x.shape[-2:]
     h, w = window
     x = F.pad(x, (0, max(0, w - width), 0, max(0, h - height)))
-    total = None
+    total, count = None, x.new_zeros(x.shape[-2:])
     for top in starts(x.shape[-2], h):
         for left in starts(x.shape[-1], w):
             logits = model(x[..., top : top + h, left : left + w]).logits
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], *x.shape[-2:])
             total[..., top : top + h, left : left + w] += logits
-    return total[..., :height, :width]
+            count[top : top + h, left : left + w] += 1
+    return (total / count)[..., :height, :width]
 
 
 @torch.inference_mode()
@@ -326,9 +329,17 @@ def parse_args():
         raise UserError(f"--panel-rows {args.panel_rows}: must be at least 1")
     if not min(args.scales) > 0:
         raise UserError(f"--scales {min(args.scales)}: must be above 0")
-    for flag, path in (("--json", args.json), ("--panels", args.panels), ("--confusion", args.confusion)):
-        if path and (path.is_dir() or path.suffix.lower() not in (".json", ".png")):
-            raise UserError(f"{flag} {path}: give a file's name that ends in .json or .png")
+    outputs = (("--json", args.json, ".json"), ("--panels", args.panels, ".png"), ("--confusion", args.confusion, ".png"))
+    for flag, path, suffix in outputs:
+        if path and (path.is_dir() or path.suffix.lower() != suffix):
+            raise UserError(f"{flag} {path}: give a file's name that ends in {suffix}")
+        if path:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{flag} {path}: its folder cannot be made ({error.strerror})") from None
+            if not os.access(path.parent, os.W_OK):
+                raise UserError(f"{flag} {path}: its folder cannot be written; give another")
     if (args.images is None) != (args.out is None):
         raise UserError("--images DIR and --out DIR belong together")
     return args
@@ -350,6 +361,8 @@ def main():
         return checkpoint, models.model_from_checkpoint(checkpoint).to(device), precision, protocol
 
     if args.images:
+        if rank_and_size()[1] > 1:
+            raise UserError("--images: runs in one process; leave torchrun out")
         checkpoint, model, precision, protocol = open_model(args.ckpt)
         sys.exit(1 if predict_folder(model, checkpoint, args.images, args.out, device, precision, protocol) else 0)
 

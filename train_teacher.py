@@ -23,6 +23,7 @@ from common import (
     Progress,
     add_model_arguments,
     add_training_arguments,
+    agree,
     autocast,
     compiled,
     distribute,
@@ -82,6 +83,7 @@ def pseudo_label(logits, valid, threshold):
 def main():
     args = parse_args()
     device = start_ranks(args.device)
+    torch.backends.cudnn.benchmark = True  # crops are of one size
     args.precision = pick_precision(args.precision, device)
     dataset, partition = datasets.open_training_data(args, unlabeled=args.method == "cps")
     resumed = load_for_resume(args, partition)
@@ -94,6 +96,10 @@ def main():
         nets.append(net)
         groups = parameter_groups(net, args.weight_decay)
         optimizers.append(torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True))
+    activations = models.activation_bytes(nets[0], shares_of(args)[1], args.crop, args.precision)
+    weights = 4 * sum(p.numel() for net in nets for p in net.parameters())
+    say_plan(args, device, f"{len(partition.labeled)} labeled and {len(partition.unlabeled)} unlabeled images",
+             needed=3 * weights + len(nets) * activations)  # weights, gradients, momentum; sup's and cps's forward  # fmt: skip
     start, seconds = 0, 0.0
     if resumed:
         start, seconds = resumed["step"], resumed["row"]["seconds"]
@@ -101,9 +107,7 @@ def main():
             net.load_state_dict(resumed[key])
             optimizer.load_state_dict(state)
         torch.set_rng_state(resumed["rng"])
-    running = [
-        compiled(distribute(net), args, device) for net in nets
-    ]  # what the steps run; `nets` are what is validated and saved
+    running = [compiled(distribute(net), args, device) for net in nets]  # `nets` are what is validated and saved
 
     supervised_loss = mgd_ops.ohem_cross_entropy if args.ohem else mgd_ops.pixel_cross_entropy
     labeled = datasets.train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
@@ -123,10 +127,6 @@ def main():
         optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(path, {**checkpoint, **states, "optimizers": optimizer_states, "step": step})
 
-    activations = models.activation_bytes(nets[0], shares_of(args)[1], args.crop, args.precision)
-    weights = 4 * sum(p.numel() for net in nets for p in net.parameters())
-    say_plan(args, device, f"{len(partition.labeled)} labeled and {len(partition.unlabeled)} unlabeled images",
-             needed=3 * weights + len(nets) * activations)  # weights, gradients, momentum; sup's and cps's forward  # fmt: skip
     progress = Progress(args, start)
     began = time.perf_counter()
     for step in range(start, args.steps):
@@ -147,10 +147,10 @@ def main():
             if weight > 0:
                 bare, padding = progress.waiting(unlabeled)
                 bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True)
-                with torch.no_grad(), autocast(device, args.precision):
-                    clean = [net(bare).logits for net in nets]  # batch norm in training mode, as in CPS
-                mixed, valid = datasets.cutmix(bare, box), datasets.cutmix(padding, box) != datasets.IGNORE
-                pseudo = [pseudo_label(datasets.cutmix(logits, box), valid, args.threshold) for logits in clean]
+                mixed, valid = datasets.cutmix(bare, box), padding != datasets.IGNORE
+                with torch.no_grad(), autocast(device, args.precision):  # batch norm in training mode, as in CPS
+                    labels = [pseudo_label(net(bare).logits, valid, args.threshold) for net in running]
+                pseudo = [datasets.cutmix(label_of_net, box) for label_of_net in labels]
             shares.append((images, label, mixed, pseudo))
         counts = valid_pixels([[label, *pseudo] for _, label, _, pseudo in shares])
 
@@ -177,10 +177,10 @@ def main():
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save(step + 1, args.out / "resume.pt")
         if args.val_every and (step + 1) % args.val_every == 0 and step + 1 < args.steps:
-            miou = evaluate.validate(nets[0], dataset, device, args)
-            progress.write(step=step + 1, miou=miou)
-            say(f"{args.out.name} step {step + 1}: {miou:.2f} mIoU")
+            agree(nets[0])
+            progress.validated(step + 1, evaluate.validate(nets[0], dataset, device, args))
 
+    agree(nets[0])
     save(args.steps, args.out / "resume.pt")  # so that nothing is lost should the validation fail
     row["miou"] = evaluate.validate(nets[0], dataset, device, args)
     del nets[1:], optimizers[:]

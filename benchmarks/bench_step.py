@@ -211,18 +211,19 @@ def resident_mb(field: str) -> float:
 def measure(stage, backbone, crop, batch, classes, impl, device, steps) -> list[dict]:
     """The rows of one arm, in this process."""
     device = torch.device(device)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # as the training scripts have it
     if impl != "released":
+        os.environ["MGD_OPS"] = "native"
         mgd_ops.load_kernels()
     step, clocked = make_arm(stage, backbone, crop, batch, classes, impl, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 1e6
-    else:
+    if device.type == "cpu":
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # begin a new peak
         before = resident_mb("VmRSS")
     step()
     step()
+    if device.type == "cuda":  # without what cudnn's search took
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 1e6
     times = []
     for _ in range(steps):
         synchronize(device)
@@ -237,7 +238,8 @@ def measure(stage, backbone, crop, batch, classes, impl, device, steps) -> list[
             step()
         gflops = counter.get_total_flops() / 1e9
     p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    common = {"impl": impl, "device": device.type, "dtype": "float32" if impl == "released" else "bfloat16 autocast",
+    low = impl != "released" and pick_precision(None, device) == "bf16"
+    common = {"impl": impl, "device": device.type, "dtype": "bfloat16" if low else "float32",
               "memory_format": "contiguous" if impl == "released" else "channels_last", "shape": [batch, 3, crop, crop],
               "classes": classes}  # fmt: skip
     rows = [{**common, "pass": "step", "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "peak_mb": peak - before,
@@ -279,7 +281,10 @@ def in_own_process(stage, backbone, crop, batch, classes, impl, device, steps) -
     spec = json.dumps([stage, backbone, crop, batch, classes, impl, device, steps])
     done = subprocess.run([sys.executable, __file__, "--arm", spec], capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"{stage} {backbone} {crop} {impl}: failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        print(
+            f"{stage} {backbone} {crop} {impl}: failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}",
+            file=sys.stderr,
+        )
         return []
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -320,8 +325,9 @@ def main():
         raise UserError(f"--cases '{min(unknown)}': choose of {', '.join(CASES[args.device])}")
     began, device = time.perf_counter(), args.device
     steps = args.steps or (30 if device == "cuda" else 5)
-    rates = {str(dtype): matrix_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    print(", ".join(f"{dtype.removeprefix('torch.')} matrix products {rate:.2f} TFLOP/s" for dtype, rate in rates.items()))
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions are by default
+    rates = {dtype: matrix_rate(device, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    print(", ".join(f"{dtype} matrix products {rate:.2f} TFLOP/s" for dtype, rate in rates.items()))
     print(f"{'case':18} {'impl':14} {'ms':>8} {'images/s':>9} {'speedup':>8} {'peak MB':>8} {'GFLOP':>7} {'of peak':>8}")
     rows = []
     for case in args.cases or CASES[device]:
@@ -336,8 +342,8 @@ def main():
                     print(f"{'':18} {'':14} {row['p50_ms']:8.1f} {row['pass']}")
                     continue
                 first = first or row
-                row["speedup"] = row["images_per_s"] / first["images_per_s"]
-                rate = rates["torch.float32" if impl == "released" else "torch.bfloat16"]
+                row["speedup"] = row["images_per_s"] / first["images_per_s"] if first["impl"] == "released" else float("nan")
+                rate = rates[row["dtype"]]
                 row["matrix_tflops"], row["utilisation"] = rate, row["gflops"] / row["p50_ms"] / rate
                 print(f"{case:18} {impl:14} {row['p50_ms']:8.1f} {row['images_per_s']:9.2f} {row['speedup']:7.2f}x "
                       f"{row['peak_mb']:8.0f} {row['gflops']:7.0f} {row['utilisation']:7.1%}")  # fmt: skip

@@ -100,20 +100,21 @@ def test_sliding_windows_equal_a_plain_reimplementation(size, window):
     model, (h, w) = Blurs(), window
     padded = torch.zeros(1, 3, max(size[0], h), max(size[1], w))
     padded[..., : size[0], : size[1]] = x
-    expected = torch.zeros(1, 2, *padded.shape[2:])
+    expected, seen = torch.zeros(1, 2, *padded.shape[2:]), torch.zeros(padded.shape[2:])
     top = 0
     while True:  # as one moves a window by hand
         left = 0
         while True:
             y0, x0 = min(top, padded.shape[2] - h), min(left, padded.shape[3] - w)
             expected[:, :, y0 : y0 + h, x0 : x0 + w] += model(padded[:, :, y0 : y0 + h, x0 : x0 + w]).logits
+            seen[y0 : y0 + h, x0 : x0 + w] += 1
             if left + w >= padded.shape[3]:
                 break
             left += math.ceil(w * 2 / 3)
         if top + h >= padded.shape[2]:
             break
         top += math.ceil(h * 2 / 3)
-    torch.testing.assert_close(evaluate.window_logits(model, x, window), expected[..., : size[0], : size[1]])
+    torch.testing.assert_close(evaluate.window_logits(model, x, window), (expected / seen)[..., : size[0], : size[1]])
 
 
 def test_scales_and_mirroring_average_probabilities():
@@ -178,6 +179,7 @@ def test_prediction_of_any_images(script, ckpt, tmp_path):
     (["--images", "absent", "--out", "x"], "absent: no such folder"), (["--images", "."], "belong together"),
     (["--images", "empty", "--out", "x"], "holds no image"), (["--images", "photos", "--out", "file"], "--out file"),
     (["--scales", "0"], "--scales"), (["--window", "0"], "--window"), (["--confusion", "x.jpg"], "--confusion"),
+    (["--panels", "x.json"], "--panels"), (["--json", "file/x.json"], "--json"),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_line(script, ckpt, tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
