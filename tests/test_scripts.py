@@ -159,7 +159,6 @@ def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_p
         "--lambda-image 7": {"loss"},
         "--teacher-bn train": {"pixel_l", "pixel_u", "image", "region", "loss"},
         "--mixed-terms clean": {"image", "region", "loss"},
-        "--ohem": {"sup", "loss"},
     }
     assert script(distill, *distill_args(tmp_path / "plain", teachers))[0] == 0
     plain = log(tmp_path / "plain")[0]
@@ -435,7 +434,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
 
 def test_what_does_not_fit_into_memory_is_refused_with_advice(script, teachers, tmp_path, monkeypatch):
     for module, arguments in (
-        (train_teacher, ["--out", tmp_path / "x", *TINY]),
+        (train_teacher, ["--out", tmp_path / "x", *TINY, "--sup-only", "0", "--ramp-up", "0"]),
         (distill, distill_args(tmp_path / "x", teachers)),
     ):
         with monkeypatch.context() as patch:
