@@ -181,7 +181,7 @@ def main():
         if args.teacher_bn == "train":
             set_batch_norm_training(teacher)
         else:
-            teacher = models.fold_batch_norm(teacher)
+            teacher = models.fold_batch_norm(teacher, args.precision)
         teachers.append(compiled(teacher, args, device))
         teacher_rows.append(row)
 

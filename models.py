@@ -251,9 +251,13 @@ class Coarse(nn.Module):
         return self.model(images, upsample=False)
 
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy of `model` in evaluation mode with every batch norm folded into the convolution before it."""
-    return fuse(copy.deepcopy(model).eval()).eval().to(memory_format=torch.channels_last)
+def fold_batch_norm(model: nn.Module, precision: str = "fp32") -> nn.Module:
+    """A copy of `model` in evaluation mode with every batch norm folded into the convolution before it.
+
+    With `bf16` its weights are rounded once, as autocast would do at every step, with a second copy of all of them.
+    """
+    folded = fuse(copy.deepcopy(model).eval()).eval().to(memory_format=torch.channels_last)
+    return folded.to(torch.bfloat16) if precision == "bf16" else folded
 
 
 def activation_bytes(model: nn.Module, images: int, crop: tuple[int, int], precision: str) -> float:

@@ -38,8 +38,8 @@ CASES = {
         "cps r101 512": ("resnet101", 512, 8, 21), "cps wr34 512": ("wide_resnet34", 512, 8, 21),
     },
     "cpu": {
-        "distill r18 128": ("resnet18", 128, 4, 21), "distill mbv2 128": ("mobilenetv2", 128, 4, 21),
-        "cps r18 128": ("resnet18", 128, 4, 21),
+        "distill r18 128": ("resnet18", 128, 8, 21), "distill mbv2 128": ("mobilenetv2", 128, 8, 21),
+        "cps r18 128": ("resnet18", 128, 8, 21),
     },
 }  # fmt: skip
 ARMS = {"distill": ["released", "ours", "ours: clean", "ours: compile"], "cps": ["released", "ours"]}
@@ -186,7 +186,7 @@ def make_arm(stage, backbone, crop, batch, classes, impl, device):
         for net in nets[1:]:
             net.requires_grad_(False)
         if ours:
-            nets[1:] = [models.fold_batch_norm(models.Coarse(net)) for net in nets[1:]]
+            nets[1:] = [models.fold_batch_norm(models.Coarse(net), args.precision) for net in nets[1:]]
     if impl == "ours: compile":
         nets = [torch.compile(net, dynamic=False) for net in nets]
     data = draw_batch(batch, crop, classes, device, ours)
