@@ -41,6 +41,14 @@ struct Map {  // a feature map: sizes, and strides in elements, 64 bits wide sin
   int64_t sb, sc, sh, sw;
 };
 
+// Bins are computed with 32 bits; offsets into tensors with 64. Two rows of the correlation must fit into shared memory.
+void check_sizes(int64_t height, int64_t width, int64_t rows, int64_t cols) {
+  constexpr int64_t kLimit = int64_t(1) << 31;
+  STD_TORCH_CHECK((height + 1) * (rows + 1) < kLimit && (width + 1) * (cols + 1) < kLimit && height * width < kLimit,
+                  "mgd: features of ", height, "x", width, " with ", rows, "x", cols, " regions are too large");
+  STD_TORCH_CHECK(rows * cols <= 3072, "mgd: ", rows, "x", cols, " regions are too many for the CUDA kernels, which take 3072");
+}
+
 Map map_of(const Tensor& t) {
   return {t.size(0), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
@@ -66,22 +74,22 @@ __global__ void __launch_bounds__(kThreads) pool_planes(const T* __restrict__ in
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t task = int64_t(blockIdx.x) * (kThreads / kWarp) + warp;  // (b, c, i), the row of regions fastest
   if (task >= m.batch * m.channels * rows) return;
-  const int64_t i = task % rows, c = task / rows % m.channels, b = task / rows / m.channels;
-  const int64_t y0 = bin_begin(i, m.height, rows), y1 = bin_end(i, m.height, rows);
+  const int64_t c = task / rows % m.channels, b = task / rows / m.channels;
+  const int i = int(task % rows), height = int(m.height), width = int(m.width);
+  const int y0 = bin_begin(i, height, rows), y1 = bin_end(i, height, rows);
   const T* plane = in + b * m.sb + c * m.sc;
-  for (int64_t first_col = 0; first_col < cols; first_col += kWarp) {  // region `j` of this lane
-    const int64_t j = first_col + lane;
-    const int64_t x0 = bin_begin(j, m.width, cols), x1 = bin_end(j, m.width, cols);
-    const int64_t last = min(int64_t(cols), first_col + kWarp) - 1;
+  for (int first_col = 0; first_col < cols; first_col += kWarp) {  // region `j` of this lane
+    const int last = min(cols, first_col + kWarp) - 1, j = min(first_col + lane, last);
+    const int x0 = bin_begin(j, width, cols), x1 = bin_end(j, width, cols);
     acc_t sum = 0;
-    const int64_t from = bin_begin(first_col, m.width, cols) / kVec * kVec, to = bin_end(last, m.width, cols);
-    for (int64_t start = from; start < to; start += kSpan) {
+    const int from = bin_begin(first_col, width, cols) / kVec * kVec, to = bin_end(last, width, cols);
+    for (int start = from; start < to; start += kSpan) {
       acc_t part[kVec] = {};
-      const int64_t x = start + lane * kVec;
-      if (x < m.width) {
+      const int x = start + lane * kVec;
+      if (x < width) {
         const T* p = plane + x * m.sw;
 #pragma unroll 4
-        for (int64_t y = y0; y < y1; ++y) {
+        for (int y = y0; y < y1; ++y) {
           const Pack<T, kVec> pack = *reinterpret_cast<const Pack<T, kVec>*>(p + y * m.sh);
 #pragma unroll
           for (int k = 0; k < kVec; ++k) part[k] += static_cast<acc_t>(pack.v[k]);
@@ -90,12 +98,11 @@ __global__ void __launch_bounds__(kThreads) pool_planes(const T* __restrict__ in
 #pragma unroll
       for (int k = 0; k < kVec; ++k) columns[warp][lane * kVec + k] = part[k];
       __syncwarp();
-      if (j <= last)
-        for (int64_t q = max(x0, start); q < min(x1, start + kSpan); ++q) sum += columns[warp][q - start];
+      for (int q = max(x0, start); q < min(x1, start + kSpan); ++q) sum += columns[warp][q - start];
       __syncwarp();
     }
-    if (j <= last)
-      pooled[((b * rows + i) * cols + j) * m.channels + c] = sum * pixel_weight<acc_t>(i, j, m.height, m.width, rows, cols);
+    if (first_col + lane <= last)
+      pooled[((b * rows + i) * cols + j) * m.channels + c] = sum * pixel_weight<acc_t>(i, j, height, width, rows, cols);
   }
 }
 
@@ -105,16 +112,16 @@ __global__ void __launch_bounds__(kThreads) pool_pixels(const T* __restrict__ in
   constexpr int kWarps = kThreads / kWarp;
   __shared__ acc_t parts[kWarps][kWarp * kVec];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t region = blockIdx.x % (int64_t(rows) * cols), b = blockIdx.x / (int64_t(rows) * cols);
-  const int64_t i = region / cols, j = region % cols;
-  const int64_t c = (int64_t(blockIdx.y) * kWarp + lane) * kVec;
-  const int64_t y0 = bin_begin(i, m.height, rows), y1 = bin_end(i, m.height, rows);
-  const int64_t x0 = bin_begin(j, m.width, cols), span = bin_end(j, m.width, cols) - x0;
+  const int region = blockIdx.x % (rows * cols), i = region / cols, j = region % cols;
+  const int height = int(m.height), width = int(m.width);
+  const int64_t b = blockIdx.x / (rows * cols), c = (int64_t(blockIdx.y) * kWarp + lane) * kVec;
+  const int y0 = bin_begin(i, height, rows), y1 = bin_end(i, height, rows);
+  const int x0 = bin_begin(j, width, cols), span = bin_end(j, width, cols) - x0;
   acc_t sum[kVec] = {};
   if (c < m.channels) {
     const T* p = in + b * m.sb + c;
 #pragma unroll 4
-    for (int64_t q = warp; q < (y1 - y0) * span; q += kWarps) {
+    for (int q = warp; q < (y1 - y0) * span; q += kWarps) {
       const int64_t y = y0 + q / span, x = x0 + q % span;
       const Pack<T, kVec> pack = *reinterpret_cast<const Pack<T, kVec>*>(p + y * m.sh + x * m.sw);
 #pragma unroll
@@ -129,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) pool_pixels(const T* __restrict__ in
     if (channel >= m.channels) continue;
     acc_t total = 0;
     for (int w = 0; w < kWarps; ++w) total += parts[w][k];
-    pooled[(b * rows * cols + region) * m.channels + channel] = total * pixel_weight<acc_t>(i, j, m.height, m.width, rows, cols);
+    pooled[(b * rows * cols + region) * m.channels + channel] = total * pixel_weight<acc_t>(i, j, height, width, rows, cols);
   }
 }
 
@@ -140,6 +147,7 @@ bool aligned(const void* p, const Map& m, int64_t unit, int64_t bytes) {
 // feat (B, C, H, W), any strides -> (B, R, C) averages, float32 or float64.
 Tensor pool(const Tensor& feat, int64_t rows, int64_t cols) {
   const Map m = map_of(feat);
+  check_sizes(m.height, m.width, rows, cols);
   Tensor pooled = torch::stable::new_empty(feat, {m.batch, rows * cols, m.channels}, acc_type(feat.scalar_type()));
   if (pooled.numel() == 0) return pooled;
   const cudaStream_t stream = stream_of(feat);
@@ -288,57 +296,72 @@ __global__ void __launch_bounds__(kThreads) correlation_gradient(const acc_t* __
 // weight and scale; each thread keeps its kVec columns and walks down the rows.
 template <typename T, typename acc_t, int kVec>
 __global__ void __launch_bounds__(kThreads) unpool_planes(const acc_t* __restrict__ grad_pooled, const acc_t* __restrict__ scale, T* __restrict__ out,
-                                                          int64_t channels, int64_t height, int64_t width, int rows, int cols) {
+                                                          int64_t channels, int height, int width, int rows, int cols) {
   extern __shared__ __align__(16) unsigned char bytes[];
   acc_t* regional = reinterpret_cast<acc_t*>(bytes);  // (R)
-  const int64_t b = blockIdx.x / channels, c = blockIdx.x % channels, regions = int64_t(rows) * cols;
+  const int64_t b = blockIdx.x / channels, c = blockIdx.x % channels;
+  const int regions = rows * cols, thread = int(threadIdx.x);
   const acc_t factor = scale ? *scale : acc_t(1);
-  for (int64_t r = threadIdx.x; r < regions; r += kThreads)
+  for (int r = thread; r < regions; r += kThreads)
     regional[r] = factor * pixel_weight<acc_t>(r / cols, r % cols, height, width, rows, cols) * grad_pooled[(b * regions + r) * channels + c];
   __syncthreads();
-  const int64_t groups = (width + kVec - 1) / kVec;  // of kVec columns
-  const int64_t across = min(groups, int64_t(kThreads)), down = kThreads / across;
-  if (threadIdx.x >= across * down) return;
+  const int groups = (width + kVec - 1) / kVec;  // of kVec columns
+  const int across = min(groups, kThreads), down = kThreads / across;
+  if (thread >= across * down) return;
   T* plane = out + int64_t(blockIdx.x) * height * width;
-  for (int64_t x = threadIdx.x % across * kVec; x < width; x += across * kVec) {
-    int64_t j0[kVec], j1[kVec];
+  for (int x = thread % across * kVec; x < width; x += across * kVec) {
+    int j0[kVec], j1[kVec];
 #pragma unroll
     for (int k = 0; k < kVec; ++k) j0[k] = first_bin(x + k, width, cols), j1[k] = last_bin(x + k, width, cols);
-    for (int64_t y = threadIdx.x / across; y < height; y += down) {
-      const int64_t i0 = first_bin(y, height, rows), i1 = last_bin(y, height, rows);
-      Pack<T, kVec> pack;
+    Pack<T, kVec> pack;
+    int before0 = -1, before1 = -1;  // the bins of the row before, which most rows share
+    for (int y = thread / across; y < height; y += down) {
+      const int i0 = first_bin(y, height, rows), i1 = last_bin(y, height, rows);
+      if (i0 != before0 || i1 != before1) {
 #pragma unroll
-      for (int k = 0; k < kVec; ++k) pack.v[k] = static_cast<T>(gather(regional, i0, i1, j0[k], j1[k], cols, int64_t(1)));
-      *reinterpret_cast<Pack<T, kVec>*>(plane + y * width + x) = pack;
+        for (int k = 0; k < kVec; ++k) pack.v[k] = static_cast<T>(gather(regional, i0, i1, j0[k], j1[k], cols, 1));
+        before0 = i0, before1 = i1;
+      }
+      *reinterpret_cast<Pack<T, kVec>*>(plane + int64_t(y) * width + x) = pack;
     }
   }
 }
 
-// Write the gradient of channels_last maps: one thread kVec channels of a pixel, blocks stride over a row of pixels.
+// Write the gradient of channels_last maps. One block a row of pixels, one thread kVec channels of a pixel at a time; the
+// weights of the row's regions go to shared memory.
 template <typename T, typename acc_t, int kVec>
 __global__ void __launch_bounds__(kThreads) unpool_pixels(const acc_t* __restrict__ grad_pooled, const acc_t* __restrict__ scale, T* __restrict__ out,
-                                                          int64_t channels, int64_t height, int64_t width, int rows, int cols) {
-  const int64_t b = blockIdx.x / height, y = blockIdx.x % height, regions = int64_t(rows) * cols;
-  const int64_t i0 = first_bin(y, height, rows), i1 = last_bin(y, height, rows);
+                                                          int64_t channels, int height, int width, int rows, int cols) {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  acc_t* weights = reinterpret_cast<acc_t*>(bytes);  // (R), of which rows i0 to i1 are used
+  const int64_t b = blockIdx.x / height;
+  const int y = int(blockIdx.x % height), thread = int(threadIdx.x);
+  const int i0 = first_bin(y, height, rows), i1 = last_bin(y, height, rows);
   const acc_t factor = scale ? *scale : acc_t(1);
-  const acc_t* g = grad_pooled + b * regions * channels;
+  for (int r = i0 * cols + thread; r < (i1 + 1) * cols; r += kThreads)
+    weights[r] = factor * pixel_weight<acc_t>(r / cols, r % cols, height, width, rows, cols);
+  __syncthreads();
+  const acc_t* g = grad_pooled + b * rows * cols * channels;
   T* line = out + int64_t(blockIdx.x) * width * channels;
   const int64_t groups = channels / kVec;
-  for (int64_t q = threadIdx.x; q < width * groups; q += kThreads) {
-    const int64_t x = q / groups, c = q % groups * kVec;
-    const int64_t j0 = first_bin(x, width, cols), j1 = last_bin(x, width, cols);
-    acc_t sum[kVec] = {};
-    for (int64_t i = i0; i <= i1; ++i)
-      for (int64_t j = j0; j <= j1; ++j) {
-        const acc_t weight = factor * pixel_weight<acc_t>(i, j, height, width, rows, cols);
-        const Pack<acc_t, kVec> pack = *reinterpret_cast<const Pack<acc_t, kVec>*>(g + (i * cols + j) * channels + c);
+  const int across = int(min(groups, int64_t(kThreads))), down = kThreads / across;
+  if (thread >= across * down) return;
+  for (int x = thread / across; x < width; x += down) {
+    const int j0 = first_bin(x, width, cols), j1 = last_bin(x, width, cols);
+    for (int64_t c = thread % across * kVec; c < channels; c += int64_t(across) * kVec) {
+      acc_t sum[kVec] = {};
+      for (int i = i0; i <= i1; ++i)
+        for (int j = j0; j <= j1; ++j) {
+          const acc_t weight = weights[i * cols + j];
+          const Pack<acc_t, kVec> pack = *reinterpret_cast<const Pack<acc_t, kVec>*>(g + (i * cols + j) * channels + c);
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) sum[k] += weight * pack.v[k];
-      }
-    Pack<T, kVec> pack;
+          for (int k = 0; k < kVec; ++k) sum[k] += weight * pack.v[k];
+        }
+      Pack<T, kVec> pack;
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) pack.v[k] = static_cast<T>(sum[k]);
-    *reinterpret_cast<Pack<T, kVec>*>(line + x * channels + c) = pack;
+      for (int k = 0; k < kVec; ++k) pack.v[k] = static_cast<T>(sum[k]);
+      *reinterpret_cast<Pack<T, kVec>*>(line + x * channels + c) = pack;
+    }
   }
 }
 
@@ -346,6 +369,7 @@ __global__ void __launch_bounds__(kThreads) unpool_pixels(const acc_t* __restric
 Tensor unpool(const Tensor& grad_pooled, const Tensor* scale, int64_t height, int64_t width, int64_t rows, int64_t cols,
               ScalarType dtype, bool channels_last) {
   const int64_t batch = grad_pooled.size(0), channels = grad_pooled.size(2);
+  check_sizes(height, width, rows, cols);
   Tensor grad = torch::stable::empty(
       {batch, channels, height, width}, dtype, std::nullopt, grad_pooled.device(), std::nullopt,
       channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
@@ -354,20 +378,20 @@ Tensor unpool(const Tensor& grad_pooled, const Tensor* scale, int64_t height, in
   dispatch(dtype, [&](auto tag) {
     using T = decltype(tag);
     using acc_t = acc_of<T>;
-    constexpr int kVec = sizeof(T) == 8 ? 2 : 4;
+    constexpr int kVec = 16 / sizeof(T);  // 16 bytes a store
     const acc_t* in = static_cast<const acc_t*>(grad_pooled.const_data_ptr());
     const acc_t* factor = scale ? static_cast<const acc_t*>(scale->const_data_ptr()) : nullptr;
     T* out = static_cast<T*>(grad.mutable_data_ptr());
-    const int r = int(rows), c = int(cols);
+    const int h = int(height), w = int(width), r = int(rows), c = int(cols);
+    const size_t shared = size_t(rows * cols) * sizeof(acc_t);
     if (channels_last) {
       const unsigned grid = unsigned(batch * height);
-      if (channels % kVec == 0) unpool_pixels<T, acc_t, kVec><<<grid, kThreads, 0, stream>>>(in, factor, out, channels, height, width, r, c);
-      else unpool_pixels<T, acc_t, 1><<<grid, kThreads, 0, stream>>>(in, factor, out, channels, height, width, r, c);
+      if (channels % kVec == 0) unpool_pixels<T, acc_t, kVec><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, h, w, r, c);
+      else unpool_pixels<T, acc_t, 1><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, h, w, r, c);
     } else {
       const unsigned grid = unsigned(batch * channels);
-      const size_t shared = size_t(rows * cols) * sizeof(acc_t);
-      if (width % kVec == 0) unpool_planes<T, acc_t, kVec><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, height, width, r, c);
-      else unpool_planes<T, acc_t, 1><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, height, width, r, c);
+      if (width % kVec == 0) unpool_planes<T, acc_t, kVec><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, h, w, r, c);
+      else unpool_planes<T, acc_t, 1><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, h, w, r, c);
     }
     check_launch();
   });

@@ -20,30 +20,35 @@ namespace mgd {
 constexpr double kMinNorm = 1e-6;
 
 // Bin i of `bins` over `size` pixels is [bin_begin, bin_end), as in PyTorch's adaptive pooling; bins overlap by a pixel
-// where the size does not divide.
-HD int64_t bin_begin(int64_t i, int64_t size, int64_t bins) { return i * size / bins; }
-HD int64_t bin_end(int64_t i, int64_t size, int64_t bins) { return ((i + 1) * size + bins - 1) / bins; }
+// where the size does not divide. The integer type is the caller's: 32 bits are several times faster to divide on a GPU, and
+// hold (size + 1) * (bins + 1) for every map that is not absurd (see check_sizes in region_cuda.cu).
+template <typename int_t>
+HD int_t bin_begin(int_t i, int_t size, int_t bins) { return i * size / bins; }
+template <typename int_t>
+HD int_t bin_end(int_t i, int_t size, int_t bins) { return ((i + 1) * size + bins - 1) / bins; }
 
 // The bins that hold pixel y are first_bin to last_bin: bin_end > y from floor(y * bins / size) on, and bin_begin <= y up to
 // ceil((y + 1) * bins / size) - 1.
-HD int64_t first_bin(int64_t y, int64_t size, int64_t bins) { return y * bins / size; }
-HD int64_t last_bin(int64_t y, int64_t size, int64_t bins) { return ((y + 1) * bins + size - 1) / size - 1; }
+template <typename int_t>
+HD int_t first_bin(int_t y, int_t size, int_t bins) { return y * bins / size; }
+template <typename int_t>
+HD int_t last_bin(int_t y, int_t size, int_t bins) { return ((y + 1) * bins + size - 1) / size - 1; }
 
 // Share of one pixel in the average of region (i, j).
-template <typename acc_t>
-HD acc_t pixel_weight(int64_t i, int64_t j, int64_t height, int64_t width, int64_t rows, int64_t cols) {
-  const int64_t h = bin_end(i, height, rows) - bin_begin(i, height, rows);
-  const int64_t w = bin_end(j, width, cols) - bin_begin(j, width, cols);
+template <typename acc_t, typename int_t>
+HD acc_t pixel_weight(int_t i, int_t j, int_t height, int_t width, int_t rows, int_t cols) {
+  const int_t h = bin_end(i, height, rows) - bin_begin(i, height, rows);
+  const int_t w = bin_end(j, width, cols) - bin_begin(j, width, cols);
   return acc_t(1) / (acc_t(h) * acc_t(w));
 }
 
 // Gradient of one pixel of one channel: the sum over the regions that hold it. `grad` points at region (0, 0) of that
 // channel, already times pixel_weight; regions are `stride` apart.
-template <typename acc_t>
-HD acc_t gather(const acc_t* grad, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t cols, int64_t stride) {
+template <typename acc_t, typename int_t>
+HD acc_t gather(const acc_t* grad, int_t i0, int_t i1, int_t j0, int_t j1, int_t cols, int_t stride) {
   acc_t sum = 0;
-  for (int64_t i = i0; i <= i1; ++i)
-    for (int64_t j = j0; j <= j1; ++j) sum += grad[(i * cols + j) * stride];
+  for (int_t i = i0; i <= i1; ++i)
+    for (int_t j = j0; j <= j1; ++j) sum += grad[(i * cols + j) * stride];
   return sum;
 }
 
