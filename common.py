@@ -7,6 +7,7 @@ import argparse
 import atexit
 import contextlib
 import datetime
+import inspect
 import json
 import os
 import pathlib
@@ -44,7 +45,7 @@ def run(main):
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print("\ninterrupted; with --resume (or make) a training goes on from its last resume.pt", file=sys.stderr)
         sys.exit(130)
 
 
@@ -138,7 +139,7 @@ def pick_device(name: str | None) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]} Leave --device out for what is there") from None
     return torch.device(name)
 
 
@@ -194,7 +195,9 @@ def distribute(model: torch.nn.Module) -> torch.nn.Module:
     else:
         say("note: batch norm sees each rank's images alone, since SyncBatchNorm needs GPUs")
     # running statistics are each rank's own (or equal); see `agree`
-    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    parallel = torch.nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters  # in torch 2.15
+    return parallel(model, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
 
 
 def agree(model: torch.nn.Module):
@@ -387,6 +390,7 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
     if checkpoint["partition"]["hash"] != partition.hash:
         raise UserError(f"{path}: was trained on partition {checkpoint['partition']['hash']}, which is now {partition.hash}; "
                         "the lists or masks have changed, so give another --out, or no --resume to start again")  # fmt: skip
+    say(f"{path}: going on after step {checkpoint['step']}")
     return checkpoint
 
 

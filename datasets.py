@@ -278,12 +278,18 @@ class Folder(Files):
                 raise UserError(f"{folder}: no such folder; --data names one that holds images/, masks/, train.txt and val.txt")
         self.images = by_name(p for p in (root / "images").iterdir() if p.suffix.lower() in SUFFIXES)
         self.masks = by_name(p for p in (root / "masks").iterdir() if p.suffix.lower() == ".png")
+        lossy = [p for p in (root / "masks").iterdir() if p.suffix.lower() in (".jpg", ".jpeg")]
+        if lossy:
+            raise UserError(f"{min(lossy)}: is a JPEG, which changes labels; masks are PNG files, so save it as one")
         self.train, self.val = (read_names(root / f, self.images) for f in ("train.txt", "val.txt"))
         extra = read_names(root / "unlabeled.txt", self.images) if (root / "unlabeled.txt").exists() else []
         self.bare = [name for name in extra if name not in set(self.train)]
         overlap = set(self.val) & {*self.train, *self.bare}
         if overlap:
-            raise UserError(f"{root / 'val.txt'}: '{min(overlap)}' is also a training image; take it out of one list")
+            other = "train.txt" if min(overlap) in set(self.train) else "unlabeled.txt"
+            raise UserError(
+                f"{root / 'val.txt'}: '{min(overlap)}' is also a training image, of {other}; take it out of one list"
+            )
         unmasked = [name for name in self.val if name not in self.masks]
         if unmasked:
             raise UserError(f"{root / 'masks' / (unmasked[0] + '.png')}: no such mask, but val.txt lists its image; "
@@ -428,7 +434,7 @@ def read_lines(path: pathlib.Path) -> list[str]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; write one name a line") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as such") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

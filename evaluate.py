@@ -198,8 +198,9 @@ def draw_panels(path: pathlib.Path, dataset, names: list[str], columns: list[tup
 
 
 def add_legend(figure, classes, palette):
+    columns = max(2, min(8, int(figure.get_figwidth() / 1.2)))
     patches = [plt.Rectangle((0, 0), 1, 1, color=np.array(c) / 255) for c in palette]
-    figure.legend(patches, classes, loc="outside lower center", ncols=min(8, len(patches)), fontsize=7, frameon=False)
+    figure.legend(patches, classes, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
 
 
 def save_figure(figure, path: pathlib.Path):
@@ -281,7 +282,7 @@ def predict_folder(model, checkpoint: dict, images: pathlib.Path, out: pathlib.P
         try:
             image = np.asarray(datasets.open_image(path))
         except UserError as error:
-            print(f"skipped {error}", file=sys.stderr)
+            print(f"skipped {str(error).split(';')[0]}", file=sys.stderr)
             skipped += 1
             continue
         prediction = predict(model, image, device, precision, protocol).cpu().numpy().astype(np.uint8)

@@ -90,7 +90,8 @@ def main():
 
     nets, optimizers = [], []
     for i in range(2 if args.method == "cps" else 1):
-        torch.manual_seed(datasets.seed_of(args.seed, 10 + i))  # without weights, the two start from different ones
+        # without weights the two start from different ones, and so do two teachers of one kind
+        torch.manual_seed(datasets.seed_of(args.seed, (30 if args.role == "teacher_wide" else 10) + i))
         net = models.build_model(args.backbone, len(dataset.classes), args.weights, args.stem, args.head_width,
                                  args.separable_head).to(device).train()  # fmt: skip
         nets.append(net)

@@ -238,6 +238,11 @@ def break_mask_turned(root):
     return "im03.png: is 40x56, its image 56x40"
 
 
+def break_mask_jpeg(root):
+    Image.new("L", (56, 40)).save(root / "masks" / "im08.jpg")
+    return "im08.jpg: is a JPEG, which changes labels"
+
+
 def break_two_images_of_a_name(root):
     Image.new("RGB", (56, 40)).save(root / "images" / "im03.jpg")
     return "im03.png: has the name of im03.jpg"
@@ -278,7 +283,7 @@ def break_list_binary(root):
 
 def break_unlabeled_list(root):
     (root / "unlabeled.txt").write_text("im10\n")
-    return "val.txt: 'im10' is also a training image"
+    return "val.txt: 'im10' is also a training image, of unlabeled.txt"
 
 
 def break_unlabeled_name(root):
