@@ -94,6 +94,7 @@ class Shapes:
         self.train = [f"train-{i:04d}" for i in range(train)]
         self.val = [f"val-{i:04d}" for i in range(val)]
         self.bare = []
+        self.masks = {}  # there are no files
 
     def has_mask(self, name):
         return True
@@ -225,7 +226,7 @@ class Files:
         key = digest(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {','.join(self.classes)}")
         entry = self.cache / f"{key}.npy"
         if entry.exists():
-            with contextlib.suppress(OSError, ValueError):  # cut short: made again
+            with contextlib.suppress(OSError, ValueError, EOFError):  # cut short: made again
                 return np.load(entry, mmap_mode="r")
         array = decode(path)
         try:
@@ -244,7 +245,7 @@ class Files:
         def check_one(name):
             size = upright_size(self.images[name])
             if masks:
-                check_size(self.masks.get(name, self.root), self.mask(name), size)
+                check_size(self.masks[name], self.mask(name), size)
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(check_one, names))
@@ -518,6 +519,13 @@ def voc_palette(n: int) -> list[tuple[int, int, int]]:
                 colour[channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
         colours.append(tuple(colour))
     return colours
+
+
+def colour_table(palette: list[tuple[int, int, int]]) -> np.ndarray:
+    """(256, 3) uint8: the colour of every mask value, white beyond the classes."""
+    table = np.full((256, 3), 255, np.uint8)
+    table[: len(palette)] = palette
+    return table
 
 
 def open_dataset(name: str, data: pathlib.Path | str | None, cache: pathlib.Path | None = None):
@@ -827,7 +835,10 @@ def prepare_voc(data: pathlib.Path, download: bool):
     lists = root / "ImageSets" / "Segmentation"
     own, held_out = read_lines(lists / "train.txt"), set(read_lines(lists / "val.txt"))
     target = root / "SegmentationClassAug"
-    target.mkdir(exist_ok=True)
+    try:
+        target.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be made ({error.strerror}); prepare-voc writes it beside VOC's folders") from None
     sources = {path.stem: path for path in sorted((sbd / "cls").glob("*.mat"))}
     sources |= {name: root / "SegmentationClass" / f"{name}.png" for name in own}
     names = sorted(sources.keys() - held_out)
@@ -887,7 +898,7 @@ def check(args: argparse.Namespace) -> int:
     dataset = open_dataset(args.dataset, args.data, args.cache)
     part = partition_of(dataset, args)
     groups = {"labeled": part.labeled, "unlabeled": part.unlabeled, "val": dataset.val}
-    problems = []
+    problems = {}  # of each name that has one
     counts = {group: np.zeros(256, np.int64) for group in ("labeled", "val")}  # pixels of each label
     shown = {group: np.zeros(256, np.int64) for group in counts}  # images that show it
     sizes = collections.Counter()
@@ -898,23 +909,24 @@ def check(args: argparse.Namespace) -> int:
             if group == "unlabeled":
                 return (height, width), None, None
             mask = dataset.mask(name)
-            check_size(pathlib.Path(name) if args.dataset == "shapes" else dataset.masks[name], mask, (width, height))
+            check_size(dataset.masks.get(name, name), mask, (width, height))
             return (height, width), np.bincount(mask.ravel(), minlength=256), None
         except UserError as error:
             return None, None, str(error)
 
     with ThreadPoolExecutor() as pool:
         for group, names in groups.items():
-            for size, count, problem in tqdm(pool.map(functools.partial(look, group), names), group, len(names), disable=None):
+            looked = tqdm(pool.map(functools.partial(look, group), names), group, len(names), disable=None)
+            for name, (size, count, problem) in zip(names, looked, strict=True):
                 if problem:
-                    problems.append(problem)
+                    problems[name] = problem
                     continue
                 sizes[size] += 1
                 if count is not None:
                     counts[group] += count
                     shown[group] += count > 0
     if dataset.missing():
-        problems.append(dataset.missing())
+        problems[dataset.name] = dataset.missing()
 
     print(f"{dataset.name}, partition {part.name} ({part.hash}): {len(part.labeled)} labeled, {len(part.unlabeled)} unlabeled, "
           f"{len(dataset.val)} val images")  # fmt: skip
@@ -930,10 +942,10 @@ def check(args: argparse.Namespace) -> int:
         if never:
             print(f"warning: no {group} image shows {', '.join(never)}")
     if args.picture:
-        save_picture(args.picture, dataset, [name for name in part.labeled[:8] if not any(name in p for p in problems)])
+        save_picture(args.picture, dataset, [name for name in part.labeled if name not in problems][:8])
     if args.chart:
         save_chart(args.chart, dataset, shares)
-    for problem in problems:
+    for problem in problems.values():
         print(f"problem: {problem}")
     print(f"{len(problems)} problem(s)" if problems else "no problem found")
     return len(problems)
@@ -941,8 +953,7 @@ def check(args: argparse.Namespace) -> int:
 
 def save_picture(path: pathlib.Path, dataset, names: list[str]):
     """A sheet of images over their masks, each 240 pixels wide."""
-    colours = np.full((256, 3), 255, np.uint8)
-    colours[: len(dataset.palette)] = dataset.palette
+    colours = colour_table(dataset.palette)
     columns = []
     for name in names:
         both = np.vstack([dataset.image(name), colours[dataset.mask(name)]])

@@ -111,7 +111,7 @@ def predict(model, image: np.ndarray, device, precision: str, protocol: Protocol
                 logits = window_logits(model, x.flip(-1) if mirrored else x, protocol.window)
             logits = logits.flip(-1) if mirrored else logits
             if logits.shape[-2:] != size:
-                logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+                logits = models.full_size(logits, size)
             total = logits if views == 1 else total + logits.softmax(1)
     return total[0].argmax(0)
 
@@ -180,8 +180,7 @@ def label_of(row: dict) -> str:
 
 def draw_panels(path: pathlib.Path, dataset, names: list[str], columns: list[tuple[str, list[np.ndarray]]]):
     """A PNG with one row an image: the image, its ground truth, and each model's prediction, with a legend (Fig. 4)."""
-    palette = np.full((256, 3), 255, np.uint8)
-    palette[: len(dataset.palette)] = dataset.palette
+    palette = datasets.colour_table(dataset.palette)
     heads = ["image", "ground truth", *(head for head, _ in columns)]
     aspect = np.divide(*dataset.image(names[0]).shape[:2])
     figure, axes = plt.subplots(len(names), len(heads), squeeze=False, layout="constrained",
@@ -204,7 +203,6 @@ def add_legend(figure, classes, palette):
 
 
 def save_figure(figure, path: pathlib.Path):
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -264,13 +262,10 @@ def predict_folder(model, checkpoint: dict, images: pathlib.Path, out: pathlib.P
     OUT/sheet.png with the first sixty overlays. A file that cannot be read is reported and skipped; returns how many were."""
     if not images.is_dir():
         raise UserError(f"--images {images}: no such folder")
-    paths = sorted(
-        path for path in images.iterdir() if path.suffix.lower() in (*datasets.SUFFIXES, ".webp", ".bmp", ".tif", ".tiff")
-    )
+    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in PREDICTABLE)
     if not paths:
         raise UserError(f"--images {images}: holds no image (jpg, png, webp, bmp, tif)")
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(checkpoint["palette"])] = checkpoint["palette"]
+    palette = datasets.colour_table(checkpoint["palette"])
     try:
         for folder in ("masks", "overlays"):
             (out / folder).mkdir(parents=True, exist_ok=True)
