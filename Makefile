@@ -2,6 +2,7 @@
 # make teachers                                 both teachers of DATASET and PART
 # make distill PART=1/8 STUDENT=mbv2            the student; trains the teachers first where they are missing
 # make compare                                  Sup at two schedules, MGD and the teachers side by side
+# make matrix TABLE="1 4 5 6"                   every run of those tables of the paper, then a result file; DRY=1 prints the plan
 # make install · make test · make lint · make ext · make bench · make clean
 #
 # Every target sets up $(VENV) where it is missing (VENV= uses $(PYTHON) as it is). Runs go to runs/DATASET/PART/; a run
@@ -16,12 +17,23 @@ SEEDS ?= 0
 # Backbones of the teachers; empty takes the data set's recipe.
 DEEP ?=
 WIDE ?=
+# Students may learn from the teachers of another partition (1: of all labels), or all from those of one seed.
+TEACHER_PART ?= $(PART)
+TEACHER_SEED ?=
+# Of `make matrix`: tables of the paper. 1 is also that of Tables 2 and 3, on other data sets.
+TABLE ?= 1
+DRY ?=
 # Processes that share each training's batch, one a GPU; more than one run under torchrun.
 NPROC ?= 1
-# Passed on: to every training, to the teachers' alone, to distill.py alone.
+# Passed on: to every training, to the teachers' alone, to that of all methods' students, to one method's.
 ARGS ?=
 TEACHER_ARGS ?=
 STUDENT_ARGS ?=
+MT_ARGS ?=
+CPS_ARGS ?=
+KD_ARGS ?=
+CWD_ARGS ?=
+MGD_ARGS ?=
 VENV ?= .venv
 PYTHON ?= python3
 # Where `make compare` writes: $(REPORT).json and $(REPORT).png.
@@ -31,16 +43,34 @@ ifeq ($(filter $(STUDENT),r18 r34 r50 r101 wr34 mbv2 resnet18 resnet34 resnet50 
 $(error STUDENT=$(STUDENT): unknown backbone; take r18 or mbv2)
 endif
 
-RUN := runs/$(if $(filter folder,$(DATASET)),$(notdir $(patsubst %/,%,$(DATA))),$(DATASET))/$(subst /,-,$(PART))
-# $(call checkpoints,NAME): the last.pt of the runs called NAME, one a seed.
+DATASET_RUNS := runs/$(if $(filter folder,$(DATASET)),$(notdir $(patsubst %/,%,$(DATA))),$(DATASET))
+RUN := $(DATASET_RUNS)/$(subst /,-,$(PART))
+TEACHER_RUN := $(DATASET_RUNS)/$(subst /,-,$(TEACHER_PART))
+# What students of another partition's teachers have in their folder's name.
+OF_PART := $(if $(filter-out $(PART),$(TEACHER_PART)),-of-$(subst /,-,$(TEACHER_PART)))
+
+# The runs of the paper's tables, by the name of their folder.
+TRAINED := sup sup-x2 sup-x3 mt cps
+ROWS_1 := $(TRAINED) kd cwd mgd
+ROWS_4 := one-deep one-wide two-deep two-wide mgd
+ROWS_5 := sup pixel pixel-image pixel-region both-levels labeled unlabeled mgd
+ROWS_6 := regions-3 regions-5 mgd regions-9 regions-11
+
+# $(call checkpoints,NAME): the last.pt of the runs called NAME, one a seed; $(call teacher,deep,SEED): that of a teacher.
 seed_tag = $(if $(filter-out 0,$(1)),-s$(1))
-checkpoints = $(foreach seed,$(SEEDS),$(RUN)/$(1)$(call seed_tag,$(seed))/last.pt)
-T_D := $(call checkpoints,teacher-deep)
-T_W := $(call checkpoints,teacher-wide)
-SUP := $(call checkpoints,sup-$(STUDENT))
-SUP_LONG := $(call checkpoints,sup-long-$(STUDENT))
-MGD := $(call checkpoints,mgd-$(STUDENT))
-COMMON = --dataset $(DATASET) $(if $(DATA),--data $(DATA)) --part $(PART) --resume $(ARGS)
+of_part = $(if $(filter-out $(TRAINED),$(1)),$(OF_PART))
+checkpoints = $(foreach seed,$(SEEDS),$(RUN)/$(1)-$(STUDENT)$(call of_part,$(1))$(call seed_tag,$(seed))/last.pt)
+teacher = $(TEACHER_RUN)/teacher-$(1)$(call seed_tag,$(2))/last.pt
+# Two teachers of one kind (Table 4) are those of seed 0 and of seed 10, of seed 1 and of seed 11, and so on.
+TEACHER_SEEDS := $(or $(TEACHER_SEED),$(SEEDS))
+T_D := $(foreach seed,$(TEACHER_SEEDS),$(call teacher,deep,$(seed)))
+T_W := $(foreach seed,$(TEACHER_SEEDS),$(call teacher,wide,$(seed)))
+SUP := $(call checkpoints,sup)
+SUP_LONG := $(call checkpoints,sup-x3)
+MGD := $(call checkpoints,mgd)
+MATRIX := $(foreach row,$(foreach table,$(TABLE),$(ROWS_$(table))),$(call checkpoints,$(row)))
+DATA_FLAGS = --dataset $(DATASET) $(if $(DATA),--data $(DATA))
+COMMON = $(DATA_FLAGS) --part $(PART) --resume $(ARGS)
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -53,7 +83,7 @@ RUN_SCRIPT = $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --stan
 
 # A last.pt is whole from the moment it is there; make must not remove it when it is interrupted.
 .PRECIOUS: runs/%/last.pt
-.PHONY: install demo compare teachers distill sup test lint ext bench clean
+.PHONY: install demo compare matrix teachers distill sup test lint ext bench clean
 
 install: | $(INSTALLED)
 
@@ -70,24 +100,57 @@ distill: $(MGD)
 
 sup: $(SUP)
 
-# The runs of one seed; $(1) is the seed, $(2) the suffix of its folders.
-define RUNS
-$(RUN)/teacher-deep$(2)/last.pt: | $(INSTALLED)
-	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --role teacher_deep $(if $(DEEP),--backbone $(DEEP)) --seed $(1) $$(COMMON) $$(TEACHER_ARGS)
+matrix: | $(INSTALLED)
+	@$(MAKE) --no-print-directory -n $(MATRIX) | $(PY) matrix.py $(if $(DRY),--dry-run)
+	$(if $(DRY),,$(RUN_SCRIPT) evaluate.py --ckpt $(firstword $(MATRIX)) --compare $(sort $(wordlist 2,999,$(MATRIX)) $(T_D) $(T_W)) --json $(REPORT).json)
 
-$(RUN)/teacher-wide$(2)/last.pt: | $(INSTALLED)
-	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --role teacher_wide $(if $(WIDE),--backbone $(WIDE)) --seed $(1) $$(COMMON) $$(TEACHER_ARGS)
+# The teachers of one seed; $(1) is the seed, $(2) the suffix of the folders.
+define TEACHERS
+$(TEACHER_RUN)/teacher-deep$(2)/last.pt: | $(INSTALLED)
+	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --role teacher_deep $(if $(DEEP),--backbone $(DEEP)) --seed $(1) $$(DATA_FLAGS) --part $(TEACHER_PART) --resume $$(ARGS) $$(TEACHER_ARGS)
 
-$(RUN)/sup-$(STUDENT)$(2)/last.pt: | $(INSTALLED)
-	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --method sup --backbone $(STUDENT) --seed $(1) $$(COMMON)
-
-$(RUN)/sup-long-$(STUDENT)$(2)/last.pt: | $(INSTALLED)
-	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --method sup --backbone $(STUDENT) --schedule 3 --seed $(1) $$(COMMON)
-
-$(RUN)/mgd-$(STUDENT)$(2)/last.pt: $(RUN)/teacher-deep$(2)/last.pt $(RUN)/teacher-wide$(2)/last.pt | $(INSTALLED)
-	$$(RUN_SCRIPT) distill.py --out $$(@D) --student $(STUDENT) --deep $$(word 1,$$^) --wide $$(word 2,$$^) --seed $(1) $$(COMMON) $$(STUDENT_ARGS)
+$(TEACHER_RUN)/teacher-wide$(2)/last.pt: | $(INSTALLED)
+	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --role teacher_wide $(if $(WIDE),--backbone $(WIDE)) --seed $(1) $$(DATA_FLAGS) --part $(TEACHER_PART) --resume $$(ARGS) $$(TEACHER_ARGS)
 endef
-$(foreach seed,$(SEEDS),$(eval $(call RUNS,$(seed),$(call seed_tag,$(seed)))))
+
+# A student trained without teachers: $(1) the row, $(2) its flags, $(3) the seed.
+define TRAIN
+$(RUN)/$(1)-$(STUDENT)$(call seed_tag,$(3))/last.pt: | $(INSTALLED)
+	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --backbone $(STUDENT) $(2) --seed $(3) $$(COMMON) $$(STUDENT_ARGS)
+endef
+
+# A distilled student: $(1) the row, $(2) its flags, $(3) the seed, $(4) and $(5) the first and the second teacher's checkpoint.
+define DISTILL
+$(RUN)/$(1)-$(STUDENT)$(OF_PART)$(call seed_tag,$(3))/last.pt: $(4) $(5) | $(INSTALLED)
+	$$(RUN_SCRIPT) distill.py --out $$(@D) --student $(STUDENT) $(if $(4),--deep $(4)) $(if $(5),--wide $(5)) $(2) --seed $(3) $$(COMMON) $$(STUDENT_ARGS)
+endef
+
+# All students of one seed; $(1) is the seed, $(2) and $(3) are the deep and the wide teacher, $(4) and $(5) others of their kind.
+define STUDENTS
+$(call TRAIN,sup,--method sup,$(1))
+$(call TRAIN,sup-x2,--method sup --schedule 2,$(1))
+$(call TRAIN,sup-x3,--method sup --schedule 3,$(1))
+$(call TRAIN,mt,--method mt $(MT_ARGS),$(1))
+$(call TRAIN,cps,--method cps $(CPS_ARGS),$(1))
+$(call DISTILL,kd,--method kd $(KD_ARGS),$(1),$(2),$(3))
+$(call DISTILL,cwd,--method cwd $(CWD_ARGS),$(1),$(2),$(3))
+$(call DISTILL,mgd,$(MGD_ARGS),$(1),$(2),$(3))
+$(call DISTILL,one-deep,$(MGD_ARGS),$(1),$(2),)
+$(call DISTILL,one-wide,$(MGD_ARGS),$(1),,$(3))
+$(call DISTILL,two-deep,$(MGD_ARGS),$(1),$(2),$(4))
+$(call DISTILL,two-wide,$(MGD_ARGS),$(1),$(3),$(5))
+$(call DISTILL,pixel,$(MGD_ARGS) --losses sup pixel,$(1),$(2),$(3))
+$(call DISTILL,pixel-image,$(MGD_ARGS) --losses sup pixel image:T_D,$(1),$(2),$(3))
+$(call DISTILL,pixel-region,$(MGD_ARGS) --losses sup pixel region:T_W,$(1),$(2),$(3))
+$(call DISTILL,both-levels,$(MGD_ARGS) --losses sup pixel image:T_D image:T_W region:T_D region:T_W,$(1),$(2),$(3))
+$(call DISTILL,labeled,$(MGD_ARGS) --losses sup pixel:labeled,$(1),$(2),$(3))
+$(call DISTILL,unlabeled,$(MGD_ARGS) --losses sup pixel:unlabeled image:T_D region:T_W,$(1),$(2),$(3))
+$(foreach regions,3 5 9 11,
+$(call DISTILL,regions-$(regions),$(MGD_ARGS) --regions $(regions),$(1),$(2),$(3)))
+endef
+
+$(foreach seed,$(sort $(TEACHER_SEEDS) $(addprefix 1,$(TEACHER_SEEDS))),$(eval $(call TEACHERS,$(seed),$(call seed_tag,$(seed)))))
+$(foreach seed,$(SEEDS),$(foreach t,$(or $(TEACHER_SEED),$(seed)),$(eval $(call STUDENTS,$(seed),$(call teacher,deep,$(t)),$(call teacher,wide,$(t)),$(call teacher,deep,1$(t)),$(call teacher,wide,1$(t))))))
 
 test: | $(INSTALLED)
 	$(PY) -m pytest -q tests

@@ -44,13 +44,13 @@ BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError) 
 # is as large as the crop: a head that saw nothing but crops is off on larger images, where its dilated convolutions reach
 # what was padding before (33.0 mIoU instead of 37.8 on CamVid at half size with crops of 96x128).
 SHAPES_RECIPE = {
-    "deep": "resnet34", "wide": "resnet18", "weights": "none", "head_width": 64, "crop": (64, 64),
+    "teacher_deep": "resnet34", "teacher_wide": "resnet18", "weights": "none", "head_width": 64, "crop": (64, 64),
     "scales": [0.75, 1.0, 1.25], "batch": 8, "lr": 0.05, "sup_only": 0.4, "ramp_up": 0.6, "cps_weight": 1.0,
     "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 10.0, "window": False, "ohem": False,
     "teacher": {"steps": 350}, "student": {"steps": 250},
 }  # fmt: skip
 FOLDER_RECIPE = {
-    "deep": "resnet101", "wide": "wide_resnet34", "weights": "imagenet", "head_width": 256, "crop": (512, 512),
+    "teacher_deep": "resnet101", "teacher_wide": "wide_resnet34", "weights": "imagenet", "head_width": 256, "crop": (512, 512),
     "scales": [0.5, 0.75, 1.0, 1.5, 1.75, 2.0], "batch": 8, "lr": 0.0025, "steps": 40_000, "sup_only": 0.0, "ramp_up": 0.0,
     "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 100.0, "window": "crop", "ohem": False,
     "of": {"wide_resnet34": {"lr": 0.001}, "mobilenetv2": {"lr": 0.0035}},

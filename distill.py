@@ -1,11 +1,17 @@
-"""Distil two frozen teachers into a light student, with the losses of the paper's Eq. 7.
+"""Distil frozen teachers, one or two, into a light student.
 
     python distill.py --out runs/shapes/1-8/mgd-r18 --student r18 \
         --deep runs/shapes/1-8/teacher-deep/last.pt --wide runs/shapes/1-8/teacher-wide/last.pt
+    python distill.py --out ... --deep ... --wide ... --losses sup pixel image:T_D                # an ablation (Table 5a)
+    python distill.py --out ... --deep ... --wide ... --method cwd                                # a baseline
 
-On labeled images: cross entropy with the ground truth (Eq. 1) and with both teachers' labels (Eq. 2). On CutMix views of
-unlabeled images: cross entropy with both teachers' labels (Eq. 2), the image-level loss against the deep teacher (Eq. 4)
-and the region-level loss against the wide one (Eq. 6).
+--method mgd    the losses of the paper's Eq. 7. On labeled images: cross entropy with the ground truth (Eq. 1) and with the
+                teachers' labels (Eq. 2). On CutMix views of unlabeled images: cross entropy with the teachers' labels
+                (Eq. 2), the image-level loss against the deep teacher T_D (Eq. 4) and the region-level loss against the
+                wide one T_W (Eq. 6). `--losses` chooses among them.
+--method kd     cross entropy with the ground truth, and on labeled images and views the divergence of the teachers' softened
+                class probabilities (Hinton, Vinyals & Dean 2015)
+--method cwd    the same with channel-wise divergence over space (Shu et al. 2021)
 """
 
 import collections
@@ -50,29 +56,73 @@ from common import (
 
 def parse_args():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--method", choices=["mgd"], default="mgd")
+    parser.add_argument("--method", choices=["mgd", "kd", "cwd"], default="mgd")
     parser.add_argument("--student", "--backbone", dest="backbone", default="resnet18", help="r18, mbv2, ...")
-    parser.add_argument("--deep", type=pathlib.Path, required=True, help="checkpoint of the deep teacher T_D")
-    parser.add_argument("--wide", type=pathlib.Path, required=True, help="checkpoint of the wide teacher T_W")
+    parser.add_argument("--deep", type=pathlib.Path, help="checkpoint of the deep teacher T_D")
+    parser.add_argument("--wide", type=pathlib.Path, help="checkpoint of the wide teacher T_W (of any kind: it is the second)")
     datasets.add_arguments(parser)
     datasets.add_view_arguments(parser)
     add_model_arguments(parser)
     add_training_arguments(parser)
-    group = parser.add_argument_group("distillation")
+    group = parser.add_argument_group("mgd")
+    group.add_argument("--losses", nargs="+", metavar="LOSS", help=f"of {', '.join(LOSSES)}; by default sup, pixel, the image "
+                       "term of T_D and the region term of T_W, or of the one teacher there is")  # fmt: skip
     group.add_argument("--lambda-image", type=float, help="λ1 of Eq. 7")
     group.add_argument("--lambda-region", type=float, help="λ2 of Eq. 7")
     group.add_argument("--image-reduction", choices=["sum", "mean"], default="sum", help="over the classes; mean is Eq. 4")
     group.add_argument("--regions", type=int, default=7, help="regions a side, H_v = W_v of Eq. 6")
+    group = parser.add_argument_group("kd and cwd")
+    group.add_argument("--temperature", type=float, default=4.0, help="of the softened probabilities")
+    group.add_argument("--kd-weight", type=float, default=1.0, help="of the divergence")
+    group = parser.add_argument_group("teachers")
     group.add_argument("--teacher-bn", choices=["eval", "train"], default="eval", help="train: with the batch's statistics")
     group.add_argument("--mixed-terms", choices=["mixed", "clean"], default="mixed",
-                       help="what the teachers' image and region terms see: mixed views, or the clean views' outputs, mixed, "
-                       "which saves a quarter of their work")  # fmt: skip
+                       help="where the teachers' outputs for mixed views come from: from mixed views, or from the clean views' "
+                       "outputs, mixed, which saves a quarter of their work")  # fmt: skip
     args = parser.parse_args()
     args.backbone = models.canonical_name(args.backbone, "--student")
     fill_from_recipe(args, datasets.RECIPES[args.dataset], "student")
-    if args.regions < 1:
-        raise UserError(f"--regions {args.regions}: must be at least 1")
+    for flag, value, least in (("--regions", args.regions, 1), ("--kd-weight", args.kd_weight, 0)):
+        if value < least:
+            raise UserError(f"{flag} {value}: must be at least {least}")
+    if not args.temperature > 0:
+        raise UserError(f"--temperature {args.temperature}: must be above 0")
+    args.losses = chosen_losses(args)
     return args
+
+
+LOSSES = ("sup", "pixel", "pixel:labeled", "pixel:unlabeled", "image:T_D", "image:T_W", "region:T_D", "region:T_W")
+
+
+def chosen_losses(args) -> list[str]:
+    """The losses of the arguments, with `pixel` for both of its halves. Raises UserError for what makes no sense."""
+    teachers = [role for role, path in (("T_D", args.deep), ("T_W", args.wide)) if path]
+    if not teachers:
+        raise UserError("a teacher is needed: give --deep FILE, --wide FILE or both (train_teacher.py makes them)")
+    if args.method != "mgd":
+        if args.losses:
+            raise UserError(f"--losses: chooses among those of --method mgd; {args.method} has its own")
+        return ["sup", args.method]
+    names = args.losses or ["sup", "pixel", f"image:{teachers[0]}", f"region:{teachers[-1]}"]
+    given = f"--losses {' '.join(names)}"
+    for name in names:
+        if name not in LOSSES:
+            raise UserError(f"--losses: unknown loss '{name}'; choose of {', '.join(LOSSES)}")
+        if name.partition(":")[2] in {"T_D", "T_W"} - {*teachers}:
+            raise UserError(f"{given}: '{name}' needs that teacher; give {'--deep' if 'T_D' in name else '--wide'} FILE")
+    halves = {"pixel:labeled", "pixel:unlabeled"}
+    if len({*names}) < len(names) or ("pixel" in names and halves & {*names}):
+        raise UserError(f"{given}: names a loss twice ('pixel' is both of its halves)")
+    if "sup" not in names:
+        raise UserError(f"{given}: the ground truth of the labeled images is always learnt; add sup")
+    if names == ["sup"]:
+        raise UserError(f"{given}: uses no teacher; that is train_teacher.py --method sup")
+    for role in teachers:
+        if not any(name.startswith("pixel") or name.endswith(role) for name in names):
+            raise UserError(f"{given}: uses nothing of {role}; leave {'--deep' if role == 'T_D' else '--wide'} out")
+    if halves <= {*names}:
+        names = ["pixel", *(name for name in names if name not in halves)]
+    return sorted(names, key=LOSSES.index)
 
 
 def load_teacher(path, dataset, args, device):
@@ -99,64 +149,119 @@ def set_batch_norm_training(teacher):
 
 
 class Taught(NamedTuple):
-    """What a teacher says of a share of a step: m labeled images, and m views as mixed."""
+    """What a teacher says of a share of a step, m labeled images and m mixed views; what is not wanted is None."""
 
-    labels: torch.Tensor  # (m, H, W) int64, of the labeled images
-    pseudo_labels: torch.Tensor  # (m, H, W) int64, of the clean views, mixed as the views are
-    logits: torch.Tensor  # (m, N, h, w), of the mixed views, before they are brought to full size
-    features: torch.Tensor  # (m, C, h, w), of the mixed views
+    labels: torch.Tensor | None  # (m, H, W) int64, of the labeled images
+    pseudo_labels: torch.Tensor | None  # (m, H, W) int64, of the clean views, mixed as the views are
+    labeled: models.Output | None  # logits (m, N, h, w) and features (m, C, h, w) of the labeled images, h = H/4
+    mixed: models.Output | None  # of the mixed views
+
+
+def wanted(args, role: str) -> set[str]:
+    """Which fields of the `Taught` of teacher `role` the losses look at."""
+    if args.method != "mgd":
+        return {"labeled", "mixed"}
+    of_loss = {"pixel": {"labels", "pseudo_labels"}, "pixel:labeled": {"labels"}, "pixel:unlabeled": {"pseudo_labels"},
+               f"image:{role}": {"mixed"}, f"region:{role}": {"mixed"}}  # fmt: skip
+    return set().union(*(of_loss.get(loss, ()) for loss in args.losses))
 
 
 @torch.inference_mode()
-def teach(teacher, images, views, box, args) -> Taught:
-    """Run a teacher (a `models.Coarse`, perhaps folded) on labeled images (m, 3, H, W) and unlabeled views (2m, 3, H, W), which
-    CutMix mixes along `box` (m, 1, H, W); or on views (m, 3, H, W) with box None.
+def teach(teacher, images, views, box, args, fields: set[str]) -> Taught:
+    """Run a teacher (a `models.Coarse`, perhaps folded) for those `fields` of Taught on labeled images (m, 3, H, W) and
+    unlabeled views (2m, 3, H, W), which CutMix mixes along `box` (m, 1, H, W); or on views (m, 3, H, W) with box None.
 
     One forward serves all, unless batch norm is in training mode, where the released procedure's separate batches matter.
     With --mixed-terms clean the mixed views are not run: their logits and features are those of the clean views, mixed.
     """
-    mixed = [] if box is None or args.mixed_terms == "clean" else [datasets.cutmix(views, box)]
-    parts = [images, *views.split(len(images)), *mixed]
+    run_labeled = bool(fields & {"labels", "labeled"})
+    run_mixed = "mixed" in fields and box is not None and args.mixed_terms == "mixed"
+    run_clean = "pseudo_labels" in fields or ("mixed" in fields and not run_mixed)
+    parts = [images] if run_labeled else []
+    parts += views.split(len(images)) if run_clean else []
+    parts += [datasets.cutmix(views, box)] if run_mixed else []
     if args.teacher_bn == "train":
         outputs = [teacher(part) for part in parts]
     else:
         logits, features = teacher(torch.cat(parts))
         outputs = [models.Output(*pair) for pair in zip(logits.split(len(images)), features.split(len(images)), strict=True)]
-    clean = outputs[1 : len(parts) - len(mixed)]
-    size = images.shape[-2:]
-    labels, *view_labels = (models.full_size(output.logits, size).argmax(1) for output in (outputs[0], *clean))
-    # maps of labels can be mixed as well as maps of logits: each pixel is of one view
-    pseudo_labels = datasets.cutmix(torch.cat(view_labels), box)
-    if mixed:
-        return Taught(labels, pseudo_labels, *outputs[-1])
-    return Taught(labels, pseudo_labels, *(datasets.cutmix(torch.cat(maps), box) for maps in zip(*clean, strict=True)))
+    labeled = outputs.pop(0) if run_labeled else None
+    mixed = outputs.pop() if run_mixed else None
+    if mixed is None and "mixed" in fields:
+        mixed = models.Output(*(datasets.cutmix(torch.cat(maps), box) for maps in zip(*outputs, strict=True)))
+    size, labels, pseudo_labels = images.shape[-2:], None, None
+    if "labels" in fields:
+        labels = models.full_size(labeled.logits, size).argmax(1)
+    if "pseudo_labels" in fields:  # maps of labels can be mixed as well as maps of logits: each pixel is of one view
+        clean = [models.full_size(output.logits, size).argmax(1) for output in outputs]
+        pseudo_labels = datasets.cutmix(torch.cat(clean), box)
+    return Taught(labels, pseudo_labels, labeled if "labeled" in fields else None, mixed)
 
 
-def mgd_losses(labeled, unlabeled, label, teacher_labels, pseudo_labels, deep_logits, wide_features, args, counts=None) -> dict:
-    """The terms of Eq. 7, and their weighted sum as `loss`.
+def mgd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=None) -> dict:
+    """The terms of Eq. 7 that are in args.losses, and their weighted sum as `loss`.
 
-    labeled, unlabeled: the student's coarse `Output` on labeled images and on the (mixed) views; label (B, H, W) and the
-    teachers' labels for the labeled images, pseudo_labels for the views, 255 = ignore; deep_logits (B, N, h, w) of T_D and
-    wide_features (B, C, h, w) of T_W on the views; `counts` of the labeled and of the views' pixels (see
-    `mgd_ops.pixel_cross_entropies`).
+    labeled, mixed: the student's coarse `Output` on labeled images and on the mixed views (None where no loss is on them);
+    label (m, H, W); `taught` by T_D, T_W or both, with labels of 255 where they are to be ignored; `counts` of the labeled
+    and of the views' pixels (see `mgd_ops.pixel_cross_entropies`).
     """
-    size = label.shape[-2:]
-    of_labeled, of_views = (None, None) if counts is None else ([counts[0]] * 3, [counts[1]] * 2)
-    logits = models.full_size(labeled.logits, size)  # (B, N, H, W)
-    sup, *pixel_l = mgd_ops.pixel_cross_entropies(logits, [label, *teacher_labels], of_labeled)
-    if args.ohem:
-        sup = mgd_ops.ohem_cross_entropy(logits, label)
-    logits = models.full_size(unlabeled.logits, size)
-    pixel_u = mgd_ops.pixel_cross_entropies(logits, pseudo_labels, of_views)
-    terms = {
-        "sup": sup,  # Eq. 1
-        "pixel_l": sum(pixel_l),  # Eq. 2
-        "pixel_u": sum(pixel_u),  # Eq. 2
-        "image": mgd_ops.image_loss(unlabeled.logits, deep_logits, size, args.image_reduction),  # Eq. 4
-        "region": mgd_ops.region_loss(unlabeled.features, wide_features, args.regions),  # Eq. 6
-    }
+    size, losses = label.shape[-2:], args.losses
+    of_labeled, of_views = (None, None) if counts is None else ([counts[0]] * 3, [counts[-1]] * 2)
+    teacher_labels = [t.labels for t in taught.values()] if {"pixel", "pixel:labeled"} & {*losses} else []
+    logits = models.full_size(labeled.logits, size)  # (m, N, H, W)
+    sup, *pixel = mgd_ops.pixel_cross_entropies(logits, [label, *teacher_labels], of_labeled)
+    terms = {"sup": mgd_ops.ohem_cross_entropy(logits, label) if args.ohem else sup}  # Eq. 1
+    if pixel:
+        terms["pixel_l"] = sum(pixel)  # Eq. 2
+    if {"pixel", "pixel:unlabeled"} & {*losses}:
+        logits, pseudo_labels = models.full_size(mixed.logits, size), [t.pseudo_labels for t in taught.values()]
+        terms["pixel_u"] = sum(mgd_ops.pixel_cross_entropies(logits, pseudo_labels, of_views))  # Eq. 2
+    for role, teacher in taught.items():
+        if f"image:{role}" in losses:  # Eq. 4
+            image = mgd_ops.image_loss(mixed.logits, teacher.mixed.logits, size, args.image_reduction)
+            terms["image"] = terms.get("image", 0.0) + image
+        if f"region:{role}" in losses:  # Eq. 6
+            region = mgd_ops.region_loss(mixed.features, teacher.mixed.features, args.regions)
+            terms["region"] = terms.get("region", 0.0) + region
     weights = {"image": args.lambda_image, "region": args.lambda_region}
     return {**terms, "loss": sum(weights.get(name, 1.0) * term for name, term in terms.items())}  # Eq. 7
+
+
+def kd_loss(student, teacher, temperature: float):
+    """Knowledge distillation (Hinton, Vinyals & Dean 2015), pixel by pixel: T² · KL(softmax(teacher/T) ‖ softmax(student/T))
+    over the classes, mean over pixels and batch; the T² keeps the gradient's size as T changes.
+
+    student, teacher: logits (B, N, h, w) floating -> scalar, float32 or float64.
+    """
+    log_p, log_q = ((logits / temperature).log_softmax(1) for logits in (teacher, student))
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+
+
+def cwd_loss(student, teacher, temperature: float):
+    """Channel-wise distillation (Shu et al. 2021, Eqs. 4 and 5): T² · KL(φ(teacher) ‖ φ(student)), φ the softmax over the
+    pixels of a channel at temperature T; mean over the channels and the batch.
+
+    student, teacher: logits (B, N, h, w) floating -> scalar, float32 or float64.
+    """
+    log_p, log_q = ((logits.flatten(2) / temperature).log_softmax(2) for logits in (teacher, student))
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(2).mean()
+
+
+def kd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=None) -> dict:
+    """The terms of --method kd or cwd, and their weighted sum as `loss`; arguments as of `mgd_losses`.
+
+    The divergence is taken between the classifiers' coarse logits, and added up over the teachers, and over labeled images
+    and mixed views.
+    """
+    divergence = kd_loss if args.method == "kd" else cwd_loss
+    logits = models.full_size(labeled.logits, label.shape[-2:])
+    if args.ohem:
+        sup = mgd_ops.ohem_cross_entropy(logits, label)
+    else:
+        sup = mgd_ops.pixel_cross_entropy(logits, label, None if counts is None else counts[0])
+    pairs = [(labeled, t.labeled) for t in taught.values()] + [(mixed, t.mixed) for t in taught.values()]
+    kd = sum(divergence(ours.logits, theirs.logits, args.temperature) for ours, theirs in pairs)
+    return {"sup": sup, args.method: kd, "loss": sup + args.kd_weight * kd}
 
 
 def main():
@@ -165,11 +270,14 @@ def main():
     torch.backends.cudnn.benchmark = True  # crops are of one size
     args.precision = pick_precision(args.precision, device)
     mgd_ops.load_kernels()
-    dataset, partition = datasets.open_training_data(args, unlabeled=True)
+    on_views = args.losses != ["sup", "pixel:labeled"]  # else the unlabeled images are not needed
+    dataset, partition = datasets.open_training_data(args, unlabeled=on_views)
     resumed = load_for_resume(args, partition)
 
-    teachers, teacher_rows = [], []
+    teachers, teacher_rows = {}, {}
     for role, path in (("T_D", args.deep), ("T_W", args.wide)):
+        if path is None:
+            continue
         teacher, checkpoint = load_teacher(path, dataset, args, device)
         row = checkpoint["row"]
         miou = evaluate.validate(teacher, dataset, device, args)
@@ -182,8 +290,9 @@ def main():
             set_batch_norm_training(teacher)
         else:
             teacher = models.fold_batch_norm(teacher, args.precision)
-        teachers.append(compiled(teacher, args, device))
-        teacher_rows.append(row)
+        teachers[role], teacher_rows[role] = compiled(teacher, args, device), row
+    fields = {role: wanted(args, role) for role in teachers}
+    all_losses = mgd_losses if args.method == "mgd" else kd_losses
 
     torch.manual_seed(datasets.seed_of(args.seed, 20))
     student = models.build_model(args.backbone, len(dataset.classes), args.weights, args.stem, args.head_width,
@@ -191,8 +300,9 @@ def main():
     optimizer = torch.optim.SGD(parameter_groups(student, args.weight_decay), lr=args.lr, momentum=0.9, fused=True)
     activations = models.activation_bytes(student, shares_of(args)[1], args.crop, args.precision)
     weights = 4 * sum(p.numel() for p in student.parameters())
-    say_plan(args, device, f"{len(partition.labeled)} labeled and {len(partition.unlabeled)} unlabeled images, ops "
-             f"{mgd_ops.backend()}", needed=3 * weights + 2 * activations)  # gradients, momentum; two forwards  # fmt: skip
+    images = f"{len(partition.labeled)} labeled and {len(partition.unlabeled) if on_views else 'no'} unlabeled images"
+    say_plan(args, device, f"{images}, {' + '.join(args.losses)}, ops {mgd_ops.backend()}",
+             needed=3 * weights + (1 + on_views) * activations)  # gradients, momentum; the student's forwards  # fmt: skip
     start, seconds = 0, 0.0
     if resumed:
         start, seconds = resumed["step"], resumed["row"]["seconds"]
@@ -202,13 +312,15 @@ def main():
     running = compiled(distribute(student), args, device)  # what the steps run; `student` is what is validated and saved
 
     labeled = datasets.train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
-    unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, 2 if args.cutmix else 1, start, labeled=False)
+    views = on_views * (2 if args.cutmix else 1)
+    unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views, start, labeled=False) if on_views else None
 
     row = evaluate.result_row(
-        args, dataset, partition, role="student", losses=["sup", "pixel", "image:T_D", "region:T_W"],
-        teachers=[teacher_row["backbone"] for teacher_row in teacher_rows],
-        teacher_labels="all" if all(teacher_row["partition"] == "1" for teacher_row in teacher_rows) else "partition",
-        regions=args.regions,
+        args, dataset, partition, role="student", losses=args.losses,
+        teachers=[{"teacher_deep": "T_D", "teacher_wide": "T_W"}.get(row["role"], role) for role, row in teacher_rows.items()],
+        teacher_backbones=[row["backbone"] for row in teacher_rows.values()],
+        teacher_labels="all" if all(row["partition"] == "1" for row in teacher_rows.values()) else "partition",
+        regions=args.regions if any(loss.startswith("region") for loss in args.losses) else None,
     )  # fmt: skip
     checkpoint = {"args": plain_args(args), "classes": dataset.classes, "palette": dataset.palette,
                   "partition": partition._asdict(), "row": row}  # fmt: skip
@@ -230,29 +342,36 @@ def main():
         for box in datasets.cutmix_boxes(args, step, device):
             images, label = progress.waiting(labeled)
             images, label = datasets.normalize(images, device), label.to(device, non_blocking=True)
-            bare, padding = progress.waiting(unlabeled)
-            bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True)
-            with autocast(device, args.precision):
-                taught = [teach(teacher, images, bare, box, args) for teacher in teachers]
-            # pixels without a label, or outside the image, take no part in Eq. 2 either
-            outside = datasets.cutmix(padding, box) == datasets.IGNORE
-            teacher_labels = [t.labels.masked_fill(label == datasets.IGNORE, datasets.IGNORE) for t in taught]
-            pseudo_labels = [t.pseudo_labels.masked_fill(outside, datasets.IGNORE) for t in taught]
-            targets = (label, teacher_labels, pseudo_labels, taught[0].logits, taught[1].features)
-            shares.append((images, datasets.cutmix(bare, box), targets))
-        counts = valid_pixels([[label, pseudo_labels[0]] for _, _, (label, _, pseudo_labels, _, _) in shares])
+            bare = mixed = padding = None
+            if on_views:
+                bare, padding = progress.waiting(unlabeled)
+                bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True)
+                mixed, padding = datasets.cutmix(bare, box), datasets.cutmix(padding, box)
+            taught = {}
+            for role, teacher in teachers.items():
+                with autocast(device, args.precision):
+                    t = teach(teacher, images, bare, box, args, fields[role])
+                # pixels without a label, or outside the image, take no part in Eq. 2 either
+                if t.labels is not None:
+                    t = t._replace(labels=t.labels.masked_fill(label == datasets.IGNORE, datasets.IGNORE))
+                if t.pseudo_labels is not None:
+                    t = t._replace(pseudo_labels=t.pseudo_labels.masked_fill(padding == datasets.IGNORE, datasets.IGNORE))
+                taught[role] = t
+            shares.append((images, mixed, label, taught, padding))
+        counts = valid_pixels([[label, padding] if on_views else [label] for _, _, label, _, padding in shares])
 
         losses = collections.Counter()
-        for i, (images, mixed, targets) in enumerate(shares):
+        for i, (images, mixed, label, taught, _) in enumerate(shares):
             with gradients_stay(running, last=i + 1 == len(shares)):
                 with autocast(device, args.precision):
-                    outputs = running(images, upsample=False), running(mixed, upsample=False)
-                terms = mgd_losses(*outputs, *targets, args, counts)
+                    of_labeled = running(images, upsample=False)
+                    of_mixed = running(mixed, upsample=False) if on_views else None
+                terms = all_losses(of_labeled, of_mixed, label, taught, args, counts)
                 (terms["loss"] / len(shares)).backward()
             for name, term in terms.items():
                 losses[name] += term.detach() / len(shares)
         optimizer.step()
-        progress.step(step, args.batch * (3 if args.cutmix else 2), lr, losses)
+        progress.step(step, args.batch * (1 + views), lr, losses)
 
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save(step + 1, args.out / "resume.pt")

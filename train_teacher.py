@@ -7,12 +7,16 @@
 --method sup    cross entropy on the labeled images
 --method cps    cross pseudo supervision (Chen et al. 2021): two networks of one kind, from different seeds, each learn from
                 the other's pseudo labels on CutMix views of unlabeled images. The first of them is kept.
+--method mt     Mean Teacher (Tarvainen & Valpola 2017, with the CutMix of French et al. 2020): the network's class
+                probabilities, on labeled images and on CutMix views, follow those of the exponential moving average of its
+                weights. The average is what is validated and kept.
 """
 
 import collections
 import time
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import datasets
 import evaluate
@@ -21,6 +25,7 @@ import models
 from common import (
     ArgumentParser,
     Progress,
+    UserError,
     add_model_arguments,
     add_training_arguments,
     agree,
@@ -48,7 +53,7 @@ from common import (
 
 def parse_args():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--method", choices=["sup", "cps"], default="cps")
+    parser.add_argument("--method", choices=["sup", "mt", "cps"], default="cps")
     parser.add_argument("--role", choices=["teacher_deep", "teacher_wide", "student"], default="student",
                         help="what the network is for; a teacher's backbone has a default")  # fmt: skip
     parser.add_argument("--backbone", help=", ".join([*models.BACKBONES, *models.ALIASES]))
@@ -56,16 +61,19 @@ def parse_args():
     datasets.add_view_arguments(parser)
     add_model_arguments(parser)
     add_training_arguments(parser)
-    group = parser.add_argument_group("cross pseudo supervision")
-    group.add_argument("--cps-weight", type=float, help="weight of the loss on pseudo labels")
-    group.add_argument("--sup-only", type=float, help="share of the steps, at first, without pseudo labels")
+    group = parser.add_argument_group("unlabeled images")
+    group.add_argument("--cps-weight", type=float, help="cps: weight of the loss on pseudo labels")
+    group.add_argument("--threshold", type=float, help="cps: leave out pseudo labels below this probability")
+    group.add_argument("--mt-weight", type=float, default=100.0, help="mt: weight of the consistency loss")
+    group.add_argument("--ema-decay", type=float, default=0.99, help="mt: of the moving average of the weights, a step")
+    group.add_argument("--sup-only", type=float, help="share of the steps, at first, without unlabeled images")
     group.add_argument("--ramp-up", type=float, help="share of the steps at which their weight is full")
-    group.add_argument("--threshold", type=float, help="leave out pseudo labels below this probability")
     args = parser.parse_args()
     recipe = datasets.RECIPES[args.dataset]
-    default = {"teacher_deep": recipe["deep"], "teacher_wide": recipe["wide"], "student": "resnet18"}[args.role]
-    args.backbone = models.canonical_name(args.backbone or default)
+    args.backbone = models.canonical_name(args.backbone or recipe.get(args.role, "resnet18"))
     fill_from_recipe(args, recipe, "student" if args.role == "student" else "teacher")
+    if not 0 <= args.ema_decay < 1:
+        raise UserError(f"--ema-decay {args.ema_decay}: must be at least 0 and below 1")
     return args
 
 
@@ -80,12 +88,29 @@ def pseudo_label(logits, valid, threshold):
     return torch.where(valid, label, mgd_ops.IGNORE_INDEX)
 
 
+def consistency_loss(logits, target, valid, count):
+    """Mean Teacher's consistency: the mean squared difference of class probabilities (Tarvainen & Valpola 2017).
+
+    logits (B, N, H, W) of the network, target (B, N, H, W) probabilities of the averaged one, valid (B, H, W) bool; the sum
+    over valid pixels is divided by `count` and by N -> scalar.
+    """
+    squared = (logits.softmax(1) - target).square().mean(1)  # (B, H, W)
+    return (squared * valid).sum() / count.clamp(min=1e-6)
+
+
+def moving_average(net, decay: float) -> AveragedModel:
+    """The exponential moving average of `net`'s weights and batch-norm statistics, in evaluation mode. Its
+    `update_parameters(net)` takes the weights as they are after the first step, and later decay · average + (1 - decay) · net.
+    """
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).requires_grad_(False).eval()
+
+
 def main():
     args = parse_args()
     device = start_ranks(args.device)
     torch.backends.cudnn.benchmark = True  # crops are of one size
     args.precision = pick_precision(args.precision, device)
-    dataset, partition = datasets.open_training_data(args, unlabeled=args.method == "cps")
+    dataset, partition = datasets.open_training_data(args, unlabeled=args.method != "sup")
     resumed = load_for_resume(args, partition)
 
     nets, optimizers = [], []
@@ -97,26 +122,34 @@ def main():
         nets.append(net)
         groups = parameter_groups(net, args.weight_decay)
         optimizers.append(torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True))
+    average = moving_average(nets[0], args.ema_decay) if args.method == "mt" else None
+    kept = average.module if average else nets[0]  # what is validated
+    saved = {"model": kept} if args.method == "sup" else {"model": kept, "peer": nets[0] if average else nets[1]}
     activations = models.activation_bytes(nets[0], shares_of(args)[1], args.crop, args.precision)
-    weights = 4 * sum(p.numel() for net in nets for p in net.parameters())
+    weights = 4 * sum(p.numel() for net in {*nets, *saved.values()} for p in net.parameters())
     say_plan(args, device, f"{len(partition.labeled)} labeled and {len(partition.unlabeled)} unlabeled images",
              needed=3 * weights + len(nets) * activations)  # weights, gradients, momentum; sup's and cps's forward  # fmt: skip
     start, seconds = 0, 0.0
     if resumed:
         start, seconds = resumed["step"], resumed["row"]["seconds"]
-        for net, optimizer, key, state in zip(nets, optimizers, ["model", "peer"], resumed["optimizers"], strict=False):
+        for key, net in saved.items():
             net.load_state_dict(resumed[key])
+        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+        if average:
+            average.n_averaged.fill_(start)
         torch.set_rng_state(resumed["rng"])
-    running = [compiled(distribute(net), args, device) for net in nets]  # `nets` are what is validated and saved
+    running = [compiled(distribute(net), args, device) for net in nets]  # what the steps run
+    averaged = compiled(average.module, args, device) if average else None
 
     supervised_loss = mgd_ops.ohem_cross_entropy if args.ohem else mgd_ops.pixel_cross_entropy
     labeled = datasets.train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
     views = 2 if args.cutmix else 1
+    full_weight = {"sup": 0.0, "cps": args.cps_weight, "mt": args.mt_weight}[args.method]
     unlabeled = None  # its loader starts with the first step that has a weight for it
 
     row = evaluate.result_row(
-        args, dataset, partition, role=args.role, losses=["sup"] if args.method == "sup" else ["sup", "cps"],
+        args, dataset, partition, role=args.role, losses=["sup"] if args.method == "sup" else ["sup", args.method],
         teachers=[], teacher_labels=None, regions=None,
     )  # fmt: skip
     checkpoint = {"args": plain_args(args), "classes": dataset.classes, "palette": dataset.palette,
@@ -124,7 +157,7 @@ def main():
 
     def save(step, path):
         row["seconds"] = round(seconds + time.perf_counter() - began, 1)
-        states = {key: net.state_dict() for key, net in zip(["model", "peer"], nets, strict=False)}
+        states = {key: net.state_dict() for key, net in saved.items()}
         optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(path, {**checkpoint, **states, "optimizers": optimizer_states, "step": step})
 
@@ -136,27 +169,33 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
-        weight = args.cps_weight * ramp_up(step, args.steps, args.sup_only, args.ramp_up) if args.method == "cps" else 0.0
+        weight = full_weight * ramp_up(step, args.steps, args.sup_only, args.ramp_up)
         if weight > 0 and unlabeled is None:
             unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views, step, labeled=False)
 
-        shares = []  # of the batch: images, label, mixed views, each network's pseudo label
+        shares = []  # of the batch: images, label, mixed views, what is to be learnt of them, their padding
         for box in datasets.cutmix_boxes(args, step, device):
             images, label = progress.waiting(labeled)
             images, label = datasets.normalize(images, device), label.to(device, non_blocking=True)
-            mixed, pseudo = None, []
+            mixed = padding = targets = None
             if weight > 0:
                 bare, padding = progress.waiting(unlabeled)
                 bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True)
-                mixed, valid = datasets.cutmix(bare, box), padding != datasets.IGNORE
-                with torch.no_grad(), autocast(device, args.precision):  # batch norm in training mode, as in CPS
-                    labels = [pseudo_label(net(bare).logits, valid, args.threshold) for net in running]
-                pseudo = [datasets.cutmix(label_of_net, box) for label_of_net in labels]
-            shares.append((images, label, mixed, pseudo))
-        counts = valid_pixels([[label, *pseudo] for _, label, _, pseudo in shares])
+                with torch.no_grad(), autocast(device, args.precision):
+                    if average:
+                        probabilities = [averaged(x).logits.softmax(1) for x in (images, bare)]
+                        targets = torch.cat([probabilities[0], datasets.cutmix(probabilities[1], box)])
+                    else:  # batch norm in training mode, as in CPS
+                        labels = [pseudo_label(net(bare).logits, padding != datasets.IGNORE, args.threshold) for net in running]
+                        targets = [datasets.cutmix(labels_of_net, box) for labels_of_net in labels]
+                mixed, padding = datasets.cutmix(bare, box), datasets.cutmix(padding, box)
+            shares.append((images, label, mixed, targets, padding))
+        maps = [[label] if weight == 0 else [label, padding] if average else [label, *targets]
+                for _, label, _, targets, padding in shares]  # fmt: skip
+        counts = valid_pixels(maps)
 
         losses = collections.Counter()
-        for s, (images, label, mixed, pseudo) in enumerate(shares):
+        for s, (images, label, mixed, targets, padding) in enumerate(shares):
             for i, net in enumerate(running):
                 with gradients_stay(net, last=s + 1 == len(shares)):
                     with autocast(device, args.precision):
@@ -165,26 +204,32 @@ def main():
                     losses["sup"] += sup.detach() / (len(shares) * len(nets))
                     if weight > 0:
                         with autocast(device, args.precision):
-                            logits = net(mixed).logits
-                        peer = 1 - i
-                        cps = mgd_ops.pixel_cross_entropy(logits, pseudo[peer], counts[1 + peer])
-                        losses["cps"] += cps.detach() / (len(shares) * len(nets))
-                        loss = sup + weight * cps
+                            mixed_logits = net(mixed).logits
+                        if average:
+                            valid = torch.cat([label, padding]) != datasets.IGNORE
+                            term = consistency_loss(torch.cat([logits, mixed_logits]), targets, valid, counts.sum())
+                        else:
+                            term = mgd_ops.pixel_cross_entropy(mixed_logits, targets[1 - i], counts[2 - i])
+                        losses[args.method] += term.detach() / (len(shares) * len(nets))
+                        loss = sup + weight * term
                     (loss / len(shares)).backward()
         for optimizer in optimizers:
             optimizer.step()
+        if average:
+            average.update_parameters(nets[0])
         progress.step(step, args.batch * (1 + views if weight > 0 else 1), lr, losses)
 
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save(step + 1, args.out / "resume.pt")
         if args.val_every and (step + 1) % args.val_every == 0 and step + 1 < args.steps:
-            agree(nets[0])
-            progress.validated(step + 1, evaluate.validate(nets[0], dataset, device, args))
+            agree(kept)
+            progress.validated(step + 1, evaluate.validate(kept, dataset, device, args))
 
-    agree(nets[0])
+    agree(kept)
     save(args.steps, args.out / "resume.pt")  # so that nothing is lost should the validation fail
-    row["miou"] = evaluate.validate(nets[0], dataset, device, args)
-    del nets[1:], optimizers[:]
+    row["miou"] = evaluate.validate(kept, dataset, device, args)
+    saved.pop("peer", None)
+    optimizers.clear()
     save(args.steps, args.out / "last.pt")
     finish(args)
     progress.write(step=args.steps, miou=row["miou"])

@@ -111,14 +111,17 @@ def our_distill(nets, optimizer, batch, args, clock=lambda name: None):
     padding = torch.zeros_like(label).repeat(2, 1, 1)
     optimizer.zero_grad(set_to_none=True)
     with autocast(device, args.precision):
-        taught = [distill.teach(teacher, images, bare, box, args) for teacher in (deep, wide)]
-    teacher_labels = [t.labels.masked_fill(label == 255, 255) for t in taught]
-    pseudo_labels = [t.pseudo_labels.masked_fill(datasets.cutmix(padding, box) == 255, 255) for t in taught]
+        taught = {role: distill.teach(teacher, images, bare, box, args, distill.wanted(args, role))
+                  for role, teacher in (("T_D", deep), ("T_W", wide))}  # fmt: skip
+    padding = datasets.cutmix(padding, box)
+    for role, t in taught.items():
+        taught[role] = t._replace(labels=t.labels.masked_fill(label == 255, 255),
+                                  pseudo_labels=t.pseudo_labels.masked_fill(padding == 255, 255))  # fmt: skip
     clock("teachers")
     with autocast(device, args.precision):
         outputs = student(images, upsample=False), student(datasets.cutmix(bare, box), upsample=False)
     clock("student forward")
-    terms = distill.mgd_losses(*outputs, label, teacher_labels, pseudo_labels, taught[0].logits, taught[1].features, args)
+    terms = distill.mgd_losses(*outputs, label, taught, args)
     clock("losses")
     terms["loss"].backward()
     clock("backward")
@@ -167,7 +170,8 @@ def draw_batch(batch, crop, classes, device, channels_last):
 def distillation_args(precision, mixed_terms):
     """The arguments of distill.py that its functions look at."""
     return argparse.Namespace(precision=precision, mixed_terms=mixed_terms, teacher_bn="eval", ohem=False, regions=7,
-                              image_reduction="sum", lambda_image=0.002, lambda_region=100.0)  # fmt: skip
+                              image_reduction="sum", lambda_image=0.002, lambda_region=100.0, method="mgd",
+                              losses=["sup", "pixel", "image:T_D", "region:T_W"])  # fmt: skip
 
 
 def make_arm(stage, backbone, crop, batch, classes, impl, device):

@@ -66,7 +66,9 @@ datasets.Shapes.__init__.__defaults__ = (512, 2)
 
 
 @pytest.mark.parametrize("script_name,options", [
-    ("train_teacher", ["--backbone", "r18", "--sup-only", "0", "--ramp-up", "0", "--threshold", "0.17"]), ("distill", []),
+    ("train_teacher", ["--backbone", "r18", "--sup-only", "0", "--ramp-up", "0", "--threshold", "0.17"]),
+    ("train_teacher", ["--backbone", "r18", "--sup-only", "0", "--ramp-up", "0", "--method", "mt"]),
+    ("distill", []),
 ])  # fmt: skip
 def test_any_number_of_ranks_and_shares_gives_the_gradient_of_the_joined_batch(teachers, tmp_path, script_name, options):
     """Crops larger than the images, so that shares differ in their valid pixels."""
@@ -170,6 +172,184 @@ def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_p
     assert plain["image"] == pytest.approx(6 * mean["image"], rel=1e-5)  # six classes
 
 
+EVERYTHING = "sup pixel image:T_D image:T_W region:T_D region:T_W"
+
+
+def test_losses_are_what_they_are_called(script, teachers, tmp_path):
+    """Each choice of --losses has the terms it names, of the same value as alone or beside others."""
+    both = {"--deep": teachers[0], "--wide": teachers[1]}
+    choices = {  # options -> terms, the teachers and losses of the row
+        ("", "--deep --wide"): ("sup pixel_l pixel_u image region", "T_D T_W", "sup pixel image:T_D region:T_W"),
+        ("", "--deep"): ("sup pixel_l pixel_u image region", "T_D", "sup pixel image:T_D region:T_D"),
+        ("", "--wide"): ("sup pixel_l pixel_u image region", "T_W", "sup pixel image:T_W region:T_W"),
+        (EVERYTHING, "--deep --wide"): ("sup pixel_l pixel_u image region", "T_D T_W", EVERYTHING),
+        ("sup pixel", "--deep --wide"): ("sup pixel_l pixel_u", "T_D T_W", "sup pixel"),
+        ("pixel:unlabeled pixel:labeled sup", "--deep"): ("sup pixel_l pixel_u", "T_D", "sup pixel"),
+        ("sup pixel:labeled", "--deep --wide"): ("sup pixel_l", "T_D T_W", "sup pixel:labeled"),
+        ("sup pixel:unlabeled", "--deep --wide"): ("sup pixel_u", "T_D T_W", "sup pixel:unlabeled"),
+        ("sup image:T_D", "--deep"): ("sup image", "T_D", "sup image:T_D"),
+        ("sup region:T_W", "--wide"): ("sup region", "T_W", "sup region:T_W"),
+    }
+    logs = {}
+    for i, ((losses, roles), (terms, names, expected)) in enumerate(choices.items()):
+        given = [arg for role in roles.split() for arg in (role, both[role])]
+        options = [*given, "--steps", "1", *TINY, *(["--losses", *losses.split()] if losses else [])]
+        code, _, err = script(distill, "--out", tmp_path / str(i), *options)
+        assert code == 0, err
+        entry, row = log(tmp_path / str(i))[0], common.load_checkpoint(tmp_path / str(i) / "last.pt")["row"]
+        assert {*entry} - {"step", "lr", "loss"} == {*terms.split()}
+        assert row["teachers"] == names.split() and row["losses"] == expected.split()
+        assert (row["regions"] == 7) == ("region" in terms)
+        logs[losses, roles] = entry
+    full = logs["", "--deep --wide"]
+    deep, wide = logs["", "--deep"], logs["", "--wide"]
+    near = {"rel": 1e-4, "abs": 1e-6}
+    for name in ("pixel_l", "pixel_u"):
+        assert deep[name] + wide[name] == pytest.approx(full[name], **near)
+    assert deep["image"] == pytest.approx(full["image"], **near) and wide["region"] == pytest.approx(full["region"], **near)
+    assert logs[EVERYTHING, "--deep --wide"]["image"] == pytest.approx(deep["image"] + wide["image"], **near)
+    assert logs[EVERYTHING, "--deep --wide"]["region"] == pytest.approx(deep["region"] + wide["region"], **near)
+    for entry in logs.values():
+        total = sum(entry.get(name, 0.0) for name in ("sup", "pixel_l", "pixel_u"))
+        total += 0.002 * entry.get("image", 0.0) + 10 * entry.get("region", 0.0)
+        assert entry["loss"] == pytest.approx(total, rel=1e-4) and entry["sup"] == full["sup"]
+    for name, key in (("pixel_l", "sup pixel:labeled"), ("pixel_u", "sup pixel:unlabeled")):
+        assert logs[key, "--deep --wide"][name] == pytest.approx(full[name], **near)
+    assert logs["sup image:T_D", "--deep"]["image"] == pytest.approx(full["image"], **near)
+    assert logs["sup region:T_W", "--wide"]["region"] == pytest.approx(full["region"], **near)
+
+
+def test_labels_alone_need_no_unlabeled_image(script, teachers, folder, tmp_path):
+    data = ["--dataset", "folder", "--data", folder, "--part", "1", "--weights", "none", "--steps", "2", *TINY]
+    assert script(train_teacher, "--out", tmp_path / "t", "--method", "sup", "--backbone", "r18", *data)[0] == 0
+    (folder / "images" / "im08.png").write_bytes(b"broken")  # it has no mask
+    options = [*data, "--deep", tmp_path / "t" / "last.pt", "--losses", "sup", "pixel:labeled"]
+    code, _, err = script(distill, "--out", tmp_path / "s", *options)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("options,said", [
+    ("", "a teacher is needed: give --deep FILE"),
+    ("--deep D --losses sup", "uses no teacher; that is train_teacher.py --method sup"),
+    ("--deep D --losses pixel", "add sup"),
+    ("--deep D --losses sup pixel image:T_W", "'image:T_W' needs that teacher; give --wide FILE"),
+    ("--wide D --losses sup region:T_D", "'region:T_D' needs that teacher; give --deep FILE"),
+    ("--deep D --wide W --losses sup image:T_D", "uses nothing of T_W; leave --wide out"),
+    ("--deep D --losses sup pixel pixel:labeled", "names a loss twice"),
+    ("--deep D --losses sup texture", "unknown loss 'texture'; choose of sup, pixel"),
+    ("--deep D --method kd --losses sup pixel", "--losses: chooses among those of --method mgd"),
+    ("--deep D --method cwd --temperature 0", "--temperature 0.0: must be above 0"),
+    ("--deep D --method kd --kd-weight -1", "--kd-weight -1.0: must be at least 0"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(script, tmp_path, options, said):
+    assert said in errors(script, distill, "--out", tmp_path / "x", *TINY, *options.split())
+
+
+def test_baselines_follow_their_formulas():
+    """KD, CWD and Mean Teacher against loops over the definitions, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+    T = 2.5
+
+    def divergence(p_logits, q_logits):  # of one distribution from another
+        p, q = ((logits / T).exp() for logits in (p_logits, q_logits))
+        p, q = p / p.sum(), q / q.sum()
+        return T**2 * (p * (p / q).log()).sum()
+
+    pixels = [(b, h, w) for b in range(2) for h in range(4) for w in range(5)]
+    expected = torch.stack([divergence(teacher[b, :, h, w], student[b, :, h, w]) for b, h, w in pixels]).mean()
+    torch.testing.assert_close(distill.kd_loss(student, teacher, T), expected)
+    expected = torch.stack([divergence(teacher[b, c], student[b, c]) for b in range(2) for c in range(3)]).mean()
+    torch.testing.assert_close(distill.cwd_loss(student, teacher, T), expected)
+
+    target, valid = teacher.softmax(1), torch.rand(2, 4, 5, generator=generator) > 0.3
+    kept = [p for p in pixels if valid[p]]
+    parts = [((student[b, :, h, w].softmax(0) - target[b, :, h, w]) ** 2).mean() for b, h, w in kept]
+    loss = train_teacher.consistency_loss(student, target, valid, valid.sum())
+    torch.testing.assert_close(loss, torch.stack(parts).mean())
+
+
+@pytest.mark.parametrize("method", ["kd", "cwd"])
+def test_kd_and_cwd_distil_from_both_teachers_on_labeled_images_and_views(script, teachers, tmp_path, method):
+    generator = torch.Generator().manual_seed(0)
+
+    def output():
+        return models.Output(torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64), None)
+
+    label = torch.randint(3, (2, 6, 6), generator=generator)
+    labeled, mixed = output(), output()
+    taught = {role: distill.Taught(None, None, output(), output()) for role in ("T_D", "T_W")}
+    args = argparse.Namespace(method=method, temperature=4.0, kd_weight=3.0, ohem=False)
+    terms = distill.kd_losses(labeled, mixed, label, taught, args)
+    each = distill.kd_loss if method == "kd" else distill.cwd_loss
+    expected = sum(
+        each(labeled.logits, t.labeled.logits, 4.0) + each(mixed.logits, t.mixed.logits, 4.0) for t in taught.values()
+    )
+    torch.testing.assert_close(terms[method], expected)
+    torch.testing.assert_close(terms["loss"], F.cross_entropy(labeled.logits, label) + 3 * expected)
+    options = ["--method", method, "--temperature", "4", "--kd-weight", "3", "--steps", "1"]
+    assert script(distill, *distill_args(tmp_path / method, teachers, *options))[0] == 0
+    entry, row = log(tmp_path / method)[0], common.load_checkpoint(tmp_path / method / "last.pt")["row"]
+    assert entry["loss"] == pytest.approx(entry["sup"] + 3 * entry[method], rel=1e-4) and entry[method] > 0
+    assert row["method"] == method and row["losses"] == ["sup", method] and row["regions"] is None
+
+
+def test_mean_teacher_averages_the_weights_and_keeps_the_average(script, tmp_path, monkeypatch):
+    """After k steps the average is the closed form of all weights so far, batch-norm statistics included."""
+    history = []
+    original = train_teacher.AveragedModel.update_parameters
+
+    def update(self, net):
+        history.append({key: value.clone() for key, value in net.state_dict().items()})
+        original(self, net)
+
+    monkeypatch.setattr(train_teacher.AveragedModel, "update_parameters", update)
+    options = ["--method", "mt", "--backbone", "r18", "--ema-decay", "0.8", "--sup-only", "0.5", "--ramp-up", "0.5"]
+    assert script(train_teacher, "--out", tmp_path / "mt", *options, *TINY, "--steps", "4")[0] == 0
+    kept = weights(tmp_path / "mt" / "last.pt")
+    shares = [0.8**3, 0.2 * 0.8**2, 0.2 * 0.8, 0.2]
+    for key, value in kept.items():
+        if value.is_floating_point():
+            expected = sum(share * states[key].double() for share, states in zip(shares, history, strict=True))
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6, msg=key)
+    entries = log(tmp_path / "mt")
+    assert ["mt" in entry for entry in entries[:4]] == [False, False, True, True] and entries[3]["mt"] > 0
+    saved = torch.load(tmp_path / "mt" / "last.pt", weights_only=True)
+    assert "peer" not in saved and saved["row"]["losses"] == ["sup", "mt"]
+
+
+def test_mean_teacher_learns_from_clean_views(script, tmp_path, monkeypatch):
+    """A network that says one class for the first view's pixels and another for the second's: mixed as the images are, its
+    average's probabilities are its own, and the consistency costs nothing; of other pixels it would cost a third."""
+
+    class Says(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(50.0))
+
+        def forward(self, images):
+            bright = images[:, :1].sign()
+            rest = torch.full_like(bright, -1.0).expand(-1, 4, -1, -1)
+            logits = self.scale * torch.cat([bright, -bright, rest], 1)
+            return models.Output(logits, logits)
+
+    def batches(dataset, names, args, views, start, labeled):
+        image = torch.full((args.batch, 3, *args.crop), 255, dtype=torch.uint8)
+        label = torch.zeros(args.batch * views, *args.crop, dtype=torch.int64)
+        while True:
+            yield (torch.cat([image, 0 * image]) if views == 2 else image), label
+
+    monkeypatch.setattr(train_teacher.datasets, "train_batches", batches)
+    monkeypatch.setattr(train_teacher.models, "build_model", lambda *args: Says())
+    monkeypatch.setattr(evaluate, "result_row", lambda *args, **fields: {"seconds": 0.0})
+    arguments = ["--method", "mt", *TINY, "--steps", "1", "--sup-only", "0", "--ramp-up", "0", "--lr", "1e-9"]
+    assert script(train_teacher, "--out", tmp_path / "mt", *arguments)[0] == 0
+    assert log(tmp_path / "mt")[0]["mt"] == pytest.approx(0, abs=1e-6)
+    monkeypatch.setattr(train_teacher.datasets, "cutmix", lambda views, box: views.chunk(2)[views.shape[1] == 6])
+    assert script(train_teacher, "--out", tmp_path / "mt", *arguments)[0] == 0
+    assert log(tmp_path / "mt")[0]["mt"] == pytest.approx(2 / 6 / 2, abs=1e-3)
+
+
 def test_native_kernels_and_pytorch_train_alike(teachers, tmp_path):
     """Twenty steps, in processes of their own since kernels cannot be unloaded.
 
@@ -216,7 +396,8 @@ def test_total_loss_is_eq_7():
     unlabeled = models.Output(random(2, 3, 6, 6), random(2, 4, 3, 3))
     label, on_labeled, on_views = labels(), [labels(), labels()], [labels(), labels()]
     deep_logits, wide_features = random(2, 3, 6, 6), random(2, 5, 3, 3)
-    args = argparse.Namespace(lambda_image=0.3, lambda_region=11.0, image_reduction="sum", regions=3, ohem=False)
+    args = argparse.Namespace(lambda_image=0.3, lambda_region=11.0, image_reduction="sum", regions=3, ohem=False,
+                              losses=["sup", "pixel", "image:T_D", "region:T_W"])  # fmt: skip
 
     def cross_entropy(logits, label):
         return -logits.log_softmax(1).gather(1, label[:, None]).mean()
@@ -230,10 +411,12 @@ def test_total_loss_is_eq_7():
     expected += sum(cross_entropy(unlabeled.logits, each) for each in on_views)
     expected += 0.3 * (unlabeled.logits.mean((2, 3)) - deep_logits.mean((2, 3))).abs().sum(1).mean()
     expected += 11.0 * (correlation(unlabeled.features) - correlation(wide_features)).square().mean()
-    losses = distill.mgd_losses(labeled, unlabeled, label, on_labeled, on_views, deep_logits, wide_features, args)
+    taught = {"T_D": distill.Taught(on_labeled[0], on_views[0], None, models.Output(deep_logits, None)),
+              "T_W": distill.Taught(on_labeled[1], on_views[1], None, models.Output(None, wide_features))}  # fmt: skip
+    losses = distill.mgd_losses(labeled, unlabeled, label, taught, args)
     torch.testing.assert_close(losses["loss"], expected)
     args.ohem = True
-    hard = distill.mgd_losses(labeled, unlabeled, label, on_labeled, on_views, deep_logits, wide_features, args)
+    hard = distill.mgd_losses(labeled, unlabeled, label, taught, args)
     assert {name for name in losses if losses[name] != hard[name]} == {"sup", "loss"}
 
 
@@ -254,17 +437,27 @@ def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
     box = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     box[:, :, :2] = True  # the corner of the mixed view comes from the second view
     args = argparse.Namespace(teacher_bn=teacher_bn, mixed_terms=mixed_terms)
-    taught = distill.teach(Teacher(), images, views, box, args)
+    everything = {*distill.Taught._fields}
+    taught = distill.teach(Teacher(), images, views, box, args, everything)
     runs = 4 if mixed_terms == "mixed" else 3
     assert seen == ([2] * runs if teacher_bn == "train" else [2 * runs])
-    assert (taught.labels[0] == 1).all() and (taught.labels[1] == 0).all()
+    assert (taught.labels[0] == 1).all() and (taught.labels[1] == 0).all() and torch.equal(taught.labeled.features, images)
     assert (taught.pseudo_labels[0, :2] == 1).all() and (taught.pseudo_labels[0, 2:] == 0).all()
     assert (taught.pseudo_labels[1, :2] == 0).all() and (taught.pseudo_labels[1, 2:] == 1).all()
-    assert torch.equal(taught.features, datasets.cutmix(views, box)) and (taught.logits[0, 1, :2] == 1).all()
-    assert (taught.logits[0, 1, 2:] == (1 if mixed_terms == "mixed" else -1)).all()  # by its corner, or each view by its own
-    taught = distill.teach(Teacher(), images, views[:2], None, args)
+    assert torch.equal(taught.mixed.features, datasets.cutmix(views, box)) and (taught.mixed.logits[0, 1, :2] == 1).all()
+    # by its corner, or each view by its own
+    assert (taught.mixed.logits[0, 1, 2:] == (1 if mixed_terms == "mixed" else -1)).all()
+    # what is not wanted is not run, and what is wanted is the same alone
+    for field, runs in {"labels": 1, "labeled": 1, "pseudo_labels": 2, "mixed": 1 if mixed_terms == "mixed" else 2}.items():
+        seen.clear()
+        alone = distill.teach(Teacher(), images, views, box, args, {field})
+        assert sum(seen) == 2 * runs and [name for name in everything if getattr(alone, name) is not None] == [field]
+        got, expected = getattr(alone, field), getattr(taught, field)
+        torch.testing.assert_close(tuple(got) if isinstance(got, tuple) else got,
+                                   tuple(expected) if isinstance(expected, tuple) else expected)  # fmt: skip
+    taught = distill.teach(Teacher(), images, views[:2], None, args, everything)
     assert (taught.pseudo_labels[0] == 0).all() and (taught.pseudo_labels[1] == 1).all()
-    assert torch.equal(taught.features, views[:2])
+    assert torch.equal(taught.mixed.features, views[:2])
 
 
 def test_folded_teachers_say_the_same(teachers):
@@ -356,6 +549,11 @@ def resume_equals_uninterrupted(script, module, arguments, tmp_path):
 def test_resume_of_cps_equals_an_uninterrupted_run(script, tmp_path, sup_only):
     arguments = ["--backbone", "r18", *TINY, "--steps", "6", "--save-every", "3", "--sup-only", sup_only, "--ramp-up", sup_only]
     resume_equals_uninterrupted(script, train_teacher, arguments, tmp_path)
+
+
+def test_resume_of_mean_teacher_equals_an_uninterrupted_run(script, tmp_path):
+    arguments = ["--method", "mt", "--backbone", "r18", *TINY, "--steps", "6", "--save-every", "3", "--sup-only", "0.2"]
+    resume_equals_uninterrupted(script, train_teacher, [*arguments, "--ramp-up", "0.8"], tmp_path)
 
 
 def test_resume_of_distillation_equals_an_uninterrupted_run(script, teachers, tmp_path):
