@@ -100,9 +100,12 @@ distill: $(MGD)
 
 sup: $(SUP)
 
+# By another name, since a line with $(MAKE) itself is run by `make -n` too.
+COMMANDS_OF = $(MAKE) --no-print-directory -n
+
 matrix: | $(INSTALLED)
-	@$(MAKE) --no-print-directory -n $(MATRIX) | $(PY) matrix.py $(if $(DRY),--dry-run)
-	$(if $(DRY),,$(RUN_SCRIPT) evaluate.py --ckpt $(firstword $(MATRIX)) --compare $(sort $(wordlist 2,999,$(MATRIX)) $(T_D) $(T_W)) --json $(REPORT).json)
+	@$(COMMANDS_OF) $(MATRIX) | $(PY) matrix.py $(if $(DRY),--dry-run)
+	$(if $(DRY),,$(RUN_SCRIPT) evaluate.py --ckpt $(firstword $(MATRIX)) --compare $(filter-out $(firstword $(MATRIX)),$(sort $(MATRIX) $(T_D) $(T_W))) --json $(REPORT).json)
 
 # The teachers of one seed; $(1) is the seed, $(2) the suffix of the folders.
 define TEACHERS

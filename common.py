@@ -97,7 +97,7 @@ def crop_size(text: str) -> tuple[int, int]:
 
 
 def fill_from_recipe(args: argparse.Namespace, recipe: dict, stage: str):
-    """Give every argument that is still None its value of the recipe, make OUT, and check what argparse cannot.
+    """Give every argument that is still None its value of the recipe, and check what argparse cannot.
 
     `stage` is teacher or student. Raises UserError.
     """
@@ -124,10 +124,6 @@ def fill_from_recipe(args: argparse.Namespace, recipe: dict, stage: str):
             raise UserError(f"{flag}: a share or probability, from 0 to 1")
     if not min(args.scales) > 0:
         raise UserError(f"--scales {min(args.scales)}: must be above 0")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be made a folder ({error.strerror}); give another") from None
 
 
 # ---- device and schedules ----
@@ -355,10 +351,14 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
 
 
 def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
-    """OUT/resume.pt where --resume is given and it exists; without --resume an old one is removed.
+    """Make OUT, and return OUT/resume.pt where --resume is given and it exists; without --resume an old one is removed.
 
     Raises UserError where it stems from other arguments or images, and ends the script where the run is finished.
     """
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be made a folder ({error.strerror}); give another") from None
     path = args.out / "resume.pt"
     if not args.resume:
         path.unlink(missing_ok=True)

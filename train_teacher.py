@@ -70,7 +70,7 @@ def parse_args():
     group.add_argument("--ramp-up", type=float, help="share of the steps at which their weight is full")
     args = parser.parse_args()
     recipe = datasets.RECIPES[args.dataset]
-    args.backbone = models.canonical_name(args.backbone or recipe.get(args.role, "resnet18"))
+    args.backbone = models.canonical_name(args.backbone or ("resnet18" if args.role == "student" else recipe[args.role]))
     fill_from_recipe(args, recipe, "student" if args.role == "student" else "teacher")
     if not 0 <= args.ema_decay < 1:
         raise UserError(f"--ema-decay {args.ema_decay}: must be at least 0 and below 1")

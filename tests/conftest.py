@@ -53,5 +53,5 @@ def folder(tmp_path) -> pathlib.Path:
 @pytest.fixture(autouse=True, scope="session")
 def small_and_few_threads():
     """Eight val images of the embedded data set, and the threads of the smallest machine that tests run on."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 beside another busy program
     datasets.Shapes.__init__.__defaults__ = (512, 8)

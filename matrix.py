@@ -1,0 +1,118 @@
+"""Run the trainings that a table needs, one after the other: what `make matrix` does.
+
+    make matrix TABLE="1 4" PART=1/8 SEEDS="0 1"            # reads the commands of make -n
+    make matrix TABLE="1 4" PART=1/8 SEEDS="0 1" DRY=1      # what would be run, and how long it takes
+
+Reads command lines on its standard input, in an order in which teachers come before their students, and runs those of
+train_teacher.py and distill.py. A run that fails is named at the end, and the others go on; a student whose teacher failed
+fails too. What is finished is not run again, since make leaves it out, and what was interrupted goes on at its last
+resume.pt. The estimate counts the multiply-accumulates of each run, and measures the speed of this machine.
+"""
+
+import datetime
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+import datasets
+import distill
+import models
+import train_teacher
+from common import ArgumentParser, UserError, autocast, pick_device, pick_precision, run
+
+
+def arguments_of(command: list[str]):
+    """What the script of a command makes of its arguments."""
+    index, script = next((i, pathlib.Path(word).stem) for i, word in enumerate(command) if word.endswith(".py"))
+    before, sys.argv = sys.argv, command[index:]
+    try:
+        return {"train_teacher": train_teacher, "distill": distill}[script].parse_args()
+    finally:
+        sys.argv = before
+
+
+def gmacs(args, backbone: str) -> float:
+    """Of one forward of one crop."""
+    cost = models.measure(backbone, args.stem, args.head_width, args.separable_head)["model_gmacs_512"]
+    return cost * args.crop[0] * args.crop[1] / 512**2
+
+
+def cost_of(args, teachers: dict[pathlib.Path, str]) -> float:
+    """GMACs of a whole run; `teachers` has the backbone of each checkpoint. A backward costs two forwards."""
+    own, views = gmacs(args, args.backbone), 2 if args.cutmix else 1
+    if args.method in ("sup", "mt", "cps"):
+        # mt: network and average on labeled and unlabeled images; cps: both networks, with the pseudo labels' forward
+        alone = {"sup": 3, "mt": 3, "cps": 6}[args.method]
+        full = {"sup": 3, "mt": 6 + 1 + views, "cps": 2 * (6 + views)}[args.method]
+        share = args.sup_only if args.method != "sup" else 0.0
+        return args.steps * args.batch * own * (share * alone + (1 - share) * full)
+    total = 0.0
+    for role, path in (("T_D", args.deep), ("T_W", args.wide)):
+        if path:
+            fields = distill.wanted(args, role)
+            mixed = "mixed" in fields and args.cutmix and args.mixed_terms == "mixed"
+            clean = "pseudo_labels" in fields or ("mixed" in fields and not mixed)
+            forwards = bool(fields & {"labels", "labeled"}) + mixed + clean * views
+            total += forwards * gmacs(args, teachers.get(path) or datasets.RECIPES[args.dataset]["teacher_deep"])
+    on_views = args.losses != ["sup", "pixel:labeled"]
+    return args.steps * args.batch * (total + 3 * own * (1 + on_views))
+
+
+def seconds_per_gmac(args) -> float:
+    """Measured: a training step of the student of `args`, of one batch."""
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    model = models.build_model(args.backbone, 8, "none", args.stem, args.head_width, args.separable_head).to(device).train()
+    images = torch.randn(args.batch, 3, *args.crop, device=device).contiguous(memory_format=torch.channels_last)
+    label = torch.zeros(args.batch, *args.crop, dtype=torch.int64, device=device)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        with autocast(device, precision):
+            logits = model(images).logits
+        F.cross_entropy(logits, label).backward()
+        float(logits.detach().flatten()[0])  # waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times) / (3 * args.batch * gmacs(args, args.backbone))
+
+
+def plan(commands: list[list[str]]):
+    """Print each run with an estimate of its time. Raises UserError for arguments that a script would refuse."""
+    trainings = [arguments_of(command) for command in commands]
+    teachers = {args.out / "last.pt": args.backbone for args in trainings}
+    rate = seconds_per_gmac(trainings[0]) if trainings else 0.0
+    total = 0.0
+    for args in trainings:
+        seconds = rate * cost_of(args, teachers)
+        total += seconds
+        print(f"{args.out!s:48} {args.method:4} {args.backbone:14} {args.steps:7d} steps  about "
+              f"{datetime.timedelta(seconds=round(seconds))}")  # fmt: skip
+    print(f"{len(trainings)} runs, about {datetime.timedelta(seconds=round(total))}, besides validation; what is finished is "
+          "not listed")  # fmt: skip
+
+
+def main():
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and for how long")
+    args = parser.parse_args()
+    lines = [shlex.split(line) for line in sys.stdin if "train_teacher.py" in line or "distill.py" in line]
+    if args.dry_run:
+        return plan(lines)
+    failed = []
+    for i, command in enumerate(lines, 1):
+        out = command[command.index("--out") + 1]
+        print(f"[{i}/{len(lines)}] {out}", flush=True)
+        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+            failed.append(out)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(lines)} runs failed, the others are done: {', '.join(failed)}; see above, mend "
+                        "it and give the same command again")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)
