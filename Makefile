@@ -2,6 +2,7 @@
 # make teachers                                 both teachers of DATASET and PART
 # make distill PART=1/8 STUDENT=mbv2            the student; trains the teachers first where they are missing
 # make compare                                  Sup at two schedules, MGD and the teachers side by side
+# make tables                                   results/*.json as the paper's tables and figures, in results/tables
 # make install · make test · make lint · make ext · make bench · make clean
 #
 # Every target sets up $(VENV) where it is missing (VENV= uses $(PYTHON) as it is). Runs go to runs/DATASET/PART/; a run
@@ -26,6 +27,8 @@ VENV ?= .venv
 PYTHON ?= python3
 # Where `make compare` writes: $(REPORT).json and $(REPORT).png.
 REPORT ?= $(RUN)/compare-$(STUDENT)
+# What `make tables` reads.
+REPORT_FILES ?= $(wildcard results/*.json)
 
 ifeq ($(filter $(STUDENT),r18 r34 r50 r101 wr34 mbv2 resnet18 resnet34 resnet50 resnet101 wide_resnet34 mobilenetv2),)
 $(error STUDENT=$(STUDENT): unknown backbone; take r18 or mbv2)
@@ -53,7 +56,7 @@ RUN_SCRIPT = $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --stan
 
 # A last.pt is whole from the moment it is there; make must not remove it when it is interrupted.
 .PRECIOUS: runs/%/last.pt
-.PHONY: install demo compare teachers distill sup test lint ext bench clean
+.PHONY: install demo compare teachers distill sup tables test lint ext bench clean
 
 install: | $(INSTALLED)
 
@@ -88,6 +91,9 @@ $(RUN)/mgd-$(STUDENT)$(2)/last.pt: $(RUN)/teacher-deep$(2)/last.pt $(RUN)/teache
 	$$(RUN_SCRIPT) distill.py --out $$(@D) --student $(STUDENT) --deep $$(word 1,$$^) --wide $$(word 2,$$^) --seed $(1) $$(COMMON) $$(STUDENT_ARGS)
 endef
 $(foreach seed,$(SEEDS),$(eval $(call RUNS,$(seed),$(call seed_tag,$(seed)))))
+
+tables: | $(INSTALLED)
+	$(PY) report.py $(REPORT_FILES) --out results/tables
 
 test: | $(INSTALLED)
 	$(PY) -m pytest -q tests
