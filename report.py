@@ -76,7 +76,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
         rows = content.get("rows")
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path}: holds no rows; write it again with evaluate.py --json")
-        usable = [normal(row, path) for row in rows if "miou" in row]
+        usable = [normal(row, path) for row in rows if "miou" in row and "case" not in row]
         if usable:
             found.append((str(content.get("created", "")), usable))
         else:
@@ -538,8 +538,15 @@ def log_axis(axis, ticks: dict[float, str]):
 
 
 def cost_ticks(costs) -> dict[float, str]:
-    ticks = [n for n in (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300) if min(costs) / 1.4 < n < max(costs) * 1.4]
-    return {n: str(n) for n in ticks}
+    """Round numbers around the costs, closer to each other where few fit."""
+    for ticks in (
+        (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300),
+        (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 150, 200),
+    ):
+        inside = [n for n in ticks if min(costs) / 1.4 < n < max(costs) * 1.4]
+        if len(inside) > 2:
+            break
+    return {n: f"{n:g}" for n in inside}
 
 
 def plot(axis, x: list[float], groups: list[dict], **look):
@@ -676,9 +683,9 @@ def draw_heads(title: str, groups: list[dict], path: pathlib.Path) -> bool:
         for g in several:
             lines[METHOD_TABLE.key(g), g["steps"], g["separable_head"]].append(g)
         for (key, steps, separable), line in sorted(lines.items(), key=lambda item: (method_order(item[0][0]), item[0])):
-            text, colour, _ = style[key[0], steps]
+            text, colour, shape = style[key[0], steps]
             look = {"color": colour, "marker": HEAD_MARKERS.get(key[2], "X"), "linestyle": "--" if separable else "-",
-                    "markerfacecolor": "white" if separable else colour}  # fmt: skip
+                    "markerfacecolor": "white" if separable else colour, "alpha": 1 if shape == "o" else 0.5}  # fmt: skip
             plot(axis, [g["gmacs_model"] for g in line], line, **look)
             for g in line:  # lines rise to the right: these sides are free
                 axis.annotate(g["head_width"], (g["gmacs_model"], g["miou"]), (-7, 4) if separable else (7, -11), fontsize=9,
@@ -694,8 +701,8 @@ def draw_heads(title: str, groups: list[dict], path: pathlib.Path) -> bool:
 
 def read_log(path: pathlib.Path) -> list[dict]:
     try:
-        lines = path.read_text().splitlines()
-        if lines and not lines[-1].endswith("}"):  # of a run that goes on, or was cut off
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if len(lines) > 1 and not lines[-1].endswith("}"):  # of a run that goes on, or was cut off
             lines.pop()
         entries = [json.loads(line) for line in lines]
         if not all(isinstance(e, dict) and isinstance(e.get("step"), int) for e in entries):
@@ -713,13 +720,14 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
     for path in [path for path, log in logs.items() if not log]:
         print(f"{path}: empty yet, left out")
         del logs[path]
-    if not logs:
-        raise UserError(f"--curves {paths[0]}: holds no step yet; wait for the run's first --log-every steps")
     parents = [path.resolve().parent.parts for path in logs]
+    # a run is called by as much of its folder as tells it apart
     depth = next(n for n in range(1, 99) if len({parts[-n:] for parts in parents}) == len(set(parents)))
     other = ("step", "lr", "images_per_s", "data_wait", "miou")
     terms = dict.fromkeys(key for log in logs.values() for e in log for key in e if key not in other)
     panels = [*terms, *(["miou"] if any("miou" in e for log in logs.values() for e in log) else [])]
+    if not panels:
+        raise UserError(f"--curves {paths[0]}: holds no step yet; wait for the run's first --log-every steps")
     columns = min(3, len(panels))
     height = -(-len(panels) // columns)
     figure, axes = plt.subplots(height, columns, figsize=(10, 3 * height + 0.3 + 0.25 * len(logs) / 3), layout="constrained",
