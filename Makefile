@@ -3,6 +3,7 @@
 # make distill PART=1/8 STUDENT=mbv2            the student; trains the teachers first where they are missing
 # make compare                                  Sup at two schedules, MGD and the teachers side by side
 # make matrix TABLE="1 4 5 6"                   every run of those tables of the paper, then a result file; DRY=1 prints the plan
+# make tables                                   results/*.json as the paper's tables and figures, in results/tables
 # make install · make test · make lint · make ext · make bench · make clean
 #
 # Every target sets up $(VENV) where it is missing (VENV= uses $(PYTHON) as it is). Runs go to runs/DATASET/PART/; a run
@@ -38,6 +39,8 @@ VENV ?= .venv
 PYTHON ?= python3
 # Where `make compare` writes: $(REPORT).json and $(REPORT).png.
 REPORT ?= $(RUN)/compare-$(STUDENT)
+# What `make tables` reads.
+REPORT_FILES ?= $(wildcard results/*.json)
 
 ifeq ($(filter $(STUDENT),r18 r34 r50 r101 wr34 mbv2 resnet18 resnet34 resnet50 resnet101 wide_resnet34 mobilenetv2),)
 $(error STUDENT=$(STUDENT): unknown backbone; take r18 or mbv2)
@@ -83,7 +86,7 @@ RUN_SCRIPT = $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --stan
 
 # A last.pt is whole from the moment it is there; make must not remove it when it is interrupted.
 .PRECIOUS: runs/%/last.pt
-.PHONY: install demo compare matrix teachers distill sup test lint ext bench clean
+.PHONY: install demo compare matrix teachers distill sup tables test lint ext bench clean
 
 install: | $(INSTALLED)
 
@@ -154,6 +157,9 @@ endef
 
 $(foreach seed,$(sort $(TEACHER_SEEDS) $(addprefix 1,$(TEACHER_SEEDS))),$(eval $(call TEACHERS,$(seed),$(call seed_tag,$(seed)))))
 $(foreach seed,$(SEEDS),$(foreach t,$(or $(TEACHER_SEED),$(seed)),$(eval $(call STUDENTS,$(seed),$(call teacher,deep,$(t)),$(call teacher,wide,$(t)),$(call teacher,deep,1$(t)),$(call teacher,wide,1$(t))))))
+
+tables: | $(INSTALLED)
+	$(PY) report.py $(REPORT_FILES) --out results/tables
 
 test: | $(INSTALLED)
 	$(PY) -m pytest -q tests
