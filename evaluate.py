@@ -172,6 +172,12 @@ def result_row(args, dataset, partition, **fields) -> dict:
     }  # fmt: skip
 
 
+# Arguments of the training that stand in a result's row, beside what the training itself has put there.
+SETTINGS = ("stem", "separable_head", "image_scale", "batch", "lr", "lambda_image", "lambda_region", "kd_weight", "temperature",
+            "image_reduction", "teacher_bn", "mixed_terms", "cutmix", "cps_weight", "mt_weight", "sup_only", "ramp_up",
+            "threshold")  # fmt: skip
+
+
 def label_of(row: dict) -> str:
     """How tables and pictures call a run: `Sup resnet18`, `MGD resnet18`, `CPS resnet34 (T_D)`."""
     role = {"teacher_deep": " (T_D)", "teacher_wide": " (T_W)"}.get(row["role"], "")
@@ -375,7 +381,9 @@ def main():
                             f"{', '.join(dataset.classes)}; give the data set of the training with --data")  # fmt: skip
         confusion = evaluate(model, dataset, dataset.val, device, precision, protocol)
         miou, values = iou(confusion)
-        rows.append({**checkpoint["row"], "miou": miou, "iou": dict(zip(dataset.classes, values, strict=True)),
+        settings = {key: checkpoint["args"].get(key) for key in SETTINGS}
+        rows.append({**checkpoint["row"], **settings, "miou": miou, "iou": dict(zip(dataset.classes, values, strict=True)),
+                     "params_m": sum(p.numel() for p in model.parameters()) / 1e6,
                      "window": protocol.window, "scales": protocol.scales, "flip": protocol.flip})  # fmt: skip
         if not main_rank:
             continue
