@@ -441,7 +441,7 @@ torch.library.register_autograd(
 # ---- native kernels: build and load ----
 
 SOURCES = pathlib.Path(__file__).parent / "csrc"
-LOCK_TIMEOUT = 120.0  # seconds; a build takes about 20
+LOCK_TIMEOUT = 120.0  # seconds; a build takes 20 to 40
 state = {}  # device type -> "native", or the reason why its kernels are not loaded
 
 
@@ -498,7 +498,7 @@ def build(device: str) -> pathlib.Path:
     if device == "cuda":
         if cpp_extension.CUDA_HOME is None or not pathlib.Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
             raise KernelError("no nvcc; install the CUDA toolkit of torch's version, or set CUDA_HOME to its folder")
-        names, key = ["region_cuda.cu"], os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        names, key = ["region_cuda.cu", "upsample_cuda.cu"], os.environ.get("TORCH_CUDA_ARCH_LIST", "")
         if not key:
             if not torch.cuda.is_available():
                 raise KernelError("no GPU to build for; set TORCH_CUDA_ARCH_LIST, such as 9.0, to build for another machine")
