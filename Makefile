@@ -173,6 +173,7 @@ ext: | $(INSTALLED)
 
 bench: | $(INSTALLED)
 	$(PY) benchmarks/bench_region_loss.py
+	$(PY) benchmarks/bench_upsample_loss.py
 	$(PY) benchmarks/bench_loading.py
 	$(PY) benchmarks/bench_step.py
 

@@ -2,7 +2,7 @@
 
     python mgd_ops.py     # build the native kernels ahead, and say what was built (make ext)
 
-The region level is a custom op. Its schema, its PyTorch default, its fake and its gradient stand here, once; `csrc/` adds
+The region level and the pixel level are custom ops. Schema, PyTorch default, fake and gradient stand here, once; `csrc/` adds
 kernels for the CPU and for CUDA, which `load_kernels` builds and loads. So the fallback and the kernels share all but the
 arithmetic. MGD_OPS=auto (the default) falls back to PyTorch with one line that says why, MGD_OPS=native raises instead,
 MGD_OPS=torch does not try. Everything is computed in float32 at least, whatever the dtype of the inputs and under autocast.
@@ -28,24 +28,69 @@ from common import UserError, run
 IGNORE_INDEX = 255
 MIN_NORM = 1e-6  # a pooled region below this norm has no direction: its correlations are 0 and it takes no gradient
 
-# ---- pixel and image level: plain PyTorch ----
+# ---- pixel level: the references ----
+
+
+def upsample(logits: torch.Tensor, size) -> torch.Tensor:
+    """Logits (B, N, h, w) -> (B, N, *size), bilinear with aligned corners, float32 at least."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if logits.shape[2:] == torch.Size(size):
+        return logits
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=True)
+
+
+def pixel_cross_entropies_reference(logits: torch.Tensor, labels: list[torch.Tensor], counts=None) -> list[torch.Tensor]:
+    """`pixel_cross_entropies` in plain PyTorch, differentiable by autograd; it holds the full-size logits several times."""
+    with torch.autocast(logits.device.type, enabled=False):
+        log_probabilities = upsample(logits, labels[0].shape[1:]).log_softmax(1)
+        sums = [F.nll_loss(log_probabilities, label, ignore_index=IGNORE_INDEX, reduction="sum") for label in labels]
+    return divide(sums, labels, counts)
+
+
+def upsampled_argmax_reference(logits: torch.Tensor, size: tuple[int, int], threshold: float = 0.0) -> torch.Tensor:
+    """`upsampled_argmax` in plain PyTorch."""
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = upsample(logits, size)
+        label = logits.argmax(1)
+        if threshold > 0:
+            label[logits.softmax(1).amax(1) < threshold] = IGNORE_INDEX
+        return label
+
+
+# ---- pixel level: the public functions ----
 
 
 def pixel_cross_entropies(logits: torch.Tensor, labels: list[torch.Tensor], counts=None) -> list[torch.Tensor]:
     """Cross entropies of the same logits against several label maps, each the mean over its pixels that are not 255 (Eq. 1);
     0 where all are.
 
-    logits (B, N, H, W) floating, labels (B, H, W) int64 -> scalars, float32 or float64. `counts`, a scalar tensor each, are
-    divided by instead of the number of valid pixels: where this is one of several shares of a batch, their mean number, so
-    that the mean over the shares is the loss of the batch.
+    logits (B, N, h, w) in float64, float32, float16 or bfloat16, as if they were first brought to the labels' size by bilinear
+    interpolation with aligned corners; labels (B, H, W) int64 each -> scalars, float32 or float64. `counts`, a scalar tensor
+    each, are divided by instead of the number of valid pixels: where this is one of several shares of a batch, their mean
+    number, so that the mean over the shares is the loss of the batch.
+
+    The large logits are never held whole. The gradient reaches the logits once (no second derivative). Raises ValueError where
+    shapes, dtypes or devices do not fit; a label that is neither 255 nor a class raises too, or fails an assertion on a GPU.
     """
-    log_probabilities = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
-    losses = []
-    for i, label in enumerate(labels):
-        count = (label != IGNORE_INDEX).sum() if counts is None else counts[i]
-        total = F.nll_loss(log_probabilities, label, ignore_index=IGNORE_INDEX, reduction="sum")
-        losses.append(total / count.clamp(min=1e-6))
-    return losses
+    if not labels:
+        return []
+    check_logits("pixel_cross_entropies", logits, labels[0].shape[1:])
+    for label in labels:
+        if label.dtype != torch.int64 or label.shape != (logits.shape[0], *labels[0].shape[1:]):
+            raise ValueError(f"pixel_cross_entropies: labels are (B, H, W) of int64 for logits (B, N, h, w), not "
+                             f"{tuple(label.shape)} of {label.dtype} for {tuple(logits.shape)}")  # fmt: skip
+        if label.device != logits.device:
+            raise ValueError(f"pixel_cross_entropies: the logits are on {logits.device}, a label on {label.device}")
+    with torch.autocast(logits.device.type, enabled=False):
+        sums = torch.ops.mgd.upsampled_cross_entropy(logits, list(labels))
+    return divide(sums.unbind(), labels, counts)
+
+
+def divide(sums, labels, counts):
+    """The sums of cross entropies over the numbers of valid pixels of their labels, or over `counts`."""
+    if counts is None:  # not sum(), which on a CPU makes 8 bytes of each pixel first
+        counts = [(label != IGNORE_INDEX).count_nonzero() for label in labels]
+    return [total / count.clamp(min=1e-6) for total, count in zip(sums, counts, strict=True)]
 
 
 def pixel_cross_entropy(logits: torch.Tensor, label: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,19 +98,43 @@ def pixel_cross_entropy(logits: torch.Tensor, label: torch.Tensor, count: torch.
     return pixel_cross_entropies(logits, [label], None if count is None else [count])[0]
 
 
+def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int], threshold: float = 0.0) -> torch.Tensor:
+    """Pseudo labels: the class of the largest logit at each pixel of `size`, the first of equals; 255 where its softmax
+    probability is below `threshold`.
+
+    logits (B, N, h, w) in float64, float32, float16 or bfloat16, as if they were first brought to `size` by bilinear
+    interpolation with aligned corners, -> (B, *size) int64, without gradient. The large logits are never held whole. Raises
+    ValueError for anything but a map of floats.
+    """
+    check_logits("upsampled_argmax", logits, size)
+    with torch.autocast(logits.device.type, enabled=False):
+        return torch.ops.mgd.upsampled_argmax(logits.detach(), *size, threshold)
+
+
+def check_logits(op: str, logits: torch.Tensor, size):
+    if logits.ndim != 4 or logits.shape[1:].numel() == 0 or not logits.is_floating_point():
+        raise ValueError(f"{op}: logits are (B, N, h, w) of floats, not {tuple(logits.shape)} of {logits.dtype}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{op}: logits cannot be brought to the size {tuple(size)}; it takes a height and a width")
+
+
 def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, count=None, threshold=0.7, keep=0.08) -> torch.Tensor:
     """Cross entropy, mean over the hard pixels: those whose true class has a probability below `threshold`, and at least
     the share `keep` of all pixels, hardest first, as far as they have labels (Shrivastava et al. 2016; CPS on Cityscapes
     keeps 50,000 of 800x800). `count` is there for `pixel_cross_entropy`'s sake: each share has its own hard pixels.
 
-    logits (B, N, H, W) floating, label (B, H, W) int64, 255 = ignore -> scalar, float32 or float64.
+    logits (B, N, h, w) floating, brought to the label's size as there, but held whole, since it is single pixels' losses that
+    are sorted; label (B, H, W) int64, 255 = ignore -> scalar, float32 or float64.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = upsample(logits, label.shape[1:])
     losses = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="none").flatten()
     valid = label.flatten() != IGNORE_INDEX
     hardest = losses.detach().masked_fill(~valid, 0.0).topk(max(1, int(keep * label.numel()))).values
     hard = valid & (losses >= hardest[-1].clamp(max=-math.log(threshold)))
     return (losses * hard).sum() / hard.sum().clamp(min=1)
+
+
+# ---- image level: plain PyTorch ----
 
 
 def global_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -75,11 +144,14 @@ def global_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Interpolation and average are linear, so each coarse pixel has a weight, and the large logits need not be made.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    weights = []
-    for length, target in zip(logits.shape[2:], size, strict=True):
-        eye = torch.eye(length, dtype=logits.dtype, device=logits.device)[None]
-        weights.append(F.interpolate(eye, target, mode="linear", align_corners=True).mean((0, 2)))
+    weights = [interpolation(*lengths, logits).mean(1) for lengths in zip(logits.shape[2:], size, strict=True)]
     return torch.einsum("bnhw,h,w->bn", logits, *weights)
+
+
+def interpolation(length: int, target: int, like: torch.Tensor) -> torch.Tensor:
+    """(length, target): row i holds the weights that coarse pixel i has in the pixels it is interpolated to."""
+    eye = torch.eye(length, dtype=like.dtype, device=like.device)[None]
+    return F.interpolate(eye, target, mode="linear", align_corners=True)[0]
 
 
 def image_loss(student: torch.Tensor, teacher: torch.Tensor, size: tuple[int, int], reduction: str = "sum") -> torch.Tensor:
@@ -164,6 +236,9 @@ library = torch.library.Library("mgd", "DEF")
 # The forward also returns what the gradient needs: pooled vectors, or the loss's gradient with respect to them, (B, R, C).
 library.define("region_loss(Tensor student, Tensor teacher, int rows, int cols) -> (Tensor, Tensor)")
 library.define("pooled_correlation(Tensor feat, int rows, int cols) -> (Tensor, Tensor)")
+library.define("upsampled_cross_entropy(Tensor logits, Tensor[] labels) -> Tensor")
+library.define("upsampled_cross_entropy_backward(Tensor grad, Tensor logits, Tensor[] labels) -> Tensor")
+library.define("upsampled_argmax(Tensor logits, SymInt height, SymInt width, float threshold) -> Tensor")
 scatter = "SymInt height, SymInt width, int rows, int cols, ScalarType dtype, bool channels_last) -> Tensor"
 library.define(f"region_loss_backward(Tensor grad_loss, Tensor grad_pooled, {scatter}")
 library.define(f"pooled_correlation_backward(Tensor grad, Tensor pooled, {scatter}")
@@ -234,6 +309,46 @@ def pooled_correlation_backward_default(grad, pooled, height, width, rows, cols,
     return unpool(correlation_gradient(grad, *normalize(pooled)), height, width, rows, cols, dtype, channels_last)
 
 
+# One image at a time, so that the large logits of one image alone exist at once.
+
+
+def upsampled_cross_entropy_default(logits, labels):
+    sums = [logits.new_zeros(len(labels), dtype=accumulation_dtype(logits))]
+    for image, *maps in zip(logits, *labels, strict=True):
+        log_probabilities = upsample(image[None], maps[0].shape).log_softmax(1)  # (1, N, H, W)
+        losses = [F.nll_loss(log_probabilities, m[None], ignore_index=IGNORE_INDEX, reduction="sum") for m in maps]
+        sums.append(torch.stack(losses))
+    return torch.stack(sums).sum(0)
+
+
+def upsampled_cross_entropy_backward_default(grad, logits, labels):
+    grad = grad.to(accumulation_dtype(logits))
+    vertical, horizontal = (interpolation(logits.shape[i + 1], labels[0].shape[i], grad) for i in (1, 2))
+    out = empty_gradient(logits)
+    for b, maps in enumerate(zip(*labels, strict=True)):
+        full = upsample(logits[b, None], maps[0].shape).softmax(1)[0]  # (N, H, W)
+        weights = [g * (label != IGNORE_INDEX) for g, label in zip(grad, maps, strict=True)]
+        full *= sum(weights)
+        for weight, label in zip(weights, maps, strict=True):
+            full.scatter_add_(0, torch.where(label == IGNORE_INDEX, 0, label)[None], -weight[None])
+        out[b] = torch.einsum("nyx,hy,wx->nhw", full, vertical, horizontal)
+    return out
+
+
+def upsampled_argmax_default(logits, height, width, threshold):
+    labels = logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
+    for image, label in zip(logits, labels, strict=True):
+        label.copy_(upsampled_argmax_reference(image[None], (height, width), threshold)[0])
+    return labels
+
+
+def empty_gradient(logits):
+    """Memory for the gradient of logits: dense, and channels_last where they are."""
+    return torch.empty(
+        logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format(is_channels_last(logits))
+    )
+
+
 def accumulation_dtype(*features):
     return torch.float64 if any(feat.dtype == torch.float64 for feat in features) else torch.float32
 
@@ -254,6 +369,18 @@ def pooled_correlation_fake(feat, rows, cols):
 def backward_fake(grad, pooled, height, width, rows, cols, dtype, channels_last):
     size = (pooled.shape[0], pooled.shape[2], height, width)
     return torch.empty(size, dtype=dtype, device=pooled.device, memory_format=memory_format(channels_last))
+
+
+def upsampled_cross_entropy_fake(logits, labels):
+    return logits.new_empty(len(labels), dtype=accumulation_dtype(logits))
+
+
+def upsampled_cross_entropy_backward_fake(grad, logits, labels):
+    return empty_gradient(logits)
+
+
+def upsampled_argmax_fake(logits, height, width, threshold):
+    return logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
 
 
 def setup_context(ctx, inputs, output):
@@ -277,12 +404,29 @@ def pooled_correlation_backward(ctx, grad_correlation, _):
     return grad, None, None
 
 
+def setup_upsampled_context(ctx, inputs, output):
+    logits, labels = inputs
+    ctx.save_for_backward(logits, *labels)
+    ctx.set_materialize_grads(False)
+
+
+def upsampled_cross_entropy_backward(ctx, grad):
+    logits, *labels = ctx.saved_tensors
+    grad_logits = None
+    if grad is not None and ctx.needs_input_grad[0]:
+        grad_logits = torch.ops.mgd.upsampled_cross_entropy_backward(grad, logits, labels)
+    return grad_logits, [None] * len(labels)
+
+
 # CompositeExplicitAutograd is the default of every device; a kernel registered for CPU or CUDA goes before it.
 for name, default, fake in (
     ("region_loss", region_loss_default, region_loss_fake),
     ("region_loss_backward", region_loss_backward_default, backward_fake),
     ("pooled_correlation", pooled_correlation_default, pooled_correlation_fake),
     ("pooled_correlation_backward", pooled_correlation_backward_default, backward_fake),
+    ("upsampled_cross_entropy", upsampled_cross_entropy_default, upsampled_cross_entropy_fake),
+    ("upsampled_cross_entropy_backward", upsampled_cross_entropy_backward_default, upsampled_cross_entropy_backward_fake),
+    ("upsampled_argmax", upsampled_argmax_default, upsampled_argmax_fake),
 ):
     library.impl(name, default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mgd::{name}", fake, lib=library)
@@ -290,16 +434,19 @@ torch.library.register_autograd("mgd::region_loss", region_loss_backward, setup_
 torch.library.register_autograd(
     "mgd::pooled_correlation", pooled_correlation_backward, setup_context=setup_context, lib=library
 )
+torch.library.register_autograd(
+    "mgd::upsampled_cross_entropy", upsampled_cross_entropy_backward, setup_context=setup_upsampled_context, lib=library
+)
 
 # ---- native kernels: build and load ----
 
 SOURCES = pathlib.Path(__file__).parent / "csrc"
-LOCK_TIMEOUT = 120.0  # seconds; a build takes about 20
+LOCK_TIMEOUT = 120.0  # seconds; a build takes 20 to 40
 state = {}  # device type -> "native", or the reason why its kernels are not loaded
 
 
 def backend() -> str:
-    """The path that computes the region level on this machine's default device: `native` or `torch`."""
+    """The path that computes the ops on this machine's default device: `native` or `torch`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return "native" if state.get(device) == "native" else "torch"
 
@@ -351,13 +498,13 @@ def build(device: str) -> pathlib.Path:
     if device == "cuda":
         if cpp_extension.CUDA_HOME is None or not pathlib.Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
             raise KernelError("no nvcc; install the CUDA toolkit of torch's version, or set CUDA_HOME to its folder")
-        source, key = SOURCES / "region_cuda.cu", os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        names, key = ["region_cuda.cu", "upsample_cuda.cu"], os.environ.get("TORCH_CUDA_ARCH_LIST", "")
         if not key:
             if not torch.cuda.is_available():
                 raise KernelError("no GPU to build for; set TORCH_CUDA_ARCH_LIST, such as 9.0, to build for another machine")
             key = str(torch.cuda.get_device_capability())
     else:
-        source, key = SOURCES / "region_cpu.cpp", processor()
+        names, key = ["region_cpu.cpp", "upsample_cpu.cpp"], processor()
     digest = hashlib.sha256(f"{torch.__version__} {torch.version.cuda} {key}".encode()).hexdigest()[:12]
     name = f"mgd_{device}_{digest}"
     root = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
@@ -373,7 +520,7 @@ def build(device: str) -> pathlib.Path:
                 raise KernelError("no ninja; install it with pip install ninja")
             cpp_extension.load(
                 name,
-                [str(source)],
+                [str(SOURCES / file) for file in names],
                 extra_cflags=[*flags, "-march=native"],
                 extra_cuda_cflags=[*flags, "-DUSE_CUDA", "-lineinfo", "--expt-relaxed-constexpr"],
                 build_directory=str(folder),

@@ -16,7 +16,7 @@ import pathlib
 import sys
 import time
 
-if os.environ.get("MALLOC_MMAP_MAX_") != "0":
+if __name__ == "__main__" and os.environ.get("MALLOC_MMAP_MAX_") != "0":
     environment = {**os.environ, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "KINETO_LOG_LEVEL": "99"}
     os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))

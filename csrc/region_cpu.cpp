@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "line.h"
 #include "region_math.h"
 
 namespace mgd {
@@ -79,22 +80,6 @@ void add_rows(acc_t* __restrict__ sum, const T* __restrict__ p, int64_t rows, in
       for (int64_t k = 0; k < n; ++k) sum[k] += static_cast<acc_t>(p[k * step]);
   }
 }
-
-// n values from the start of a cache line on: sums that straddle lines cost 40% more.
-template <typename acc_t>
-class Line {
- public:
-  explicit Line(int64_t n) : storage_(n + kLine / sizeof(acc_t)) {
-    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
-    data_ = storage_.data() + (kLine - address % kLine) % kLine / sizeof(acc_t);
-  }
-  acc_t* data() { return data_; }
-
- private:
-  static constexpr size_t kLine = 64;
-  std::vector<acc_t> storage_;
-  acc_t* data_;
-};
 
 // Pool one channel plane: column sums of each row bin first, with whole rows as vectors, then their bins.
 template <typename T, typename acc_t>

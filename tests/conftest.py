@@ -1,4 +1,7 @@
+import os
 import pathlib
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -8,9 +11,12 @@ from PIL import Image
 
 import common
 import datasets
+import mgd_ops
 
 ROOT = pathlib.Path(common.__file__).parent
 TINY = ["--workers", "0", "--batch", "2", "--crop", "48", "--head-width", "16", "--lr", "0.02", "--log-every", "1"]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+LAYOUTS = ["contiguous", "channels_last", "sliced", "channel slice"]
 
 
 @pytest.fixture
@@ -55,3 +61,33 @@ def small_and_few_threads():
     """Eight val images of the embedded data set, and the threads of the smallest machine that tests run on."""
     torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 beside another busy program
     datasets.Shapes.__init__.__defaults__ = (512, 8)
+
+
+@pytest.fixture(scope="session")
+def native_kernels():
+    """The kernels are loaded, or the test skipped where there is no compiler."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("MGD_OPS", "native")
+        assert mgd_ops.load_kernels() == "native"
+
+
+def features(shape, seed, device="cpu", dtype=torch.float64, layout="contiguous"):
+    """Random features with an offset, as after a ReLU, in one of the layouts that callers have."""
+    batch, channels, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    if layout == "sliced":  # every second pixel and channel of a larger map
+        feat = torch.rand(batch, 2 * channels, height, 2 * width, generator=generator, dtype=torch.float64) - 0.3
+        return feat.to(device, dtype)[:, ::2, :, ::2]
+    if layout == "channel slice":  # some channels of a channels_last map
+        feat = torch.rand(batch, channels + 3, height, width, generator=generator, dtype=torch.float64) - 0.3
+        return feat.to(device, dtype).contiguous(memory_format=torch.channels_last)[:, 1:-2]
+    feat = (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.3).to(device, dtype)
+    return feat.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else feat
+
+
+def python(code, *arguments, **environment):
+    """Run code in a Python of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=300)

@@ -7,18 +7,16 @@ CUDA source is compiled, linked and loaded; most of its arithmetic stands in csr
 import contextlib
 import os
 import pathlib
-import shutil
-import subprocess
 import sys
 
 import filelock
 import pytest
 import torch
+from conftest import DEVICES, LAYOUTS, features, python
 
 import mgd_ops
 
-ROOT = pathlib.Path(mgd_ops.__file__).parent
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+pytestmark = pytest.mark.usefixtures("native_kernels")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # (B, C, H, W) of the student, (B, C', H', W') of the teacher, regions
 SHAPES = [
@@ -31,32 +29,6 @@ SHAPES = [
     ((1, 3, 40, 70), (1, 3, 40, 70), 37),  # more regions than a warp is wide
     ((0, 4, 8, 8), (0, 4, 8, 8), 3),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def native():
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("no C++ compiler")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("MGD_OPS", "native")
-        assert mgd_ops.load_kernels() == "native"
-
-
-def features(shape, seed, device="cpu", dtype=torch.float64, layout="contiguous"):
-    """Random features with an offset, as after a ReLU, in one of the layouts that callers have."""
-    batch, channels, height, width = shape
-    generator = torch.Generator().manual_seed(seed)
-    if layout == "sliced":  # every second pixel and channel of a larger map
-        feat = torch.rand(batch, 2 * channels, height, 2 * width, generator=generator, dtype=torch.float64) - 0.3
-        return feat.to(device, dtype)[:, ::2, :, ::2]
-    if layout == "channel slice":  # some channels of a channels_last map
-        feat = torch.rand(batch, channels + 3, height, width, generator=generator, dtype=torch.float64) - 0.3
-        return feat.to(device, dtype).contiguous(memory_format=torch.channels_last)[:, 1:-2]
-    feat = (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.3).to(device, dtype)
-    return feat.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else feat
-
-
-LAYOUTS = ["contiguous", "channels_last", "sliced", "channel slice"]
 
 
 def loss_and_gradient(function, student, teacher, regions):
@@ -243,11 +215,6 @@ for dtype in (torch.float32, torch.bfloat16):
         opcheck(torch.ops.mgd.pooled_correlation_backward.default, (torch.randn(2, 6, 6, device=device), vectors, *like))
 print("checked")
 """
-
-
-def python(code, *arguments, **environment):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("device", DEVICES)
