@@ -191,10 +191,10 @@ def teach(teacher, images, views, box, args, fields: set[str]) -> Taught:
         mixed = models.Output(*(datasets.cutmix(torch.cat(maps), box) for maps in zip(*outputs, strict=True)))
     size, labels, pseudo_labels = images.shape[-2:], None, None
     if "labels" in fields:
-        labels = models.full_size(labeled.logits, size).argmax(1)
+        labels = mgd_ops.upsampled_argmax(labeled.logits, size)
     if "pseudo_labels" in fields:  # maps of labels can be mixed as well as maps of logits: each pixel is of one view
-        clean = [models.full_size(output.logits, size).argmax(1) for output in outputs]
-        pseudo_labels = datasets.cutmix(torch.cat(clean), box)
+        clean = mgd_ops.upsampled_argmax(torch.cat([output.logits for output in outputs]), size)
+        pseudo_labels = datasets.cutmix(clean, box)
     return Taught(labels, pseudo_labels, labeled if "labeled" in fields else None, mixed)
 
 
@@ -208,14 +208,13 @@ def mgd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=No
     size, losses = label.shape[-2:], args.losses
     of_labeled, of_views = (None, None) if counts is None else ([counts[0]] * 3, [counts[-1]] * 2)
     teacher_labels = [t.labels for t in taught.values()] if {"pixel", "pixel:labeled"} & {*losses} else []
-    logits = models.full_size(labeled.logits, size)  # (m, N, H, W)
-    sup, *pixel = mgd_ops.pixel_cross_entropies(logits, [label, *teacher_labels], of_labeled)
-    terms = {"sup": mgd_ops.ohem_cross_entropy(logits, label) if args.ohem else sup}  # Eq. 1
+    sup, *pixel = mgd_ops.pixel_cross_entropies(labeled.logits, [label, *teacher_labels], of_labeled)
+    terms = {"sup": mgd_ops.ohem_cross_entropy(labeled.logits, label) if args.ohem else sup}  # Eq. 1
     if pixel:
         terms["pixel_l"] = sum(pixel)  # Eq. 2
     if {"pixel", "pixel:unlabeled"} & {*losses}:
-        logits, pseudo_labels = models.full_size(mixed.logits, size), [t.pseudo_labels for t in taught.values()]
-        terms["pixel_u"] = sum(mgd_ops.pixel_cross_entropies(logits, pseudo_labels, of_views))  # Eq. 2
+        pseudo_labels = [t.pseudo_labels for t in taught.values()]
+        terms["pixel_u"] = sum(mgd_ops.pixel_cross_entropies(mixed.logits, pseudo_labels, of_views))  # Eq. 2
     for role, teacher in taught.items():
         if f"image:{role}" in losses:  # Eq. 4
             image = mgd_ops.image_loss(mixed.logits, teacher.mixed.logits, size, args.image_reduction)
@@ -254,11 +253,8 @@ def kd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=Non
     and mixed views.
     """
     divergence = kd_loss if args.method == "kd" else cwd_loss
-    logits = models.full_size(labeled.logits, label.shape[-2:])
-    if args.ohem:
-        sup = mgd_ops.ohem_cross_entropy(logits, label)
-    else:
-        sup = mgd_ops.pixel_cross_entropy(logits, label, None if counts is None else counts[0])
+    supervised_loss = mgd_ops.ohem_cross_entropy if args.ohem else mgd_ops.pixel_cross_entropy
+    sup = supervised_loss(labeled.logits, label, None if counts is None else counts[0])
     pairs = [(labeled, t.labeled) for t in taught.values()] + [(mixed, t.mixed) for t in taught.values()]
     kd = sum(divergence(ours.logits, theirs.logits, args.temperature) for ours, theirs in pairs)
     return {"sup": sup, args.method: kd, "loss": sup + args.kd_weight * kd}
@@ -298,7 +294,7 @@ def main():
     student = models.build_model(args.backbone, len(dataset.classes), args.weights, args.stem, args.head_width,
                                  args.separable_head).to(device).train()  # fmt: skip
     optimizer = torch.optim.SGD(parameter_groups(student, args.weight_decay), lr=args.lr, momentum=0.9, fused=True)
-    activations = models.activation_bytes(student, shares_of(args)[1], args.crop, args.precision)
+    activations = models.activation_bytes(student, shares_of(args)[1], args.crop, args.precision, whole=args.ohem)
     weights = 4 * sum(p.numel() for p in student.parameters())
     images = f"{len(partition.labeled)} labeled and {len(partition.unlabeled) if on_views else 'no'} unlabeled images"
     say_plan(args, device, f"{images}, {' + '.join(args.losses)}, ops {mgd_ops.backend()}",

@@ -260,9 +260,9 @@ def fold_batch_norm(model: nn.Module, precision: str = "fp32") -> nn.Module:
     return folded.to(torch.bfloat16) if precision == "bf16" else folded
 
 
-def activation_bytes(model: nn.Module, images: int, crop: tuple[int, int], precision: str) -> float:
-    """Bytes that one training forward of `images` crops keeps for backward, with the logits' softmax; counted on the meta
-    device, so nothing is computed."""
+def activation_bytes(model: nn.Module, images: int, crop: tuple[int, int], precision: str, whole: bool = False) -> float:
+    """Bytes that one training forward of `images` crops keeps for backward, with the logits for the loss, and with `whole` (as
+    OHEM keeps them) these at full size; counted on the meta device, so nothing is computed."""
     meta = copy.deepcopy(model).to("meta").train()
     weights = {tensor.untyped_storage()._cdata for tensor in [*meta.parameters(), *meta.buffers()]}
     kept = {}
@@ -276,7 +276,7 @@ def activation_bytes(model: nn.Module, images: int, crop: tuple[int, int], preci
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = meta(torch.empty(images, 3, *crop, device="meta")).logits.log_softmax(1)
+        output = meta(torch.empty(images, 3, *crop, device="meta"), upsample=whole).logits.log_softmax(1)
     del output  # the graph, and with it the storages, had to live until here
     return sum(kept.values())
 

@@ -77,17 +77,6 @@ def parse_args():
     return args
 
 
-@torch.no_grad()
-def pseudo_label(logits, valid, threshold):
-    """(B, N, H, W) logits -> (B, H, W) int64: the class of each pixel, 255 for padding and below the threshold."""
-    if threshold > 0:
-        probability, label = logits.softmax(1).max(1)
-        valid = valid & (probability >= threshold)
-    else:
-        label = logits.argmax(1)
-    return torch.where(valid, label, mgd_ops.IGNORE_INDEX)
-
-
 def consistency_loss(logits, target, valid, count):
     """Mean Teacher's consistency: the mean squared difference of class probabilities (Tarvainen & Valpola 2017).
 
@@ -110,6 +99,7 @@ def main():
     device = start_ranks(args.device)
     torch.backends.cudnn.benchmark = True  # crops are of one size
     args.precision = pick_precision(args.precision, device)
+    mgd_ops.load_kernels()
     dataset, partition = datasets.open_training_data(args, unlabeled=args.method != "sup")
     resumed = load_for_resume(args, partition)
 
@@ -125,7 +115,7 @@ def main():
     average = moving_average(nets[0], args.ema_decay) if args.method == "mt" else None
     kept = average.module if average else nets[0]  # what is validated
     saved = {"model": kept} if args.method == "sup" else {"model": kept, "peer": nets[0] if average else nets[1]}
-    activations = models.activation_bytes(nets[0], shares_of(args)[1], args.crop, args.precision)
+    activations = models.activation_bytes(nets[0], shares_of(args)[1], args.crop, args.precision, whole=args.ohem)
     weights = 4 * sum(p.numel() for net in {*nets, *saved.values()} for p in net.parameters())
     say_plan(args, device, f"{len(partition.labeled)} labeled and {len(partition.unlabeled)} unlabeled images",
              needed=3 * weights + len(nets) * activations)  # weights, gradients, momentum; sup's and cps's forward  # fmt: skip
@@ -186,8 +176,10 @@ def main():
                         probabilities = [averaged(x).logits.softmax(1) for x in (images, bare)]
                         targets = torch.cat([probabilities[0], datasets.cutmix(probabilities[1], box)])
                     else:  # batch norm in training mode, as in CPS
-                        labels = [pseudo_label(net(bare).logits, padding != datasets.IGNORE, args.threshold) for net in running]
-                        targets = [datasets.cutmix(labels_of_net, box) for labels_of_net in labels]
+                        coarse = [net(bare, upsample=False).logits for net in running]
+                        labels = [mgd_ops.upsampled_argmax(logits, args.crop, args.threshold) for logits in coarse]
+                        outside = padding == datasets.IGNORE
+                        targets = [datasets.cutmix(each.masked_fill(outside, datasets.IGNORE), box) for each in labels]
                 mixed, padding = datasets.cutmix(bare, box), datasets.cutmix(padding, box)
             shares.append((images, label, mixed, targets, padding))
         maps = [[label] if weight == 0 else [label, padding] if average else [label, *targets]
@@ -199,15 +191,16 @@ def main():
             for i, net in enumerate(running):
                 with gradients_stay(net, last=s + 1 == len(shares)):
                     with autocast(device, args.precision):
-                        logits = net(images).logits  # (m, N, H, W)
+                        logits = net(images, upsample=False).logits  # (m, N, H/4, W/4)
                     loss = sup = supervised_loss(logits, label, counts[0])
                     losses["sup"] += sup.detach() / (len(shares) * len(nets))
                     if weight > 0:
                         with autocast(device, args.precision):
-                            mixed_logits = net(mixed).logits
+                            mixed_logits = net(mixed, upsample=False).logits
                         if average:
+                            both = models.full_size(torch.cat([logits, mixed_logits]), args.crop)
                             valid = torch.cat([label, padding]) != datasets.IGNORE
-                            term = consistency_loss(torch.cat([logits, mixed_logits]), targets, valid, counts.sum())
+                            term = consistency_loss(both, targets, valid, counts.sum())
                         else:
                             term = mgd_ops.pixel_cross_entropy(mixed_logits, targets[1 - i], counts[2 - i])
                         losses[args.method] += term.detach() / (len(shares) * len(nets))

@@ -135,16 +135,17 @@ def our_cps(nets, optimizer, batch, args, clock=lambda name: None):
     bare, device = torch.cat([u0, u1]), images.device
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad(), autocast(device, args.precision):
-        pseudo = [datasets.cutmix(net(bare).logits, box).argmax(1) for net in nets]
+        labels = [mgd_ops.upsampled_argmax(net(bare, upsample=False).logits, label.shape[1:]) for net in nets]
+    pseudo = [datasets.cutmix(each, box) for each in labels]
     mixed = datasets.cutmix(bare, box)
     clock("pseudo labels")
     terms = {"sup": 0.0, "cps": 0.0}
     for i, net in enumerate(nets):
         with autocast(device, args.precision):
-            logits = net(images).logits
+            logits = net(images, upsample=False).logits
         sup = mgd_ops.pixel_cross_entropy(logits, label)
         with autocast(device, args.precision):
-            logits = net(mixed).logits
+            logits = net(mixed, upsample=False).logits
         cps = mgd_ops.pixel_cross_entropy(logits, pseudo[1 - i])
         clock("student forward")
         (sup + cps).backward()

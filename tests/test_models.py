@@ -98,7 +98,8 @@ def test_weights_that_cannot_be_had_are_one_clear_line(tmp_path, monkeypatch):
         models.build_backbone("vgg")
 
 
-def test_activations_are_those_that_backward_keeps():
+@pytest.mark.parametrize("whole", [False, True])
+def test_activations_are_those_that_backward_keeps(whole):
     """Against the bytes that a real forward keeps, in float32."""
     model = models.build_model("r18", 6, head_width=16).train()
     kept = {}
@@ -109,8 +110,8 @@ def test_activations_are_those_that_backward_keeps():
 
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(torch.randn(2, 3, 48, 64)).logits.log_softmax(1)
+        output = model(torch.randn(2, 3, 48, 64), upsample=whole).logits.log_softmax(1)
     expected = sum(size for pointer, size in kept.items() if pointer not in own)
     assert output.requires_grad
-    assert models.activation_bytes(model, 2, (48, 64), "fp32") == pytest.approx(expected, rel=0.02)
-    assert 0.5 <= models.activation_bytes(model, 2, (48, 64), "bf16") / expected < 0.7
+    assert models.activation_bytes(model, 2, (48, 64), "fp32", whole) == pytest.approx(expected, rel=0.02)
+    assert 0.5 <= models.activation_bytes(model, 2, (48, 64), "bf16", whole) / expected < 0.7

@@ -327,7 +327,7 @@ def test_mean_teacher_learns_from_clean_views(script, tmp_path, monkeypatch):
             super().__init__()
             self.scale = torch.nn.Parameter(torch.tensor(50.0))
 
-        def forward(self, images):
+        def forward(self, images, upsample=True):
             bright = images[:, :1].sign()
             rest = torch.full_like(bright, -1.0).expand(-1, 4, -1, -1)
             logits = self.scale * torch.cat([bright, -bright, rest], 1)
@@ -500,7 +500,7 @@ def test_cps_learns_from_the_other_networks_labels(script, tmp_path, monkeypatch
             super().__init__()
             self.bias = torch.nn.Parameter(10 * F.one_hot(torch.tensor(next(self.says)), 6).float())
 
-        def forward(self, images):
+        def forward(self, images, upsample=True):
             logits = self.bias.view(1, 6, 1, 1).expand(len(images), 6, *images.shape[2:])
             return models.Output(logits, logits)
 
