@@ -353,8 +353,8 @@ def test_mean_teacher_learns_from_clean_views(script, tmp_path, monkeypatch):
 def test_native_kernels_and_pytorch_train_alike(teachers, tmp_path):
     """Twenty steps, in processes of their own since kernels cannot be unloaded.
 
-    At lr 1e-5 rounding grows to 4e-4, since batch norm over a few images is chaotic; without its gradient the region loss
-    would be off by 0.05 or more.
+    At lr 1e-5 rounding grows to 1e-2, as noise of 1e-6 on the logits does, since batch norm over a few images is chaotic;
+    without its gradient the region loss would be off by 0.05 or more. The validation, of next to nothing learned, is left out.
     """
     logs = []
     for ops in ("torch", "native"):
@@ -377,8 +377,10 @@ def test_native_kernels_and_pytorch_train_alike(teachers, tmp_path):
         assert common.load_checkpoint(tmp_path / ops / "last.pt")["row"]["mgd_ops"] == ops
         logs.append(log(tmp_path / ops))
     assert len(logs[0]) == 21  # one a step, and the validation
-    for plain, native in zip(*logs, strict=True):
-        assert native == pytest.approx(plain, rel=5e-3), plain["step"]
+    for plain, native in zip(logs[0][:3], logs[1][:3], strict=True):
+        assert native == pytest.approx(plain, rel=1e-4), plain["step"]
+    for plain, native in zip(logs[0][:-1], logs[1][:-1], strict=True):
+        assert native == pytest.approx(plain, rel=3e-2), plain["step"]
     assert logs[0][0]["region"] > 0
 
 
