@@ -694,11 +694,12 @@ def test_make_distil_trains_missing_teachers_first(tmp_path):
 
 
 def test_make_passes_arguments_on_and_repeats_for_each_seed(tmp_path):
-    more = ("ARGS=--lr 1", "TEACHER_ARGS=--sup-only 0", "STUDENT_ARGS=--regions 3", "SEEDS=0 1 2")
+    more = ("ARGS=--lr 1", "TEACHER_ARGS=--sup-only 0", "MGD_ARGS=--regions 3", "STUDENT_ARGS=--seed 9", "SEEDS=0 1 2")
     lines = make("compare", f"DATA={tmp_path}", "DATASET=folder", *more)
     train = [line for line in lines if "train_teacher.py" in line]
     assert len(train) == 12 and all("--lr 1" in line for line in train)
     assert ["--sup-only 0" in line for line in train if "--role teacher" in line] == [True] * 6
+    assert ["--seed 9" in line for line in lines if ".py --out" in line].count(True) == 9  # two Sup and one MGD a seed
     assert [line for line in lines if "--regions 3" in line] == [line for line in lines if "distill.py" in line] != []
     assert lines[-2].count("last.pt") == 15 and f"--json runs/{tmp_path.name}/1-8/compare-r18.json" in lines[-1]
 
