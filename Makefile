@@ -21,7 +21,7 @@ WIDE ?=
 # Students may learn from the teachers of another partition (1: of all labels), or all from those of one seed.
 TEACHER_PART ?= $(PART)
 TEACHER_SEED ?=
-# Of `make matrix`: tables of the paper. 1 is also that of Tables 2 and 3, on other data sets.
+# Of `make matrix`: tables of the paper (1 is also that of Tables 2 and 3, on other data sets), or heads.
 TABLE ?= 1
 DRY ?=
 # Processes that share each training's batch, one a GPU; more than one run under torchrun.
@@ -58,6 +58,7 @@ ROWS_1 := $(TRAINED) kd cwd mgd
 ROWS_4 := one-deep one-wide two-deep two-wide mgd
 ROWS_5 := sup pixel pixel-image pixel-region both-levels labeled unlabeled mgd
 ROWS_6 := regions-3 regions-5 mgd regions-9 regions-11
+ROWS_heads := head-256 head-128 head-64 separable-256 separable-128 separable-64
 
 # $(call checkpoints,NAME): the last.pt of the runs called NAME, one a seed; $(call teacher,deep,SEED): that of a teacher.
 seed_tag = $(if $(filter-out 0,$(1)),-s$(1))
@@ -122,13 +123,13 @@ endef
 # A student trained without teachers: $(1) the row, $(2) its flags, $(3) the seed.
 define TRAIN
 $(RUN)/$(1)-$(STUDENT)$(call seed_tag,$(3))/last.pt: | $(INSTALLED)
-	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --backbone $(STUDENT) $(2) --seed $(3) $$(COMMON) $$(STUDENT_ARGS)
+	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --backbone $(STUDENT) --seed $(3) $$(COMMON) $$(STUDENT_ARGS) $(2)
 endef
 
 # A distilled student: $(1) the row, $(2) its flags, $(3) the seed, $(4) and $(5) the first and the second teacher's checkpoint.
 define DISTILL
 $(RUN)/$(1)-$(STUDENT)$(OF_PART)$(call seed_tag,$(3))/last.pt: $(4) $(5) | $(INSTALLED)
-	$$(RUN_SCRIPT) distill.py --out $$(@D) --student $(STUDENT) $(if $(4),--deep $(4)) $(if $(5),--wide $(5)) $(2) --seed $(3) $$(COMMON) $$(STUDENT_ARGS)
+	$$(RUN_SCRIPT) distill.py --out $$(@D) --student $(STUDENT) $(if $(4),--deep $(4)) $(if $(5),--wide $(5)) --seed $(3) $$(COMMON) $$(STUDENT_ARGS) $(2)
 endef
 
 # All students of one seed; $(1) is the seed, $(2) and $(3) are the deep and the wide teacher, $(4) and $(5) others of their kind.
@@ -153,6 +154,9 @@ $(call DISTILL,labeled,$(MGD_ARGS) --losses sup pixel:labeled,$(1),$(2),$(3))
 $(call DISTILL,unlabeled,$(MGD_ARGS) --losses sup pixel:unlabeled image:T_D region:T_W,$(1),$(2),$(3))
 $(foreach regions,3 5 9 11,
 $(call DISTILL,regions-$(regions),$(MGD_ARGS) --regions $(regions),$(1),$(2),$(3)))
+$(foreach width,256 128 64,
+$(call DISTILL,head-$(width),$(MGD_ARGS) --head-width $(width),$(1),$(2),$(3))
+$(call DISTILL,separable-$(width),$(MGD_ARGS) --head-width $(width) --separable-head,$(1),$(2),$(3)))
 endef
 
 $(foreach seed,$(sort $(TEACHER_SEEDS) $(addprefix 1,$(TEACHER_SEEDS))),$(eval $(call TEACHERS,$(seed),$(call seed_tag,$(seed)))))
@@ -176,6 +180,7 @@ bench: | $(INSTALLED)
 	$(PY) benchmarks/bench_upsample_loss.py
 	$(PY) benchmarks/bench_loading.py
 	$(PY) benchmarks/bench_step.py
+	$(PY) benchmarks/bench_heads.py
 
 clean:
 	rm -rf runs

@@ -25,11 +25,19 @@ class UserError(Exception):
     """Something the user can mend. The message is one line that names the file or flag, and the fix."""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The opening docstring as it stands, and defaults that say something; None is often the data set's recipe."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or isinstance(action.default, bool)
+        return action.help if silent else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with one line for a wrong argument, and the opening docstring as it stands."""
+    """argparse with one line for a wrong argument."""
 
     def __init__(self, description=None, **more):  # subcommands pass more
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+        super().__init__(description=description, formatter_class=HelpFormatter, **more)
 
     def error(self, message):
         raise UserError(f"{message}; see --help")

@@ -127,6 +127,7 @@ def test_the_cost_is_that_of_the_forwards(monkeypatch):
     ("1", "sup sup-x2 sup-x3 mt cps kd cwd mgd"), ("4", "one-deep one-wide two-deep two-wide mgd"),
     ("5", "sup pixel pixel-image pixel-region both-levels labeled unlabeled mgd"),
     ("6", "regions-3 regions-5 mgd regions-9 regions-11"),
+    ("heads", "head-256 head-128 head-64 separable-256 separable-128 separable-64"),
 ])  # fmt: skip
 def test_tables_are_made_of_their_rows_and_share_teachers(monkeypatch, tmp_path, table, rows):
     monkeypatch.chdir(tmp_path)
@@ -143,3 +144,12 @@ def test_tables_are_made_of_their_rows_and_share_teachers(monkeypatch, tmp_path,
         teachers |= {f"runs/voc/1/teacher-{kind}{seed}" for kind in ("deep", "wide") for seed in ("-s10", "-s11")}
     assert {*outs} == expected | teachers and len(outs) == len({*outs})
     assert evaluation.count("last.pt") == 2 * len(rows.split()) + 4
+
+
+def test_a_row_goes_before_what_all_have():
+    line = make_n("runs/shapes/1-8/separable-64-r18/last.pt", "ARGS=--head-width 32").splitlines()[-1]
+    args = matrix.arguments_of(line.split())
+    assert (args.head_width, args.separable_head, args.losses) == (64, True, ["sup", "pixel", "image:T_D", "region:T_W"])
+    line = make_n("runs/shapes/1-8/both-levels-r18/last.pt", "STUDENT_ARGS=--steps 9", "MGD_ARGS=--regions 5").splitlines()[-1]
+    args = matrix.arguments_of(line.split())
+    assert (args.steps, args.regions, len(args.losses)) == (9, 5, 6)
