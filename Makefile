@@ -37,8 +37,8 @@ CWD_ARGS ?=
 MGD_ARGS ?=
 VENV ?= .venv
 PYTHON ?= python3
-# Where `make compare` writes: $(REPORT).json and $(REPORT).png.
-REPORT ?= $(RUN)/compare-$(STUDENT)
+# Where `make compare` writes, $(REPORT).json and $(REPORT).png, and `make matrix`, $(REPORT).json.
+REPORT ?= $(RUN)/$(if $(filter matrix,$(MAKECMDGOALS)),matrix-$(subst $() ,-,$(TABLE)),compare)-$(STUDENT)
 # What `make tables` reads.
 REPORT_FILES ?= $(wildcard results/*.json)
 
@@ -49,8 +49,8 @@ endif
 DATASET_RUNS := runs/$(if $(filter folder,$(DATASET)),$(notdir $(patsubst %/,%,$(DATA))),$(DATASET))
 RUN := $(DATASET_RUNS)/$(subst /,-,$(PART))
 TEACHER_RUN := $(DATASET_RUNS)/$(subst /,-,$(TEACHER_PART))
-# What students of another partition's teachers have in their folder's name.
-OF_PART := $(if $(filter-out $(PART),$(TEACHER_PART)),-of-$(subst /,-,$(TEACHER_PART)))
+# What students of another partition's teachers, or of one seed's, have in their folder's name.
+OF_PART := $(if $(filter-out $(PART),$(TEACHER_PART)),-of-$(subst /,-,$(TEACHER_PART)))$(addprefix -t,$(TEACHER_SEED))
 
 # The runs of the paper's tables, by the name of their folder.
 TRAINED := sup sup-x2 sup-x3 mt cps
@@ -72,6 +72,7 @@ T_W := $(foreach seed,$(TEACHER_SEEDS),$(call teacher,wide,$(seed)))
 SUP := $(call checkpoints,sup)
 SUP_LONG := $(call checkpoints,sup-x3)
 MGD := $(call checkpoints,mgd)
+$(foreach table,$(TABLE),$(if $(ROWS_$(table)),,$(error TABLE=$(table): unknown; take some of 1 4 5 6 heads)))
 MATRIX := $(foreach row,$(foreach table,$(TABLE),$(ROWS_$(table))),$(call checkpoints,$(row)))
 DATA_FLAGS = --dataset $(DATASET) $(if $(DATA),--data $(DATA))
 COMMON = $(DATA_FLAGS) --part $(PART) --resume $(ARGS)
@@ -108,7 +109,7 @@ sup: $(SUP)
 COMMANDS_OF = $(MAKE) --no-print-directory -n
 
 matrix: | $(INSTALLED)
-	@$(COMMANDS_OF) $(MATRIX) | $(PY) matrix.py $(if $(DRY),--dry-run)
+	@commands=$$($(COMMANDS_OF) $(MATRIX)) && echo "$$commands" | $(PY) matrix.py $(if $(DRY),--dry-run)
 	$(if $(DRY),,$(RUN_SCRIPT) evaluate.py --ckpt $(firstword $(MATRIX)) --compare $(filter-out $(firstword $(MATRIX)),$(sort $(MATRIX) $(T_D) $(T_W))) --json $(REPORT).json)
 
 # The teachers of one seed; $(1) is the seed, $(2) the suffix of the folders.
@@ -128,7 +129,7 @@ endef
 
 # A distilled student: $(1) the row, $(2) its flags, $(3) the seed, $(4) and $(5) the first and the second teacher's checkpoint.
 define DISTILL
-$(RUN)/$(1)-$(STUDENT)$(OF_PART)$(call seed_tag,$(3))/last.pt: $(4) $(5) | $(INSTALLED)
+$(RUN)/$(1)-$(STUDENT)$(OF_PART)$(call seed_tag,$(3))/last.pt: | $(4) $(5) $(INSTALLED)
 	$$(RUN_SCRIPT) distill.py --out $$(@D) --student $(STUDENT) $(if $(4),--deep $(4)) $(if $(5),--wide $(5)) --seed $(3) $$(COMMON) $$(STUDENT_ARGS) $(2)
 endef
 

@@ -489,6 +489,12 @@ class Progress:
         self.file.close()
 
 
+# Arguments of the training that stand in a result's row, beside what the training itself has put there.
+TRAINING_SETTINGS = ("stem", "separable_head", "image_scale", "batch", "lr", "weight_decay", "precision", "ohem", "cutmix",
+            "lambda_image", "lambda_region", "image_reduction", "mixed_terms", "teacher_bn", "kd_weight", "temperature",
+            "cps_weight", "mt_weight", "ema_decay", "sup_only", "ramp_up", "threshold")  # fmt: skip
+
+
 def write_result(path: pathlib.Path | str, what: str, rows: list[dict], seconds: float, ops: str):
     """Write one result file: who measured what, where and with which command, and the rows."""
     result = {

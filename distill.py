@@ -54,7 +54,7 @@ from common import (
 )
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     parser.add_argument("--method", choices=["mgd", "kd", "cwd"], default="mgd")
     parser.add_argument("--student", "--backbone", dest="backbone", default="resnet18", help="r18, mbv2, ...")
@@ -79,7 +79,7 @@ def parse_args():
     group.add_argument("--mixed-terms", choices=["mixed", "clean"], default="mixed",
                        help="where the teachers' outputs for mixed views come from: from mixed views, or from the clean views' "
                        "outputs, mixed, which saves a quarter of their work")  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.backbone = models.canonical_name(args.backbone, "--student")
     fill_from_recipe(args, datasets.RECIPES[args.dataset], "student")
     for flag, value, least in (("--regions", args.regions, 1), ("--kd-weight", args.kd_weight, 0)):
@@ -157,7 +157,7 @@ class Taught(NamedTuple):
     mixed: models.Output | None  # of the mixed views
 
 
-BATCH_PIXELS = 2**17  # of a teacher's forward, where the parts of a step are smaller: eight crops of 128
+BATCH_PIXELS = 2**17  # a teacher's forward takes as many parts of a step as fit into so many pixels, at least one
 
 
 def wanted(args, role: str) -> set[str]:
@@ -174,17 +174,18 @@ def teach(teacher, images, views, box, args, fields: set[str]) -> Taught:
     """Run a teacher (a `models.Coarse`, perhaps folded) for those `fields` of Taught on labeled images (m, 3, H, W) and
     unlabeled views (2m, 3, H, W), which CutMix mixes along `box` (m, 1, H, W); or on views (m, 3, H, W) with box None.
 
-    Small crops go through in one forward, large ones m at a time, which is as fast and needs a quarter of the memory; with
+    Small crops go through in one forward; large ones m at a time, since they fill the device anyway and memory matters. With
     batch norm in training mode the released procedure's separate batches matter.
     With --mixed-terms clean the mixed views are not run: their logits and features are those of the clean views, mixed.
     """
+    size = images.shape[-2:]
     run_labeled = bool(fields & {"labels", "labeled"})
     run_mixed = "mixed" in fields and box is not None and args.mixed_terms == "mixed"
     run_clean = "pseudo_labels" in fields or ("mixed" in fields and not run_mixed)
     parts = [images] if run_labeled else []
     parts += views.split(len(images)) if run_clean else []
     parts += [datasets.cutmix(views, box)] if run_mixed else []
-    at_once = 1 if args.teacher_bn == "train" else max(1, BATCH_PIXELS // images[:, 0].numel())
+    at_once = 1 if args.teacher_bn == "train" else max(1, BATCH_PIXELS // (len(images) * size.numel()))
     outputs = []
     for i in range(0, len(parts), at_once):
         logits, features = teacher(torch.cat(parts[i : i + at_once]))
@@ -193,7 +194,7 @@ def teach(teacher, images, views, box, args, fields: set[str]) -> Taught:
     mixed = outputs.pop() if run_mixed else None
     if mixed is None and "mixed" in fields:
         mixed = models.Output(*(datasets.cutmix(torch.cat(maps), box) for maps in zip(*outputs, strict=True)))
-    size, labels, pseudo_labels = images.shape[-2:], None, None
+    labels = pseudo_labels = None
     if "labels" in fields:
         labels = mgd_ops.upsampled_argmax(labeled.logits, size)
     if "pseudo_labels" in fields:  # maps of labels can be mixed as well as maps of logits: each pixel is of one view
@@ -210,15 +211,20 @@ def mgd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=No
     and of the views' pixels (see `mgd_ops.pixel_cross_entropies`).
     """
     size, losses = label.shape[-2:], args.losses
-    of_labeled, of_views = (None, None) if counts is None else ([counts[0]] * 3, [counts[-1]] * 2)
-    teacher_labels = [t.labels for t in taught.values()] if {"pixel", "pixel:labeled"} & {*losses} else []
-    sup, *pixel = mgd_ops.pixel_cross_entropies(labeled.logits, [label, *teacher_labels], of_labeled)
-    terms = {"sup": mgd_ops.ohem_cross_entropy(labeled.logits, label) if args.ohem else sup}  # Eq. 1
-    if pixel:
-        terms["pixel_l"] = sum(pixel)  # Eq. 2
+    of_labeled, of_views = (None, None) if counts is None else (counts[0], counts[-1])
+
+    def cross_entropies(logits, labels, count):
+        return mgd_ops.pixel_cross_entropies(logits, labels, None if count is None else [count] * len(labels))
+
+    labels = [] if args.ohem else [label]
+    labels += [t.labels for t in taught.values()] if {"pixel", "pixel:labeled"} & {*losses} else []
+    entropies = cross_entropies(labeled.logits, labels, of_labeled)
+    terms = {"sup": mgd_ops.ohem_cross_entropy(labeled.logits, label) if args.ohem else entropies.pop(0)}  # Eq. 1
+    if entropies:
+        terms["pixel_l"] = sum(entropies)  # Eq. 2
     if {"pixel", "pixel:unlabeled"} & {*losses}:
         pseudo_labels = [t.pseudo_labels for t in taught.values()]
-        terms["pixel_u"] = sum(mgd_ops.pixel_cross_entropies(mixed.logits, pseudo_labels, of_views))  # Eq. 2
+        terms["pixel_u"] = sum(cross_entropies(mixed.logits, pseudo_labels, of_views))  # Eq. 2
     for role, teacher in taught.items():
         if f"image:{role}" in losses:  # Eq. 4
             image = mgd_ops.image_loss(mixed.logits, teacher.mixed.logits, size, args.image_reduction)
@@ -234,17 +240,17 @@ def kd_loss(student, teacher, temperature: float):
     """Knowledge distillation (Hinton, Vinyals & Dean 2015), pixel by pixel: T² · KL(softmax(teacher/T) ‖ softmax(student/T))
     over the classes, mean over pixels and batch; the T² keeps the gradient's size as T changes.
 
-    student, teacher: logits (B, N, h, w) floating -> scalar, float32 or float64.
+    student, teacher: logits (B, N, h, w), float32 or float64 -> scalar.
     """
     log_p, log_q = ((logits / temperature).log_softmax(1) for logits in (teacher, student))
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
 
 def cwd_loss(student, teacher, temperature: float):
-    """Channel-wise distillation (Shu et al. 2021, Eqs. 4 and 5): T² · KL(φ(teacher) ‖ φ(student)), φ the softmax over the
+    """Channel-wise distillation (Shu et al. 2021): T² · KL(φ(teacher) ‖ φ(student)), φ the softmax over the
     pixels of a channel at temperature T; mean over the channels and the batch.
 
-    student, teacher: logits (B, N, h, w) floating -> scalar, float32 or float64.
+    student, teacher: logits (B, N, h, w), float32 or float64 -> scalar.
     """
     log_p, log_q = ((logits.flatten(2) / temperature).log_softmax(2) for logits in (teacher, student))
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(2).mean()
@@ -262,6 +268,14 @@ def kd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=Non
     pairs = [(labeled, t.labeled) for t in taught.values()] + [(mixed, t.mixed) for t in taught.values()]
     kd = sum(divergence(ours.logits, theirs.logits, args.temperature) for ours, theirs in pairs)
     return {"sup": sup, args.method: kd, "loss": sup + args.kd_weight * kd}
+
+
+def labels_of_teachers(rows, partition) -> str:
+    """Of a result's row: `partition` where the teachers saw the student's, `all`, or the name of their partition."""
+    if all(row["partition_hash"] == partition.hash for row in rows):
+        return "partition"
+    names = sorted({row["partition"] for row in rows})
+    return "all" if names == ["1"] else " ".join(names)
 
 
 def main():
@@ -319,7 +333,8 @@ def main():
         args, dataset, partition, role="student", losses=args.losses,
         teachers=[{"teacher_deep": "T_D", "teacher_wide": "T_W"}.get(row["role"], role) for role, row in teacher_rows.items()],
         teacher_backbones=[row["backbone"] for row in teacher_rows.values()],
-        teacher_labels="all" if all(row["partition"] == "1" for row in teacher_rows.values()) else "partition",
+        teacher_seeds=[row["seed"] for row in teacher_rows.values()],
+        teacher_labels=labels_of_teachers(teacher_rows.values(), partition),
         regions=args.regions if any(loss.startswith("region") for loss in args.losses) else None,
     )  # fmt: skip
     checkpoint = {"args": plain_args(args), "classes": dataset.classes, "palette": dataset.palette,

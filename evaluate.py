@@ -31,6 +31,7 @@ import datasets
 import mgd_ops
 import models
 from common import (
+    TRAINING_SETTINGS,
     ArgumentParser,
     UserError,
     autocast,
@@ -172,12 +173,6 @@ def result_row(args, dataset, partition, **fields) -> dict:
     }  # fmt: skip
 
 
-# Arguments of the training that stand in a result's row, beside what the training itself has put there.
-SETTINGS = ("stem", "separable_head", "image_scale", "batch", "lr", "lambda_image", "lambda_region", "kd_weight", "temperature",
-            "image_reduction", "teacher_bn", "mixed_terms", "cutmix", "cps_weight", "mt_weight", "sup_only", "ramp_up",
-            "threshold")  # fmt: skip
-
-
 def label_of(row: dict) -> str:
     """How tables and pictures call a run: `Sup resnet18`, `MGD resnet18`, `CPS resnet34 (T_D)`."""
     role = {"teacher_deep": " (T_D)", "teacher_wide": " (T_W)"}.get(row["role"], "")
@@ -230,12 +225,12 @@ def draw_confusion(path: pathlib.Path, confusion: torch.Tensor, classes: list[st
     save_figure(figure, path)
 
 
-def print_table(rows: list[dict], classes: list[str]):
-    """One line a model, then the IoU of each class with one column a model."""
-    print(f"\n{'':3} {'model':24} {'part':>5} {'labeled':>7} {'steps':>6} {'seed':>4} {'GMACs':>6} {'mIoU':>6}")
-    for i, row in enumerate(rows):
+def print_table(rows: list[dict], names: list[str], classes: list[str]):
+    """One line a model with the name of its run's folder, then the IoU of each class with one column a model."""
+    print(f"\n{'':3} {'model':24} {'part':>5} {'labeled':>7} {'steps':>6} {'seed':>4} {'GMACs':>6} {'mIoU':>6}  run")
+    for i, (row, name) in enumerate(zip(rows, names, strict=True)):
         print(f"{chr(97 + i % 26):3} {label_of(row):24} {row['partition']:>5} {row['labeled']:7d} {row['steps']:6d} "
-              f"{row['seed']:4d} {row['gmacs_model']:6.1f} {row['miou']:6.2f}")  # fmt: skip
+              f"{row['seed']:4d} {row['gmacs_model']:6.1f} {row['miou']:6.2f}  {printable(name)}")  # fmt: skip
     print(f"\n{'IoU':24}" + "".join(f"{chr(97 + i % 26):>7}" for i in range(len(rows))))
     for name in classes:
         cells = [f"{'-' if row['iou'][name] is None else format(row['iou'][name], '.2f'):>7}" for row in rows]
@@ -249,10 +244,11 @@ def print_seeds(rows: list[dict]):
     """Mean and standard deviation over the seeds, for what was trained with more than one."""
     groups = {}
     for row in rows:
-        groups.setdefault((label_of(row), row["partition"], row["steps"]), []).append(row["miou"])
+        other = [row.get(key) for key in ("teachers", "losses", "regions", "head_width", "separable_head", "teacher_labels")]
+        groups.setdefault((label_of(row), row["partition"], row["steps"], str(other)), []).append(row["miou"])
     if max(map(len, groups.values())) > 1:
         print("\nover seeds")
-    for (label, part, steps), values in groups.items():
+    for (label, part, steps, _), values in groups.items():
         if len(values) > 1:
             spread = f"{np.mean(values):6.2f} ± {np.std(values, ddof=1):.2f}"
             print(f"    {label:24} {part:>5} {steps:6d} steps  {spread}  ({len(values)} seeds)")
@@ -381,7 +377,8 @@ def main():
                             f"{', '.join(dataset.classes)}; give the data set of the training with --data")  # fmt: skip
         confusion = evaluate(model, dataset, dataset.val, device, precision, protocol)
         miou, values = iou(confusion)
-        settings = {key: checkpoint["args"].get(key) for key in SETTINGS}
+        settings = {key: checkpoint["args"].get(key) for key in TRAINING_SETTINGS}
+        settings["train_scales"] = checkpoint["args"]["scales"]
         rows.append({**checkpoint["row"], **settings, "miou": miou, "iou": dict(zip(dataset.classes, values, strict=True)),
                      "params_m": sum(p.numel() for p in model.parameters()) / 1e6,
                      "window": protocol.window, "scales": protocol.scales, "flip": protocol.flip})  # fmt: skip
@@ -394,7 +391,7 @@ def main():
             draw_confusion(args.confusion, confusion, dataset.classes, f"{label_of(rows[0])}: {miou:.1f} mIoU")
     if not main_rank:
         return
-    print_table(rows, dataset.classes)
+    print_table(rows, [path.resolve().parent.name for path in paths], dataset.classes)
     print_seeds(rows)
     if args.json:
         distilled = {row["mgd_ops"] for row in rows if row["method"] == "mgd"} or {mgd_ops.backend()}

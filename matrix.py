@@ -9,6 +9,7 @@ fails too. What is finished is not run again, since make leaves it out, and what
 resume.pt. The estimate counts the multiply-accumulates of each run, and measures the speed of this machine.
 """
 
+import argparse
 import datetime
 import pathlib
 import shlex
@@ -17,34 +18,29 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
 
-import datasets
 import distill
 import models
 import train_teacher
-from common import ArgumentParser, UserError, autocast, pick_device, pick_precision, run
+from common import ArgumentParser, UserError, autocast, load_checkpoint, pick_device, pick_precision, run
 
 
-def arguments_of(command: list[str]):
+def arguments_of(command: list[str]) -> argparse.Namespace:
     """What the script of a command makes of its arguments."""
-    index, script = next((i, pathlib.Path(word).stem) for i, word in enumerate(command) if word.endswith(".py"))
-    before, sys.argv = sys.argv, command[index:]
-    try:
-        return {"train_teacher": train_teacher, "distill": distill}[script].parse_args()
-    finally:
-        sys.argv = before
+    index = next(i for i, word in enumerate(command) if word.endswith(".py"))
+    script = {"train_teacher.py": train_teacher, "distill.py": distill}[command[index]]
+    return script.parse_args(command[index + 1 :])
 
 
-def gmacs(args, backbone: str) -> float:
-    """Of one forward of one crop."""
-    cost = models.measure(backbone, args.stem, args.head_width, args.separable_head)["model_gmacs_512"]
+def gmacs(args: argparse.Namespace) -> float:
+    """Of one forward of one crop by the network of a run."""
+    cost = models.measure(args.backbone, args.stem, args.head_width, args.separable_head)["model_gmacs_512"]
     return cost * args.crop[0] * args.crop[1] / 512**2
 
 
-def cost_of(args, teachers: dict[pathlib.Path, str]) -> float:
-    """GMACs of a whole run; `teachers` has the backbone of each checkpoint. A backward costs two forwards."""
-    own, views = gmacs(args, args.backbone), 2 if args.cutmix else 1
+def cost_of(args: argparse.Namespace, runs: dict[pathlib.Path, argparse.Namespace]) -> float:
+    """GMACs of a whole run; `runs` has the arguments of its teachers, by their checkpoint. A backward costs two forwards."""
+    own, views = gmacs(args), 2 if args.cutmix else 1
     if args.method in ("sup", "mt", "cps"):
         # mt: network and average on labeled and unlabeled images; cps: both networks, with the pseudo labels' forward
         alone = {"sup": 3, "mt": 3, "cps": 6}[args.method]
@@ -58,56 +54,57 @@ def cost_of(args, teachers: dict[pathlib.Path, str]) -> float:
             mixed = "mixed" in fields and args.cutmix and args.mixed_terms == "mixed"
             clean = "pseudo_labels" in fields or ("mixed" in fields and not mixed)
             forwards = bool(fields & {"labels", "labeled"}) + mixed + clean * views
-            total += forwards * gmacs(args, teachers.get(path) or datasets.RECIPES[args.dataset]["teacher_deep"])
+            teacher = runs.get(path) or argparse.Namespace(**load_checkpoint(path)["args"])
+            total += forwards * gmacs(argparse.Namespace(**{**vars(teacher), "crop": args.crop}))
     on_views = args.losses != ["sup", "pixel:labeled"]
     return args.steps * args.batch * (total + 3 * own * (1 + on_views))
 
 
-def seconds_per_gmac(args) -> float:
-    """Measured: a training step of the student of `args`, of one batch."""
+def seconds_per_gmac(args: argparse.Namespace) -> float:
+    """Measured, by one process: a training step of the network of `args` on one batch."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     model = models.build_model(args.backbone, 8, "none", args.stem, args.head_width, args.separable_head).to(device).train()
     images = torch.randn(args.batch, 3, *args.crop, device=device).contiguous(memory_format=torch.channels_last)
-    label = torch.zeros(args.batch, *args.crop, dtype=torch.int64, device=device)
     times = []
     for _ in range(4):
         began = time.perf_counter()
         with autocast(device, precision):
-            logits = model(images).logits
-        F.cross_entropy(logits, label).backward()
-        float(logits.detach().flatten()[0])  # waits for the device
+            loss = model(images, upsample=False).logits.square().mean()
+        loss.backward()
+        float(loss.detach())  # waits for the device
         times.append(time.perf_counter() - began)
-    return min(times) / (3 * args.batch * gmacs(args, args.backbone))
+    return min(times) / (3 * args.batch * gmacs(args))
 
 
 def plan(commands: list[list[str]]):
     """Print each run with an estimate of its time. Raises UserError for arguments that a script would refuse."""
     trainings = [arguments_of(command) for command in commands]
-    teachers = {args.out / "last.pt": args.backbone for args in trainings}
-    rate = seconds_per_gmac(trainings[0]) if trainings else 0.0
+    runs = {args.out / "last.pt": args for args in trainings}
+    rate = seconds_per_gmac(min(trainings, key=gmacs)) if trainings else 0.0
     total = 0.0
     for args in trainings:
-        seconds = rate * cost_of(args, teachers)
+        seconds = rate * cost_of(args, runs)
         total += seconds
         print(f"{args.out!s:48} {args.method:4} {args.backbone:14} {args.steps:7d} steps  about "
               f"{datetime.timedelta(seconds=round(seconds))}")  # fmt: skip
-    print(f"{len(trainings)} runs, about {datetime.timedelta(seconds=round(total))}, besides validation; what is finished is "
-          "not listed")  # fmt: skip
+    print(f"{len(trainings)} runs, about {datetime.timedelta(seconds=round(total))} in one process, besides validation; what "
+          "is finished is not listed")  # fmt: skip
 
 
 def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and for how long")
     args = parser.parse_args()
-    lines = [shlex.split(line) for line in sys.stdin if "train_teacher.py" in line or "distill.py" in line]
+    lines = [line for line in sys.stdin if "train_teacher.py" in line or "distill.py" in line]
     if args.dry_run:
-        return plan(lines)
+        return plan([shlex.split(line) for line in lines])
     failed = []
-    for i, command in enumerate(lines, 1):
+    for i, line in enumerate(lines, 1):
+        command = shlex.split(line)
         out = command[command.index("--out") + 1]
         print(f"[{i}/{len(lines)}] {out}", flush=True)
-        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+        if subprocess.run(line, shell=True, stdin=subprocess.DEVNULL).returncode:  # as make would
             failed.append(out)
     if failed:
         raise UserError(f"{len(failed)} of {len(lines)} runs failed, the others are done: {', '.join(failed)}; see above, mend "

@@ -18,7 +18,7 @@ import statistics
 
 import matplotlib
 
-from common import ArgumentParser, UserError, run
+from common import TRAINING_SETTINGS, ArgumentParser, UserError, run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -31,8 +31,7 @@ TITLES = PAPER["titles"]
 # What may not differ between runs that are averaged. Older files lack the NEWER keys, which are None then.
 DATA = ("dataset", "partition", "partition_hash", "labeled")
 NETWORK = ("role", "backbone", "method")
-NEWER = ("separable_head", "stem", "batch", "lr", "image_scale", "lambda_image", "lambda_region", "temperature", "kd_weight",
-         "window", "scales", "flip")  # fmt: skip
+NEWER = (*TRAINING_SETTINGS, "train_scales", "teacher_backbones", "window", "scales", "flip")
 SETTINGS = ("steps", "head_width", "crop", "weights", "teachers", "teacher_labels", "losses", "regions", *NEWER)
 ALIKE = (*DATA, *NETWORK, *SETTINGS)
 HEAD = ("head_width", "separable_head")
@@ -164,8 +163,13 @@ def select(groups: list[dict], table: str) -> list[dict]:
 def write_tables(groups: list[dict], dataset: str, name: str, out: pathlib.Path):
     """All tables of one data set, and once more those of teachers that saw all labels, beside what needed no teachers."""
     hashes = {g["partition_hash"] for g in groups if g["teacher_labels"] == "all"}
-    of_all = [g for g in groups if g["teacher_labels"] == "all" or (hashes and g["teacher_labels"] is None and (
-              g["partition_hash"] in hashes if g["role"] == "student" else g["partition"] == "1"))]  # fmt: skip
+
+    def is_beside(g):  # the students of the same labels that had no teachers, and the teachers of all labels
+        return g["teacher_labels"] is None and (
+            g["partition_hash"] in hashes if g["role"] == "student" else g["partition"] == "1"
+        )
+
+    of_all = [g for g in groups if g["teacher_labels"] == "all" or (hashes and is_beside(g))]
     of_partition = [g for g in groups if g["teacher_labels"] != "all"]
     for table, (heading, fields) in TABLES.items():
         file, title = f"{table}-{name}", f"{heading}, on {TITLES.get(dataset, dataset)}"

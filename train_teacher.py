@@ -51,7 +51,7 @@ from common import (
 )
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     parser.add_argument("--method", choices=["sup", "mt", "cps"], default="cps")
     parser.add_argument("--role", choices=["teacher_deep", "teacher_wide", "student"], default="student",
@@ -68,12 +68,14 @@ def parse_args():
     group.add_argument("--ema-decay", type=float, default=0.99, help="mt: of the moving average of the weights, a step")
     group.add_argument("--sup-only", type=float, help="share of the steps, at first, without unlabeled images")
     group.add_argument("--ramp-up", type=float, help="share of the steps at which their weight is full")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     recipe = datasets.RECIPES[args.dataset]
     args.backbone = models.canonical_name(args.backbone or ("resnet18" if args.role == "student" else recipe[args.role]))
     fill_from_recipe(args, recipe, "student" if args.role == "student" else "teacher")
     if not 0 <= args.ema_decay < 1:
         raise UserError(f"--ema-decay {args.ema_decay}: must be at least 0 and below 1")
+    if not args.mt_weight >= 0:
+        raise UserError(f"--mt-weight {args.mt_weight}: must be at least 0")
     return args
 
 
@@ -115,10 +117,12 @@ def main():
     average = moving_average(nets[0], args.ema_decay) if args.method == "mt" else None
     kept = average.module if average else nets[0]  # what is validated
     saved = {"model": kept} if args.method == "sup" else {"model": kept, "peer": nets[0] if average else nets[1]}
-    activations = models.activation_bytes(nets[0], shares_of(args)[1], args.crop, args.precision, whole=args.ohem)
+    whole = args.ohem or args.method == "mt"  # which losses need logits at full size
+    activations = models.activation_bytes(nets[0], shares_of(args)[1], args.crop, args.precision, whole)
+    forwards = 1 if args.method == "sup" else 2  # of which a backward goes through
     weights = 4 * sum(p.numel() for net in {*nets, *saved.values()} for p in net.parameters())
     say_plan(args, device, f"{len(partition.labeled)} labeled and {len(partition.unlabeled)} unlabeled images",
-             needed=3 * weights + len(nets) * activations)  # weights, gradients, momentum; sup's and cps's forward  # fmt: skip
+             needed=3 * weights + forwards * activations)  # weights, gradients, momentum  # fmt: skip
     start, seconds = 0, 0.0
     if resumed:
         start, seconds = resumed["step"], resumed["row"]["seconds"]
@@ -163,7 +167,8 @@ def main():
         if weight > 0 and unlabeled is None:
             unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views, step, labeled=False)
 
-        shares = []  # of the batch: images, label, mixed views, what is to be learnt of them, their padding
+        shares = []  # of the batch: images, label, mixed views, their padding, what they are to be learnt from, CutMix mask
+        maps = []  # of each share: the label maps whose valid pixels are counted
         for box in datasets.cutmix_boxes(args, step, device):
             images, label = progress.waiting(labeled)
             images, label = datasets.normalize(images, device), label.to(device, non_blocking=True)
@@ -172,22 +177,23 @@ def main():
                 bare, padding = progress.waiting(unlabeled)
                 bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True)
                 with torch.no_grad(), autocast(device, args.precision):
-                    if average:
-                        probabilities = [averaged(x).logits.softmax(1) for x in (images, bare)]
-                        targets = torch.cat([probabilities[0], datasets.cutmix(probabilities[1], box)])
-                    else:  # batch norm in training mode, as in CPS
+                    if average:  # the averaged network's coarse logits, of the images and of the views
+                        targets = [averaged(x, upsample=False).logits for x in (images, bare)]
+                    else:  # each network's labels, with batch norm in training mode, as in CPS
                         coarse = [net(bare, upsample=False).logits for net in running]
                         labels = [mgd_ops.upsampled_argmax(logits, args.crop, args.threshold) for logits in coarse]
                         outside = padding == datasets.IGNORE
                         targets = [datasets.cutmix(each.masked_fill(outside, datasets.IGNORE), box) for each in labels]
                 mixed, padding = datasets.cutmix(bare, box), datasets.cutmix(padding, box)
-            shares.append((images, label, mixed, targets, padding))
-        maps = [[label] if weight == 0 else [label, padding] if average else [label, *targets]
-                for _, label, _, targets, padding in shares]  # fmt: skip
+            shares.append((images, label, mixed, padding, targets, box))
+            if weight == 0:
+                maps.append([label])
+            else:
+                maps.append([label, padding] if average else [label, *targets])
         counts = valid_pixels(maps)
 
         losses = collections.Counter()
-        for s, (images, label, mixed, targets, padding) in enumerate(shares):
+        for s, (images, label, mixed, padding, targets, box) in enumerate(shares):
             for i, net in enumerate(running):
                 with gradients_stay(net, last=s + 1 == len(shares)):
                     with autocast(device, args.precision):
@@ -199,8 +205,10 @@ def main():
                             mixed_logits = net(mixed, upsample=False).logits
                         if average:
                             both = models.full_size(torch.cat([logits, mixed_logits]), args.crop)
+                            of_images, of_views = (models.full_size(coarse, args.crop).softmax(1) for coarse in targets)
+                            target = torch.cat([of_images, datasets.cutmix(of_views, box)])
                             valid = torch.cat([label, padding]) != datasets.IGNORE
-                            term = consistency_loss(both, targets, valid, counts.sum())
+                            term = consistency_loss(both, target, valid, counts.sum())
                         else:
                             term = mgd_ops.pixel_cross_entropy(mixed_logits, targets[1 - i], counts[2 - i])
                         losses[args.method] += term.detach() / (len(shares) * len(nets))
@@ -210,6 +218,8 @@ def main():
             optimizer.step()
         if average:
             average.update_parameters(nets[0])
+            if device.type == "cpu":  # where batch norm is not synchronised
+                agree(kept)
         progress.step(step, args.batch * (1 + views if weight > 0 else 1), lr, losses)
 
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:

@@ -3,6 +3,7 @@
 import io
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -39,7 +40,8 @@ class Processes:
     def __init__(self):
         self.seen = []
 
-    def run(self, command, stdin):
+    def run(self, line, shell, stdin):
+        command = shlex.split(line)
         script = next(word for word in command if word.endswith(".py"))
         self.seen.append(pathlib.Path(command[command.index("--out") + 1]).name)
         sys.argv = command[command.index(script) :]
@@ -100,19 +102,26 @@ def test_a_failed_run_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsy
 
 def test_the_plan_runs_nothing_and_adds_up(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(matrix, "seconds_per_gmac", lambda args: 1.0)
-    assert run_matrix(monkeypatch, commands(("mgd",)), "--dry-run") is not None
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:3]] == [
-        f"runs/shapes/1-8/{n}" for n in ("teacher-deep", "teacher-wide", "mgd-r18")
-    ]
-    assert lines[3].startswith("3 runs, about") and not (tmp_path / "runs").exists()
+    monkeypatch.setattr(matrix, "seconds_per_gmac", lambda args: 3600.0)
+    assert run_matrix(monkeypatch, commands(("mgd",)), "--dry-run") == [] and not (tmp_path / "runs").exists()
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert [line.split()[0].split("/")[-1] for line in lines] == ["teacher-deep", "teacher-wide", "mgd-r18"]
+
+    def seconds(line):
+        days, clock = re.search(r"about (?:(\d+) days?, )?(\d+:\d+:\d+)", line).groups()
+        hours, minutes, rest = map(int, clock.split(":"))
+        return 86400 * int(days or 0) + 3600 * hours + 60 * minutes + rest
+
+    assert total.startswith("3 runs, ") and seconds(total) == pytest.approx(sum(map(seconds, lines)), abs=2)
+    assert min(map(seconds, lines)) > 60
 
 
 def test_the_cost_is_that_of_the_forwards(monkeypatch):
     """One GMAC a forward: Sup costs 3 an image; with two views CPS 2 · (3 + 2 + 3), MGD 6 of the student's and 4 of each
     teacher's, one fewer with clean terms; labels alone 3 and 1 of each teacher's."""
-    monkeypatch.setattr(matrix, "gmacs", lambda args, backbone: 1.0)
+    monkeypatch.setattr(matrix, "gmacs", lambda args: 1.0)
+    teacher = matrix.arguments_of(["train_teacher.py", "--out", "d"])
+    runs = {pathlib.Path("d"): teacher, pathlib.Path("w"): teacher}
     train = "train_teacher.py --out x --backbone r18 --steps 10 --batch 2 --sup-only 0 --method"
     teach = "distill.py --out x --deep d --wide w --steps 10 --batch 2"
     for command, images in {
@@ -120,7 +129,7 @@ def test_the_cost_is_that_of_the_forwards(monkeypatch):
         teach: 6 + 2 * 4, f"{teach} --mixed-terms clean": 6 + 2 * 3, f"{teach} --losses sup pixel:labeled": 3 + 2,
         f"{teach} --losses sup pixel": 6 + 2 * 3, f"{teach} --no-cutmix": 6 + 2 * 2, f"{teach} --method kd": 6 + 2 * 2,
     }.items():  # fmt: skip
-        assert matrix.cost_of(matrix.arguments_of(command.split()), {}) == pytest.approx(20 * images), command
+        assert matrix.cost_of(matrix.arguments_of(command.split()), runs) == pytest.approx(20 * images), command
 
 
 @pytest.mark.parametrize("table,rows", [
@@ -146,10 +155,51 @@ def test_tables_are_made_of_their_rows_and_share_teachers(monkeypatch, tmp_path,
     assert evaluation.count("last.pt") == 2 * len(rows.split()) + 4
 
 
-def test_a_row_goes_before_what_all_have():
-    line = make_n("runs/shapes/1-8/separable-64-r18/last.pt", "ARGS=--head-width 32").splitlines()[-1]
+D, W, D2, W2 = "teacher-deep", "teacher-wide", "teacher-deep-s10", "teacher-wide-s10"
+ALL = "sup pixel image:T_D region:T_W"
+
+
+@pytest.mark.parametrize("row,deep,wide,expected", [
+    ("kd", D, W, {"method": "kd"}), ("cwd", D, W, {"method": "cwd"}), ("mgd", D, W, {"method": "mgd", "losses": ALL}),
+    ("one-deep", D, None, {"losses": "sup pixel image:T_D region:T_D"}), ("two-deep", D, D2, {"losses": ALL}),
+    ("one-wide", None, W, {"losses": "sup pixel image:T_W region:T_W"}), ("two-wide", W, W2, {"losses": ALL}),
+    ("pixel", D, W, {"losses": "sup pixel"}), ("pixel-image", D, W, {"losses": "sup pixel image:T_D"}),
+    ("pixel-region", D, W, {"losses": "sup pixel region:T_W"}), ("labeled", D, W, {"losses": "sup pixel:labeled"}),
+    ("both-levels", D, W, {"losses": "sup pixel image:T_D image:T_W region:T_D region:T_W"}),
+    ("unlabeled", D, W, {"losses": "sup pixel:unlabeled image:T_D region:T_W"}),
+    ("regions-3", D, W, {"regions": 3, "losses": ALL}), ("regions-11", D, W, {"regions": 11, "losses": ALL}),
+    ("head-128", D, W, {"head_width": 128, "separable_head": False}),
+    ("separable-64", D, W, {"head_width": 64, "separable_head": True}),
+])  # fmt: skip
+def test_rows_are_what_they_are_called(row, deep, wide, expected):
+    """Also where ARGS say otherwise."""
+    line = make_n(f"runs/shapes/1-8/{row}-r18/last.pt", "ARGS=--head-width 32", "STUDENT_ARGS=--regions 5").splitlines()[-1]
     args = matrix.arguments_of(line.split())
-    assert (args.head_width, args.separable_head, args.losses) == (64, True, ["sup", "pixel", "image:T_D", "region:T_W"])
-    line = make_n("runs/shapes/1-8/both-levels-r18/last.pt", "STUDENT_ARGS=--steps 9", "MGD_ARGS=--regions 5").splitlines()[-1]
-    args = matrix.arguments_of(line.split())
-    assert (args.steps, args.regions, len(args.losses)) == (9, 5, 6)
+    assert [path and path.parent.name for path in (args.deep, args.wide)] == [deep, wide]
+    expected = {"head_width": 32, "regions": 5, "seed": 0, **expected}
+    for key, value in expected.items():
+        assert getattr(args, key) == (value.split() if key == "losses" else value), key
+
+
+@pytest.mark.parametrize("row,expected", [
+    ("sup", {"method": "sup", "steps": 10}), ("sup-x2", {"method": "sup", "steps": 20}), ("cps", {"method": "cps"}),
+    ("sup-x3", {"method": "sup", "steps": 30}), ("mt", {"method": "mt", "mt_weight": 5.0}),
+])  # fmt: skip
+def test_baselines_are_what_they_are_called(row, expected):
+    more = ("STUDENT_ARGS=--steps 10", "MT_ARGS=--mt-weight 5", "SEEDS=3", "STUDENT=mbv2")
+    args = matrix.arguments_of(make_n(f"runs/shapes/1-8/{row}-mbv2-s3/last.pt", *more).splitlines()[-1].split())
+    for key, value in {"steps": 10, "seed": 3, "backbone": "mobilenetv2", "role": "student", **expected}.items():
+        assert getattr(args, key) == value, key
+
+
+def test_teachers_of_one_seed_have_students_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    lines = make_n("distill", "SEEDS=1 2", "TEACHER_SEED=0").splitlines()
+    assert len(lines) == 4 and all("teacher-deep/last.pt --wide runs/shapes/1-8/teacher-wide/last.pt" in x for x in lines[2:])
+    assert [re.search(r"--out \S+/(\S+)", line)[1] for line in lines[2:]] == ["mgd-r18-t0-s1", "mgd-r18-t0-s2"]
+
+
+def test_an_unknown_table_is_refused():
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        make_n("matrix", "TABLE=1 7")
+    assert "TABLE=7: unknown; take some of 1 4 5 6 heads" in failed.value.stderr

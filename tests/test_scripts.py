@@ -68,17 +68,20 @@ datasets.Shapes.__init__.__defaults__ = (512, 2)
 @pytest.mark.parametrize("script_name,options", [
     ("train_teacher", ["--backbone", "r18", "--sup-only", "0", "--ramp-up", "0", "--threshold", "0.17"]),
     ("train_teacher", ["--backbone", "r18", "--sup-only", "0", "--ramp-up", "0", "--method", "mt"]),
-    ("distill", []),
+    ("distill", []), ("distill", ["--method", "kd"]), ("distill", ["--losses", "sup", "pixel:unlabeled", "region:T_W"]),
 ])  # fmt: skip
 def test_any_number_of_ranks_and_shares_gives_the_gradient_of_the_joined_batch(teachers, tmp_path, script_name, options):
     """Crops larger than the images, so that shares differ in their valid pixels."""
     if script_name == "distill":
-        options = ["--deep", teachers[0], "--wide", teachers[1]]
+        options = ["--deep", teachers[0], "--wide", teachers[1], *options]
     program = tmp_path / "program.py"
     program.write_text(ALONE.format(script=script_name))
-    arguments = [*TINY, *options, "--batch", "12", "--crop", "72", "--precision", "fp32", "--steps", "1", "--lr", "1"]
+    # Mean Teacher's average is the network itself at the first step
+    schedule = ["--steps", "2", "--lr", "0.1", "--log-every", "2"] if "mt" in options else ["--steps", "1", "--lr", "1"]
+    arguments = [*TINY, *options, "--batch", "12", "--crop", "72", "--precision", "fp32", *schedule]
     logs = {}
-    for ranks, parts in ((1, 1), (1, 3), (2, 2), (3, 1)):
+    more = [(1, 3), (3, 1)] if "--threshold" in options or not options[4:] else []
+    for ranks, parts in [(1, 1), (2, 2), *more]:
         out = tmp_path / f"{ranks}-{parts}"
         launch = [sys.executable]
         if ranks > 1:
@@ -417,6 +420,9 @@ def test_total_loss_is_eq_7():
               "T_W": distill.Taught(on_labeled[1], on_views[1], None, models.Output(None, wide_features))}  # fmt: skip
     losses = distill.mgd_losses(labeled, unlabeled, label, taught, args)
     torch.testing.assert_close(losses["loss"], expected)
+    counts = torch.tensor([72.0, 72.0])  # all pixels of both
+    for name, term in distill.mgd_losses(labeled, unlabeled, label, taught, args, counts).items():
+        torch.testing.assert_close(term, losses[name])
     args.ohem = True
     hard = distill.mgd_losses(labeled, unlabeled, label, taught, args)
     assert {name for name in losses if losses[name] != hard[name]} == {"sup", "loss"}
