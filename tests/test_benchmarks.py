@@ -1,5 +1,6 @@
 """The benchmarks' released procedure is a fair opponent: it computes the same losses."""
 
+import json
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import ROOT
 import models
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_heads
 import bench_step
 
 
@@ -40,3 +42,15 @@ def test_the_arms_run(capsys):
         rows = bench_step.measure("cps", "resnet18", 48, 2, 3, impl, "cpu", 2)
         assert rows[0]["pass"] == "step" and rows[0]["gflops"] > 1 and rows[0]["peak_mb"] > 0
     assert {row["pass"] for row in rows} == {"step", "pseudo labels", "student forward", "backward", "optimizer"}
+
+
+def test_heads_are_measured(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_heads, "SIZE", 64)
+    monkeypatch.setattr(bench_heads, "HEADS", [(16, False), (16, True)])
+    code, _, err = script(bench_heads, "--rounds", "2", "--json", tmp_path / "heads.json", "--device", "cpu")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "heads.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == [f"{net} {kind}16" for net in bench_heads.STUDENTS for kind in ("", "separable ")]
+    for plain, separable in (rows[:2], rows[2:]):
+        assert separable["gmacs_model"] < plain["gmacs_model"] and separable["params_m"] < plain["params_m"]
+        assert plain["gmacs_backbone"] < plain["gmacs_model"] and 0 < plain["p20_ms"] <= plain["p50_ms"] <= plain["p80_ms"]
