@@ -139,7 +139,7 @@ def test_scales_and_mirroring_average_probabilities():
 @pytest.fixture
 def ckpt(tmp_path):
     """A checkpoint of a network that was not trained."""
-    args = {"dataset": "shapes", "data": None, "backbone": "resnet18", "stem": "standard", "head_width": 16,
+    args = {"dataset": "shapes", "data": None, "backbone": "resnet18", "scales": [1.0], "stem": "standard", "head_width": 16,
             "separable_head": False, "precision": "fp32", "image_scale": 1.0, "window": None}  # fmt: skip
     data = datasets.Shapes()
     torch.manual_seed(0)
