@@ -150,7 +150,8 @@ def test_distil_and_evaluate(script, teachers, tmp_path, student, monkeypatch):
     assert {"dataset", "partition", "partition_hash", "labeled", "method", "role", "backbone", "head_width", "weights", "crop",
             "seed", "steps", "seconds", "teachers", "teacher_labels", "losses", "regions", "gmacs_backbone", "gmacs_model",
             "miou", "iou"} <= row.keys()  # fmt: skip
-    assert row["teachers"] == ["resnet18", "mobilenetv2"] and row["teacher_labels"] == "partition" and row["steps"] == 4
+    assert row["teachers"] == ["T_D", "T_W"] and row["teacher_backbones"] == ["resnet18", "mobilenetv2"]
+    assert row["teacher_labels"] == "partition" and row["steps"] == 4
     assert row["miou"] == common.load_checkpoint(ckpt)["row"]["miou"]  # evaluation and training agree to the last digit
     assert Image.open(tmp_path / "p.png").size[0] > 400
 
