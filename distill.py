@@ -174,8 +174,8 @@ def teach(teacher, images, views, box, args, fields: set[str]) -> Taught:
     """Run a teacher (a `models.Coarse`, perhaps folded) for those `fields` of Taught on labeled images (m, 3, H, W) and
     unlabeled views (2m, 3, H, W), which CutMix mixes along `box` (m, 1, H, W); or on views (m, 3, H, W) with box None.
 
-    Small crops go through in one forward. Large ones go m at a time, which takes a fifth off the memory of a step, and on two CPU
-    cores off its speed. With batch norm in training mode the released procedure's separate batches matter.
+    Small crops go through in one forward. Large ones go m at a time, which takes a fifth off the memory of a step, and on two
+    CPU cores off its speed. With batch norm in training mode the released procedure's separate batches matter.
     With --mixed-terms clean the mixed views are not run: their logits and features are those of the clean views, mixed.
     """
     size = images.shape[-2:]
