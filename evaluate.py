@@ -244,7 +244,8 @@ def print_seeds(rows: list[dict]):
     """Mean and standard deviation over the seeds, for what was trained with more than one."""
     groups = {}
     for row in rows:
-        other = [row.get(key) for key in ("teachers", "losses", "regions", "head_width", "separable_head", "teacher_labels")]
+        alike = ("teachers", "losses", "regions", "head_width", "teacher_labels", *TRAINING_SETTINGS)
+        other = [row.get(key) for key in alike]
         groups.setdefault((label_of(row), row["partition"], row["steps"], str(other)), []).append(row["miou"])
     if max(map(len, groups.values())) > 1:
         print("\nover seeds")
