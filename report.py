@@ -185,8 +185,10 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
     lines would else look alike. Without ours nothing is written."""
     if not ours:
         return
-    distinct = len({values(g, fields) for g in ours})
-    settings = [key for key in SETTINGS if key == "steps" or len({values(g, (*fields, key)) for g in ours}) > distinct]
+    settings = ["steps"]
+    for key in SETTINGS:
+        if len({values(g, (*fields, *settings, key)) for g in ours}) > len({values(g, (*fields, *settings)) for g in ours}):
+            settings.append(key)
     settings += GMACS if "method" in fields else ()
     lists = collections.Counter(part for part, _ in {values(g, ("partition", "partition_hash")) for g in ours})
 
