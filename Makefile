@@ -109,7 +109,7 @@ sup: $(SUP)
 COMMANDS_OF = $(MAKE) --no-print-directory -n
 
 matrix: | $(INSTALLED)
-	@commands=$$($(COMMANDS_OF) $(MATRIX)) && echo "$$commands" | $(PY) matrix.py $(if $(DRY),--dry-run)
+	@commands=$$($(COMMANDS_OF) $(MATRIX)) && printf '%s\n' "$$commands" | $(PY) matrix.py $(if $(DRY),--dry-run)
 	$(if $(DRY),,$(RUN_SCRIPT) evaluate.py --ckpt $(firstword $(MATRIX)) --compare $(filter-out $(firstword $(MATRIX)),$(sort $(MATRIX) $(T_D) $(T_W))) --json $(REPORT).json)
 
 # The teachers of one seed; $(1) is the seed, $(2) the suffix of the folders.

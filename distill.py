@@ -169,6 +169,17 @@ def wanted(args, role: str) -> set[str]:
     return set().union(*(of_loss.get(loss, ()) for loss in args.losses))
 
 
+def inputs_of(fields: set[str], cutmix: bool, mixed_terms: str) -> tuple[bool, bool, bool]:
+    """Whether a teacher has to see the labeled images, the clean views and the mixed views for those fields of `Taught`."""
+    mixed = "mixed" in fields and cutmix and mixed_terms == "mixed"
+    return bool(fields & {"labels", "labeled"}), "pseudo_labels" in fields or ("mixed" in fields and not mixed), mixed
+
+
+def uses_views(args) -> bool:
+    """Whether any loss is on unlabeled images."""
+    return args.losses != ["sup", "pixel:labeled"]
+
+
 @torch.inference_mode()
 def teach(teacher, images, views, box, args, fields: set[str]) -> Taught:
     """Run a teacher (a `models.Coarse`, perhaps folded) for those `fields` of Taught on labeled images (m, 3, H, W) and
@@ -179,9 +190,7 @@ def teach(teacher, images, views, box, args, fields: set[str]) -> Taught:
     With --mixed-terms clean the mixed views are not run: their logits and features are those of the clean views, mixed.
     """
     size = images.shape[-2:]
-    run_labeled = bool(fields & {"labels", "labeled"})
-    run_mixed = "mixed" in fields and box is not None and args.mixed_terms == "mixed"
-    run_clean = "pseudo_labels" in fields or ("mixed" in fields and not run_mixed)
+    run_labeled, run_clean, run_mixed = inputs_of(fields, box is not None, args.mixed_terms)
     parts = [images] if run_labeled else []
     parts += views.split(len(images)) if run_clean else []
     parts += [datasets.cutmix(views, box)] if run_mixed else []
@@ -284,7 +293,7 @@ def main():
     torch.backends.cudnn.benchmark = True  # crops are of one size
     args.precision = pick_precision(args.precision, device)
     mgd_ops.load_kernels()
-    on_views = args.losses != ["sup", "pixel:labeled"]  # else the unlabeled images are not needed
+    on_views = uses_views(args)
     dataset, partition = datasets.open_training_data(args, unlabeled=on_views)
     resumed = load_for_resume(args, partition)
 

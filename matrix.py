@@ -50,14 +50,11 @@ def cost_of(args: argparse.Namespace, runs: dict[pathlib.Path, argparse.Namespac
     total = 0.0
     for role, path in (("T_D", args.deep), ("T_W", args.wide)):
         if path:
-            fields = distill.wanted(args, role)
-            mixed = "mixed" in fields and args.cutmix and args.mixed_terms == "mixed"
-            clean = "pseudo_labels" in fields or ("mixed" in fields and not mixed)
-            forwards = bool(fields & {"labels", "labeled"}) + mixed + clean * views
+            labeled, clean, mixed = distill.inputs_of(distill.wanted(args, role), args.cutmix, args.mixed_terms)
+            forwards = labeled + clean * views + mixed
             teacher = runs.get(path) or argparse.Namespace(**load_checkpoint(path)["args"])
             total += forwards * gmacs(argparse.Namespace(**{**vars(teacher), "crop": args.crop}))
-    on_views = args.losses != ["sup", "pixel:labeled"]
-    return args.steps * args.batch * (total + 3 * own * (1 + on_views))
+    return args.steps * args.batch * (total + 3 * own * (1 + distill.uses_views(args)))
 
 
 def seconds_per_gmac(args: argparse.Namespace) -> float:

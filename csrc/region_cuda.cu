@@ -4,7 +4,6 @@
 // and the gradient of its vector, then one block adds the parts up. Backward: one kernel writes the gradient, each pixel
 // gathering from the regions that hold it. No atomics, so results repeat bit by bit; no synchronisation with the host.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,6 +16,7 @@
 #include <tuple>
 
 #include "dtypes.h"
+#include "launch.h"
 #include "region_math.h"
 
 namespace mgd {
@@ -24,17 +24,6 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-
-cudaStream_t stream_of(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "mgd: kernel launch failed: ", cudaGetErrorString(error));
-}
 
 struct Map {  // a feature map: sizes, and strides in elements, 64 bits wide since B * C * H * W may exceed 2^31
   int64_t batch, channels, height, width;

@@ -8,7 +8,6 @@
 // each exponential is computed four times, but nothing is added up across threads. No atomics, so results repeat bit by bit;
 // no synchronisation with the host. Label maps are read where they lie.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,6 +21,7 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "launch.h"
 #include "upsample_math.h"
 
 namespace mgd {
@@ -32,17 +32,6 @@ constexpr int kRows = 8;  // a block takes kWarp x kRows full pixels
 constexpr int kBlock = kWarp * kRows;
 constexpr int kGather = 128;  // threads of a block that gathers
 constexpr int kMaps = 16;     // label maps at most
-
-cudaStream_t stream_of(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "mgd: kernel launch failed: ", cudaGetErrorString(error));
-}
 
 // Sizes, and strides in elements. Offsets within an image of coarse logits fit into 32 bits, which saves half the registers;
 // those of images and of full pixels may not.
