@@ -46,6 +46,10 @@ ifeq ($(filter $(STUDENT),r18 r34 r50 r101 wr34 mbv2 resnet18 resnet34 resnet50 
 $(error STUDENT=$(STUDENT): unknown backbone; take r18 or mbv2)
 endif
 
+ifeq ($(DATASET)$(DATA),folder)
+$(error DATASET=folder: give its folder, DATA=data/mine)
+endif
+
 DATASET_RUNS := runs/$(if $(filter folder,$(DATASET)),$(notdir $(patsubst %/,%,$(DATA))),$(DATASET))
 RUN := $(DATASET_RUNS)/$(subst /,-,$(PART))
 TEACHER_RUN := $(DATASET_RUNS)/$(subst /,-,$(TEACHER_PART))
@@ -108,9 +112,11 @@ sup: $(SUP)
 # By another name, since a line with $(MAKE) itself is run by `make -n` too.
 COMMANDS_OF = $(MAKE) --no-print-directory -n
 
+# What is finished is evaluated also where a run failed.
 matrix: | $(INSTALLED)
-	@commands=$$($(COMMANDS_OF) $(MATRIX)) && printf '%s\n' "$$commands" | $(PY) matrix.py $(if $(DRY),--dry-run)
-	$(if $(DRY),,$(RUN_SCRIPT) evaluate.py --ckpt $(firstword $(MATRIX)) --compare $(filter-out $(firstword $(MATRIX)),$(sort $(MATRIX) $(T_D) $(T_W))) --json $(REPORT).json)
+	@commands=$$($(COMMANDS_OF) $(MATRIX)) || exit; printf '%s\n' "$$commands" | $(PY) matrix.py $(if $(DRY),--dry-run); failed=$$?; \
+	set -- $(if $(DRY),,$$(ls $(sort $(MATRIX) $(T_D) $(T_W)) 2> /dev/null)); first=$$1; \
+	if [ "$$first" ]; then shift; $(RUN_SCRIPT) evaluate.py --ckpt $$first $${1+--compare "$$@"} --json $(REPORT).json || exit; fi; exit $$failed
 
 # The teachers of one seed; $(1) is the seed, $(2) the suffix of the folders.
 define TEACHERS

@@ -378,19 +378,8 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
         return None
     checkpoint = load_checkpoint(path)
     # What may change without changing the result; everything else must be as it was.
-    free = {
-        "resume",
-        "out",
-        "workers",
-        "device",
-        "compile",
-        "cache",
-        "accumulate",
-        "log_every",
-        "save_every",
-        "val_every",
-        "data",
-    }
+    free = {"resume", "out", "workers", "device", "compile", "cache", "accumulate", "log_every", "save_every", "val_every",
+            "grad_norms", "data"}  # fmt: skip
     for key, value in plain_args(args).items():
         if key not in free and checkpoint["args"].get(key) != value:
             raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {checkpoint['args'].get(key)}, not {value}; "

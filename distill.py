@@ -79,6 +79,8 @@ def parse_args(argv=None):
     group.add_argument("--mixed-terms", choices=["mixed", "clean"], default="mixed",
                        help="where the teachers' outputs for mixed views come from: from mixed views, or from the clean views' "
                        "outputs, mixed, which saves a quarter of their work")  # fmt: skip
+    parser.add_argument("--grad-norms", action="store_true",
+                        help="with each line of the log, the norm of each weighted term's gradient")  # fmt: skip
     args = parser.parse_args(argv)
     args.backbone = models.canonical_name(args.backbone, "--student")
     fill_from_recipe(args, datasets.RECIPES[args.dataset], "student")
@@ -241,8 +243,13 @@ def mgd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=No
         if f"region:{role}" in losses:  # Eq. 6
             region = mgd_ops.region_loss(mixed.features, teacher.mixed.features, args.regions)
             terms["region"] = terms.get("region", 0.0) + region
-    weights = {"image": args.lambda_image, "region": args.lambda_region}
-    return {**terms, "loss": sum(weights.get(name, 1.0) * term for name, term in terms.items())}  # Eq. 7
+    return {**terms, "loss": sum(weight_of(name, args) * term for name, term in terms.items())}  # Eq. 7
+
+
+def weight_of(term: str, args) -> float:
+    """Of a term in the loss."""
+    weights = {"image": args.lambda_image, "region": args.lambda_region, "kd": args.kd_weight, "cwd": args.kd_weight}
+    return weights.get(term, 1.0)
 
 
 def kd_loss(student, teacher, temperature: float):
@@ -276,7 +283,18 @@ def kd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=Non
     sup = supervised_loss(labeled.logits, label, None if counts is None else counts[0])
     pairs = [(labeled, t.labeled) for t in taught.values()] + [(mixed, t.mixed) for t in taught.values()]
     kd = sum(divergence(ours.logits, theirs.logits, args.temperature) for ours, theirs in pairs)
-    return {"sup": sup, args.method: kd, "loss": sup + args.kd_weight * kd}
+    return {"sup": sup, args.method: kd, "loss": sup + weight_of(args.method, args) * kd}
+
+
+def gradient_norms(terms: dict, student, args) -> dict[str, float]:
+    """The norm, over all weights of the student, of the gradient of each weighted term of `mgd_losses` or `kd_losses` and of
+    their sum, as `grad_NAME`; the graph is kept."""
+    norms = {}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
+        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+        norms[f"grad_{name}"] = weight_of(name, args) * float(norm)
+    return norms
 
 
 def labels_of_teachers(rows, partition) -> str:
@@ -391,6 +409,8 @@ def main():
                     of_labeled = running(images, upsample=False)
                     of_mixed = running(mixed, upsample=False) if on_views else None
                 terms = all_losses(of_labeled, of_mixed, label, taught, args, counts)
+                if args.grad_norms and i == 0 and (step + 1) % args.log_every == 0:  # of the batch's first share
+                    progress.write(step=step + 1, **gradient_norms(terms, student, args))
                 (terms["loss"] / len(shares)).backward()
             for name, term in terms.items():
                 losses[name] += term.detach() / len(shares)

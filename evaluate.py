@@ -286,7 +286,9 @@ def predict_folder(model, checkpoint: dict, images: pathlib.Path, out: pathlib.P
         prediction = predict(model, image, device, precision, protocol).cpu().numpy().astype(np.uint8)
         mask = Image.fromarray(prediction)
         mask.putpalette(palette.ravel().tolist())
-        overlay = Image.blend(Image.fromarray(image), mask.convert("RGB"), 0.5)
+        photo, colours = Image.fromarray(image), mask.convert("RGB")
+        black = Image.fromarray(np.asarray(colours).max(2) == 0)  # as VOC's background: the photo stays as it is
+        overlay = Image.composite(photo, Image.blend(photo, colours, 0.5), black)
         name = f"{path.stem if stems[path.stem] == 1 else path.name}.png"  # a.jpg and a.png both get a place
         mask.save(out / "masks" / name)
         overlay.save(out / "overlays" / name)

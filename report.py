@@ -377,7 +377,9 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
         axis.set_axis_off()
     entries, colours = {}, list(COLOURS.values())
     for axis, term in zip(axes.flat, terms, strict=False):
-        axis.set(xlabel="step", title={"miou": "mIoU on val, %", "loss": "total loss"}.get(term, f"loss: {term}"))
+        titles = {"miou": "mIoU on val, %", "loss": "total loss", "grad_loss": "gradient of the total loss"}
+        gradient = term.startswith("grad_")  # drawn on one scale, to be compared
+        axis.set(xlabel="step", title=titles.get(term, f"gradient: {term[5:]}" if gradient else f"loss: {term}"))
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.locator_params(axis="x", nbins=5, integer=True)
         for i, (path, log) in enumerate(logs.items()):
@@ -389,6 +391,10 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
                 near = [[v for v in y[max(0, k - 4) : k + 5] if math.isfinite(v)] for k in range(len(y))]
                 y = [statistics.fmean(v) if v else math.nan for v in near]
             axis.plot(x, y, **look)
+    gradients = [axis for axis, term in zip(axes.flat, terms, strict=False) if term.startswith("grad_")]
+    limits = [limit for axis in gradients for limit in axis.get_ylim()]
+    for axis in gradients:
+        axis.set(yscale="log", ylim=(max(min(limits), max(limits) / 1e4), max(limits)))
     save(figure, entries, out)
 
 

@@ -151,6 +151,22 @@ def ckpt(tmp_path):
     return tmp_path / "last.pt"
 
 
+def test_overlays_leave_black_classes_out(script, ckpt, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photos" / "a.png")
+    checkpoint = common.load_checkpoint(ckpt)
+    labels = evaluate.predict(models.model_from_checkpoint(checkpoint), photo, torch.device("cpu"), "fp32").numpy()
+    checkpoint["palette"][np.bincount(labels.ravel()).argmax()] = (0, 0, 0)
+    common.save_checkpoint(ckpt, checkpoint)
+    assert script(evaluate, "--ckpt", ckpt, "--images", tmp_path / "photos", "--out", tmp_path / "out")[0] == 0
+    colours = np.asarray(checkpoint["palette"])[labels]
+    black = colours.max(2, keepdims=True) == 0
+    expected = np.where(black, photo, (photo.astype(float) + colours) / 2)
+    assert np.abs(np.asarray(Image.open(tmp_path / "out" / "overlays" / "a.png")) - expected).max() <= 1
+    assert 0 < black.mean() < 1
+
+
 def test_prediction_of_any_images(script, ckpt, tmp_path):
     images, out, rng = tmp_path / "photos", tmp_path / "out", np.random.default_rng(0)
     images.mkdir()

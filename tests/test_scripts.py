@@ -176,6 +176,21 @@ def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_p
     assert plain["image"] == pytest.approx(6 * mean["image"], rel=1e-5)  # six classes
 
 
+def test_gradient_norms_are_those_of_the_weighted_terms(script, teachers, tmp_path):
+    student = torch.nn.Linear(2, 1)  # a term c · Σ weights has the gradient c everywhere, and none for the bias
+    terms = {name: c * student.weight.sum() for name, c in (("sup", 3.0), ("image", -2.0), ("cwd", 0.5))}
+    norms = distill.gradient_norms(terms, student, argparse.Namespace(lambda_image=0.1, lambda_region=7, kd_weight=10))
+    assert norms == pytest.approx({"grad_sup": 3 * 2**0.5, "grad_image": 0.2 * 2**0.5, "grad_cwd": 5 * 2**0.5})
+    assert student.weight.grad is None
+    for name, flags in (("with", ["--grad-norms"]), ("without", [])):
+        assert script(distill, *distill_args(tmp_path / name, teachers, *flags))[0] == 0
+    assert same_weights(tmp_path / "with" / "last.pt", tmp_path / "without" / "last.pt")
+    norms = log(tmp_path / "with")[0]
+    terms = ["sup", "pixel_l", "pixel_u", "image", "region"]
+    assert {key for key in norms if key != "step"} == {f"grad_{name}" for name in [*terms, "loss"]}
+    assert 0 < norms["grad_loss"] < sum(norms[f"grad_{name}"] for name in terms)
+
+
 EVERYTHING = "sup pixel image:T_D image:T_W region:T_D region:T_W"
 
 
@@ -402,7 +417,7 @@ def test_total_loss_is_eq_7():
     unlabeled = models.Output(random(2, 3, 6, 6), random(2, 4, 3, 3))
     label, on_labeled, on_views = labels(), [labels(), labels()], [labels(), labels()]
     deep_logits, wide_features = random(2, 3, 6, 6), random(2, 5, 3, 3)
-    args = argparse.Namespace(lambda_image=0.3, lambda_region=11.0, image_reduction="sum", regions=3, ohem=False,
+    args = argparse.Namespace(lambda_image=0.3, lambda_region=11.0, image_reduction="sum", regions=3, ohem=False, kd_weight=1,
                               losses=["sup", "pixel", "image:T_D", "region:T_W"])  # fmt: skip
 
     def cross_entropy(logits, label):
@@ -717,6 +732,8 @@ def test_make_runs_several_processes():
     assert len(scripts) == 6 and all("-m torch.distributed.run --standalone --nproc-per-node 4" in line for line in scripts)
 
 
-def test_make_refuses_an_unknown_student_before_it_trains_teachers():
-    done = subprocess.run(["make", "-n", "distill", "STUDENT=vgg"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "STUDENT=vgg: unknown backbone" in done.stderr
+@pytest.mark.parametrize("arguments,expected", [("STUDENT=vgg", "STUDENT=vgg: unknown backbone"),
+                                                ("DATASET=folder", "DATASET=folder: give its folder")])  # fmt: skip
+def test_make_refuses_what_is_wrong_before_it_trains_teachers(arguments, expected):
+    done = subprocess.run(["make", "-n", "distill", arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and expected in done.stderr
