@@ -390,7 +390,7 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
                 axis.plot(x, y, color=look["color"], linewidth=0.8, alpha=0.3)
                 near = [[v for v in y[max(0, k - 4) : k + 5] if math.isfinite(v)] for k in range(len(y))]
                 y = [statistics.fmean(v) if v else math.nan for v in near]
-            axis.plot(x, y, **look)
+            axis.plot(x, y, marker="o" if term == "miou" else None, **look)
     gradients = [axis for axis, term in zip(axes.flat, terms, strict=False) if term.startswith("grad_")]
     limits = [limit for axis in gradients for limit in axis.get_ylim()]
     for axis in gradients:
