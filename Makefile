@@ -46,6 +46,9 @@ ifeq ($(filter $(STUDENT),r18 r34 r50 r101 wr34 mbv2 resnet18 resnet34 resnet50 
 $(error STUDENT=$(STUDENT): unknown backbone; take r18 or mbv2)
 endif
 
+ifneq ($(word 2,$(DATA)),)
+$(error DATA=$(DATA): make cannot handle paths with spaces; give a link to that folder)
+endif
 ifeq ($(DATASET)$(DATA),folder)
 $(error DATASET=folder: give its folder, DATA=data/mine)
 endif
@@ -189,8 +192,9 @@ bench: | $(INSTALLED)
 	$(PY) benchmarks/bench_step.py
 	$(PY) benchmarks/bench_heads.py
 
+# What is made again by itself; runs/ and data/ stay.
 clean:
-	rm -rf runs
+	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)

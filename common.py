@@ -351,6 +351,8 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train it first, or give the path of a last.pt") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give the last.pt in it") from None
     except Exception:
         raise UserError(f"{path}: cannot be read as a checkpoint; it is damaged or of another program") from None
     if not isinstance(checkpoint, dict) or not {"model", "args", "classes", "row"} <= checkpoint.keys():
@@ -359,9 +361,10 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
 
 
 def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
-    """Make OUT, and return OUT/resume.pt where --resume is given and it exists; without --resume an old one is removed.
+    """Make OUT, and return OUT/resume.pt where --resume is given and it exists.
 
-    Raises UserError where it stems from other arguments or images, and ends the script where the run is finished.
+    Raises UserError where it stems from other arguments or images, and where OUT holds a run but --resume is not given, so that
+    none is lost. Ends the script where the run is finished.
     """
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -369,7 +372,9 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
         raise UserError(f"--out {args.out}: cannot be made a folder ({error.strerror}); give another") from None
     path = args.out / "resume.pt"
     if not args.resume:
-        path.unlink(missing_ok=True)
+        for found in (path, args.out / "last.pt"):
+            if found.exists():
+                raise UserError(f"{found}: is of an earlier run; add --resume to go on, give another --out, or remove it")
         return None
     if not path.exists():
         if (args.out / "last.pt").exists():
@@ -380,13 +385,13 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
     # What may change without changing the result; everything else must be as it was.
     free = {"resume", "out", "workers", "device", "compile", "cache", "accumulate", "log_every", "save_every", "val_every",
             "grad_norms", "data"}  # fmt: skip
-    for key, value in plain_args(args).items():
+    for key, value in sorted(plain_args(args).items(), key=lambda item: item[0] == "window"):  # which follows the crop
         if key not in free and checkpoint["args"].get(key) != value:
             raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {checkpoint['args'].get(key)}, not {value}; "
-                            "give the same arguments, another --out, or no --resume to start again")  # fmt: skip
+                            "give the same arguments or another --out, or remove it to start again")  # fmt: skip
     if checkpoint["partition"]["hash"] != partition.hash:
         raise UserError(f"{path}: was trained on partition {checkpoint['partition']['hash']}, which is now {partition.hash}; "
-                        "the lists or masks have changed, so give another --out, or no --resume to start again")  # fmt: skip
+                        "the lists or masks have changed, so give another --out, or remove it to start again")  # fmt: skip
     say(f"{path}: going on after step {checkpoint['step']}")
     return checkpoint
 

@@ -300,6 +300,12 @@ class Folder(Files):
         else:  # then val says how many classes there are, whatever the partition
             masks = (open_mask(self.masks[name]) for name in self.val)
             self.classes = [f"class {i}" for i in range(1 + max(int(m[m != IGNORE].max(initial=0)) for m in masks))]
+            if len(self.classes) == 1:
+                raise UserError(f"{root / 'masks'}: val's masks hold no label but 0 (255 is ignored); write 1, 2, ... for the "
+                                "other classes")  # fmt: skip
+        twice = [name for name, count in collections.Counter(self.classes).items() if count > 1]
+        if twice:
+            raise UserError(f"{root / 'classes.txt'}: names '{twice[0]}' twice; give every class a name of its own")
         if not 2 <= len(self.classes) <= IGNORE:
             raise UserError(f"{root / 'classes.txt'}: names {len(self.classes)} class(es); 2 to 255 are needed, one a line")
         self.palette = voc_palette(len(self.classes))
@@ -560,7 +566,8 @@ def partition(dataset, part: str, seed: int = 0) -> Partition:
     """
     match = re.fullmatch(r"1(?:/([1-9][0-9]*))?", part)
     if not match:
-        raise UserError(f"--part {part}: expected 1/K with a whole number K, such as 1/8, or 1 for all masks")
+        raise UserError(f"--part {part}: expected 1/K with a whole number K, such as 1/8, or 1 for all masks; lists of "
+                        "your own are --labeled-list and --unlabeled-list")  # fmt: skip
     k = int(match[1] or 1)
     able = [name for name in dataset.train if dataset.has_mask(name)]
     ranked = sorted(able, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode(errors="surrogateescape")).digest())
@@ -941,6 +948,8 @@ def check(args: argparse.Namespace) -> int:
         never = [label for index, label in enumerate(dataset.classes) if not shown[group][index]]
         if never:
             print(f"warning: no {group} image shows {', '.join(never)}")
+        if counts[group].nonzero()[0].tolist() == [0, IGNORE]:
+            problems[group] = f"{group} masks hold 0 and 255 alone, and 255 is ignored; write 1 for the foreground"
     if args.picture:
         save_picture(args.picture, dataset, [name for name in part.labeled if name not in problems][:8])
     if args.chart:

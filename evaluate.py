@@ -343,6 +343,11 @@ def parse_args():
                 raise UserError(f"{flag} {path}: its folder cannot be written; give another")
     if (args.images is None) != (args.out is None):
         raise UserError("--images DIR and --out DIR belong together")
+    for flag, given in (("--compare", args.compare), *((flag, path) for flag, path, _ in outputs)):
+        if args.images and given:
+            raise UserError(f"{flag}: is for val; leave it out with --images, which predicts with --ckpt alone")
+    if args.images and args.images.resolve() == args.out.resolve():
+        raise UserError(f"--out {args.out}: is the folder of the images; give another")
     return args
 
 

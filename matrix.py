@@ -26,10 +26,13 @@ from common import ArgumentParser, UserError, autocast, load_checkpoint, pick_de
 
 
 def arguments_of(command: list[str]) -> argparse.Namespace:
-    """What the script of a command makes of its arguments."""
+    """What the script of a command makes of its arguments. Raises UserError for those that it would refuse."""
     index = next(i for i, word in enumerate(command) if word.endswith(".py"))
     script = {"train_teacher.py": train_teacher, "distill.py": distill}[command[index]]
-    return script.parse_args(command[index + 1 :])
+    try:
+        return script.parse_args(command[index + 1 :])
+    except UserError as error:
+        raise UserError(f"{command[command.index('--out') + 1]}: {error}") from None
 
 
 def gmacs(args: argparse.Namespace) -> float:
@@ -74,9 +77,8 @@ def seconds_per_gmac(args: argparse.Namespace) -> float:
     return min(times) / (3 * args.batch * gmacs(args))
 
 
-def plan(commands: list[list[str]]):
-    """Print each run with an estimate of its time. Raises UserError for arguments that a script would refuse."""
-    trainings = [arguments_of(command) for command in commands]
+def plan(trainings: list[argparse.Namespace]):
+    """Print each run with an estimate of its time."""
     runs = {args.out / "last.pt": args for args in trainings}
     rate = seconds_per_gmac(min(trainings, key=gmacs)) if trainings else 0.0
     total = 0.0
@@ -94,15 +96,14 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and for how long")
     args = parser.parse_args()
     lines = [line for line in sys.stdin if "train_teacher.py" in line or "distill.py" in line]
+    trainings = [arguments_of(shlex.split(line)) for line in lines]  # all are looked at before the first is run
     if args.dry_run:
-        return plan([shlex.split(line) for line in lines])
+        return plan(trainings)
     failed = []
-    for i, line in enumerate(lines, 1):
-        command = shlex.split(line)
-        out = command[command.index("--out") + 1]
-        print(f"[{i}/{len(lines)}] {out}", flush=True)
+    for i, (line, training) in enumerate(zip(lines, trainings, strict=True), 1):
+        print(f"[{i}/{len(lines)}] {training.out}", flush=True)
         if subprocess.run(line, shell=True, stdin=subprocess.DEVNULL).returncode:  # as make would
-            failed.append(out)
+            failed.append(str(training.out))
     if failed:
         raise UserError(f"{len(failed)} of {len(lines)} runs failed, the others are done: {', '.join(failed)}; see above, mend "
                         "it and give the same command again")  # fmt: skip

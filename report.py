@@ -73,7 +73,8 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as JSON ({error}); give result files of evaluate.py --json") from None
+            reason = getattr(error, "strerror", error)
+            raise UserError(f"{path}: cannot be read as JSON ({reason}); give result files of evaluate.py --json") from None
         rows = content.get("rows") if isinstance(content, dict) else None
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path}: holds no rows; give result files of evaluate.py --json")
@@ -358,7 +359,8 @@ def save(figure, entries: dict[str, Line2D], path: pathlib.Path):
 
 
 def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
-    """A panel for each loss term and for the mIoU, with a line a run; faint: as logged, strong: the mean of nine entries."""
+    """A panel for each loss term, gradient norm and the mIoU, with a line a run; faint: as logged, strong: the mean of nine
+    entries, and as logged where there are fewer."""
     logs = {}
     for path in paths:
         try:
@@ -366,7 +368,8 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
             whole = lines[:-1] + [line for line in lines[-1:] if line.endswith("}")]  # the last one may be cut off
             logs[path] = [{"step": int(entry["step"]), **entry} for entry in map(json.loads, whole)]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"--curves {path}: cannot be read as a log ({error}); give the log.jsonl of a run") from None
+            reason = getattr(error, "strerror", error)
+            raise UserError(f"--curves {path}: cannot be read as a log ({reason}); give the log.jsonl of a run") from None
     keys = dict.fromkeys(key for log in logs.values() for entry in log for key in entry)
     terms = [key for key in keys if key not in ("step", "lr", "images_per_s", "data_wait")]
     if not terms:
@@ -386,15 +389,17 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
             look = {"color": colours[i % len(colours)], "linestyle": ("-", "--", ":")[i // len(colours) % 3]}
             entries["/".join(path.resolve().parts[-4:-1])] = Line2D([], [], **look)
             x, y = [e["step"] for e in log if term in e], [e[term] for e in log if term in e]
-            if term != "miou":
+            if len(x) < 9:
+                look["marker"] = "o"
+            elif term != "miou":
                 axis.plot(x, y, color=look["color"], linewidth=0.8, alpha=0.3)
                 near = [[v for v in y[max(0, k - 4) : k + 5] if math.isfinite(v)] for k in range(len(y))]
                 y = [statistics.fmean(v) if v else math.nan for v in near]
-            axis.plot(x, y, marker="o" if term == "miou" else None, **look)
+            axis.plot(x, y, **look)
     gradients = [axis for axis, term in zip(axes.flat, terms, strict=False) if term.startswith("grad_")]
     limits = [limit for axis in gradients for limit in axis.get_ylim()]
     for axis in gradients:
-        axis.set(yscale="log", ylim=(max(min(limits), max(limits) / 1e4), max(limits)))
+        axis.set(yscale="log", ylim=(max(min(limits) / 2, max(limits) / 1e4), max(limits)))
     save(figure, entries, out)
 
 

@@ -1,7 +1,7 @@
 """Train one network on labeled and unlabeled images: the teachers, and the baselines when given a light backbone.
 
     python train_teacher.py --out runs/shapes/1-8/teacher-deep --role teacher_deep
-    python train_teacher.py --out runs/voc/1-8/teacher-wide --role teacher_wide --dataset folder --data data/mine
+    python train_teacher.py --out runs/mine/1-8/teacher-wide --role teacher_wide --dataset folder --data data/mine
     python train_teacher.py --out runs/shapes/1-8/sup-r18 --method sup --backbone r18
 
 --method sup    cross entropy on the labeled images

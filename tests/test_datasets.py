@@ -322,6 +322,22 @@ def break_too_many_classes(root):
     return "classes.txt: names 300 class"
 
 
+def break_class_named_twice(root):
+    (root / "classes.txt").write_text("road\nball\nball\n")
+    return "classes.txt: names 'ball' twice"
+
+
+def break_binary_masks_without_classes(root):
+    (root / "classes.txt").unlink()
+    make_binary(root)
+    return "masks: val's masks hold no label but 0"
+
+
+def make_binary(root):
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
+
+
 BROKEN = [value for name, value in globals().items() if name.startswith("break_")]
 
 
@@ -441,6 +457,13 @@ def test_odd_folders_are_handled(folder, odd):
     assert (len(split.labeled), len(split.unlabeled), len(dataset.val)) == expected
     for name in [*split.labeled, *split.unlabeled, *dataset.val]:
         assert dataset.image(name).dtype == np.uint8 and dataset.image(name).shape[2] == 3
+
+
+def test_check_explains_masks_of_0_and_255(script, folder):
+    make_binary(folder)
+    code, out, _ = script(datasets, "check", "--dataset", "folder", "--data", folder, "--part", "1")
+    assert code == 1 and "problem: labeled masks hold 0 and 255 alone, and 255 is ignored; write 1" in out
+    assert "2 problem(s)" in out  # val's too
 
 
 def test_broken_masks_are_named(folder):

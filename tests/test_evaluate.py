@@ -196,6 +196,8 @@ def test_prediction_of_any_images(script, ckpt, tmp_path):
     (["--images", "empty", "--out", "x"], "holds no image"), (["--images", "photos", "--out", "file"], "--out file"),
     (["--scales", "0"], "--scales"), (["--window", "0"], "--window"), (["--confusion", "x.jpg"], "--confusion"),
     (["--panels", "x.json"], "--panels"), (["--json", "file/x.json"], "--json"),
+    (["--images", "photos", "--out", "x", "--json", "x.json"], "--json: is for val"),
+    (["--images", "photos", "--out", "photos"], "--out photos: is the folder of the images"),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_line(script, ckpt, tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)

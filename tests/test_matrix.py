@@ -92,12 +92,20 @@ def test_interrupted_and_continued_equals_uninterrupted(monkeypatch, tmp_path):
 def test_a_failed_run_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     text = commands(("sup", "one-deep", "one-wide"))
-    text = "\n".join(line + " --batch 1" if "teacher_deep" in line else line for line in text.splitlines())
+    text = "\n".join(line + " --lr 1e30" if "teacher_deep" in line else line for line in text.splitlines())
     with pytest.raises(common.UserError, match=r"2 of 5 runs failed.*: runs/shapes/1-8/teacher-deep, runs/.*/one-deep-r18;"):
         run_matrix(monkeypatch, text)
     assert "[5/5] runs/shapes/1-8/one-wide-r18" in capsys.readouterr().out
     done = sorted(path.parent.name for path in (tmp_path / "runs/shapes/1-8").glob("*/last.pt"))
     assert done == ["one-wide-r18", "sup-r18", "teacher-wide"]
+
+
+def test_wrong_flags_are_named_before_anything_is_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = commands(("sup", "kd"))
+    with pytest.raises(common.UserError, match="runs/shapes/1-8/kd-r18: --temperature -1"):
+        run_matrix(monkeypatch, "\n".join(line + " --temperature -1" * ("kd" in line) for line in text.splitlines()))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_plan_runs_nothing_and_adds_up(monkeypatch, tmp_path, capsys):

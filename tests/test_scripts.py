@@ -557,6 +557,10 @@ def resume_equals_uninterrupted(script, module, arguments, tmp_path):
     code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--resume")
     assert code == 2 and "lists or masks have changed" in err
     monkeypatch.undo()
+    code, _, err = script(module, "--out", tmp_path / "cut", *arguments)
+    assert code == 2 and "resume.pt: is of an earlier run; add --resume" in err and (tmp_path / "cut" / "resume.pt").exists()
+    code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--crop", "40", "--resume")
+    assert code == 2 and "--crop [48, 48], not [40, 40]" in err
     code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--steps", "7", "--resume")
     assert code == 2 and "--steps 6, not 7" in err
     code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--part", "1/4", "--resume")
@@ -567,6 +571,7 @@ def resume_equals_uninterrupted(script, module, arguments, tmp_path):
     assert log(tmp_path / "whole") == log(tmp_path / "cut")
     code, out, _ = script(module, "--out", tmp_path / "cut", *arguments, "--resume")
     assert code == 0 and "this run is finished" in out
+    assert script(module, "--out", tmp_path / "cut", *arguments)[0] == 2  # which would have replaced last.pt
 
 
 @pytest.mark.parametrize("sup_only", [0, 0.8])  # the last steps' unlabeled images start after the resume, or before it
@@ -650,6 +655,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
     assert "--out" in errors(script, train_teacher, *run, "--out", tmp_path / "file")
     assert "--data" in errors(script, train_teacher, *run, "--data", folder)  # with the embedded data set
     assert "cannot be read" in errors(script, evaluate, "--ckpt", tmp_path / "file")
+    assert "is a folder; give the last.pt in it" in errors(script, evaluate, "--ckpt", teachers[0].parent)
     assert "--panel-rows" in errors(script, evaluate, "--ckpt", teachers[0], "--panel-rows", "0")
     assert "--json" in errors(script, evaluate, "--ckpt", teachers[0], "--json", tmp_path)
     assert "--picture" in errors(script, datasets, "check", "--picture", tmp_path / "look")
@@ -733,7 +739,8 @@ def test_make_runs_several_processes():
 
 
 @pytest.mark.parametrize("arguments,expected", [("STUDENT=vgg", "STUDENT=vgg: unknown backbone"),
-                                                ("DATASET=folder", "DATASET=folder: give its folder")])  # fmt: skip
+                                                ("DATASET=folder", "DATASET=folder: give its folder"),
+                                                ("DATA=my data", "DATA=my data: make cannot")])  # fmt: skip
 def test_make_refuses_what_is_wrong_before_it_trains_teachers(arguments, expected):
     done = subprocess.run(["make", "-n", "distill", arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and expected in done.stderr
