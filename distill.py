@@ -248,8 +248,8 @@ def mgd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=No
 
 def weight_of(term: str, args) -> float:
     """Of a term in the loss."""
-    weights = {"image": args.lambda_image, "region": args.lambda_region, "kd": args.kd_weight, "cwd": args.kd_weight}
-    return weights.get(term, 1.0)
+    argument = {"image": "lambda_image", "region": "lambda_region", "kd": "kd_weight", "cwd": "kd_weight"}.get(term)
+    return getattr(args, argument) if argument else 1.0
 
 
 def kd_loss(student, teacher, temperature: float):

@@ -179,7 +179,7 @@ def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_p
 def test_gradient_norms_are_those_of_the_weighted_terms(script, teachers, tmp_path):
     student = torch.nn.Linear(2, 1)  # a term c · Σ weights has the gradient c everywhere, and none for the bias
     terms = {name: c * student.weight.sum() for name, c in (("sup", 3.0), ("image", -2.0), ("cwd", 0.5))}
-    norms = distill.gradient_norms(terms, student, argparse.Namespace(lambda_image=0.1, lambda_region=7, kd_weight=10))
+    norms = distill.gradient_norms(terms, student, argparse.Namespace(lambda_image=0.1, kd_weight=10))
     assert norms == pytest.approx({"grad_sup": 3 * 2**0.5, "grad_image": 0.2 * 2**0.5, "grad_cwd": 5 * 2**0.5})
     assert student.weight.grad is None
     for name, flags in (("with", ["--grad-norms"]), ("without", [])):
@@ -365,8 +365,8 @@ def test_mean_teacher_learns_from_clean_views(script, tmp_path, monkeypatch):
     assert script(train_teacher, "--out", tmp_path / "mt", *arguments)[0] == 0
     assert log(tmp_path / "mt")[0]["mt"] == pytest.approx(0, abs=1e-6)
     monkeypatch.setattr(train_teacher.datasets, "cutmix", lambda views, box: views.chunk(2)[views.shape[1] == 6])
-    assert script(train_teacher, "--out", tmp_path / "mt", *arguments)[0] == 0
-    assert log(tmp_path / "mt")[0]["mt"] == pytest.approx(2 / 6 / 2, abs=1e-3)
+    assert script(train_teacher, "--out", tmp_path / "black", *arguments)[0] == 0
+    assert log(tmp_path / "black")[0]["mt"] == pytest.approx(2 / 6 / 2, abs=1e-3)
 
 
 def test_native_kernels_and_pytorch_train_alike(teachers, tmp_path):
@@ -417,7 +417,7 @@ def test_total_loss_is_eq_7():
     unlabeled = models.Output(random(2, 3, 6, 6), random(2, 4, 3, 3))
     label, on_labeled, on_views = labels(), [labels(), labels()], [labels(), labels()]
     deep_logits, wide_features = random(2, 3, 6, 6), random(2, 5, 3, 3)
-    args = argparse.Namespace(lambda_image=0.3, lambda_region=11.0, image_reduction="sum", regions=3, ohem=False, kd_weight=1,
+    args = argparse.Namespace(lambda_image=0.3, lambda_region=11.0, image_reduction="sum", regions=3, ohem=False,
                               losses=["sup", "pixel", "image:T_D", "region:T_W"])  # fmt: skip
 
     def cross_entropy(logits, label):
@@ -667,7 +667,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
 def test_what_does_not_fit_into_memory_is_refused_with_advice(script, teachers, tmp_path, monkeypatch):
     for module, arguments in (
         (train_teacher, ["--out", tmp_path / "x", *TINY, "--sup-only", "0", "--ramp-up", "0"]),
-        (distill, distill_args(tmp_path / "x", teachers)),
+        (distill, distill_args(tmp_path / "y", teachers)),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(common, "free_memory", lambda device: 1e6)
