@@ -115,10 +115,10 @@ sup: $(SUP)
 # By another name, since a line with $(MAKE) itself is run by `make -n` too.
 COMMANDS_OF = $(MAKE) --no-print-directory -n
 
-# What is finished is evaluated also where a run failed.
+# What is finished is evaluated also where runs failed (exit code 1), but not after wrong flags or an interruption.
 matrix: | $(INSTALLED)
 	@commands=$$($(COMMANDS_OF) $(MATRIX)) || exit; printf '%s\n' "$$commands" | $(PY) matrix.py $(if $(DRY),--dry-run); failed=$$?; \
-	set -- $(if $(DRY),,$$(ls $(sort $(MATRIX) $(T_D) $(T_W)) 2> /dev/null)); first=$$1; \
+	[ $$failed -le 1 ] || exit $$failed; set -- $(if $(DRY),,$$(ls $(sort $(MATRIX) $(T_D) $(T_W)) 2> /dev/null)); first=$$1; \
 	if [ "$$first" ]; then shift; $(RUN_SCRIPT) evaluate.py --ckpt $$first $${1+--compare "$$@"} --json $(REPORT).json || exit; fi; exit $$failed
 
 # The teachers of one seed; $(1) is the seed, $(2) the suffix of the folders.

@@ -105,8 +105,8 @@ def main():
         if subprocess.run(line, shell=True, stdin=subprocess.DEVNULL).returncode:  # as make would
             failed.append(str(training.out))
     if failed:
-        raise UserError(f"{len(failed)} of {len(lines)} runs failed, the others are done: {', '.join(failed)}; see above, mend "
-                        "it and give the same command again")  # fmt: skip
+        sys.exit(f"matrix.py: {len(failed)} of {len(lines)} runs failed, the others are done: {', '.join(failed)}; see above, "
+                 "mend it and give the same command again")  # exit code 1, and 2 where nothing was run  # fmt: skip
 
 
 if __name__ == "__main__":

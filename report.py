@@ -397,9 +397,9 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
                 y = [statistics.fmean(v) if v else math.nan for v in near]
             axis.plot(x, y, **look)
     gradients = [axis for axis, term in zip(axes.flat, terms, strict=False) if term.startswith("grad_")]
-    limits = [limit for axis in gradients for limit in axis.get_ylim()]
+    limits = [limit for axis in gradients for limit in axis.dataLim.intervaly]
     for axis in gradients:
-        axis.set(yscale="log", ylim=(max(min(limits) / 2, max(limits) / 1e4), max(limits)))
+        axis.set(yscale="log", ylim=(max(min(limits), max(limits) / 1e4) / 1.5, max(limits) * 1.5))
     save(figure, entries, out)
 
 

@@ -93,11 +93,29 @@ def test_a_failed_run_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsy
     monkeypatch.chdir(tmp_path)
     text = commands(("sup", "one-deep", "one-wide"))
     text = "\n".join(line + " --lr 1e30" if "teacher_deep" in line else line for line in text.splitlines())
-    with pytest.raises(common.UserError, match=r"2 of 5 runs failed.*: runs/shapes/1-8/teacher-deep, runs/.*/one-deep-r18;"):
+    with pytest.raises(SystemExit, match=r"2 of 5 runs failed.*: runs/shapes/1-8/teacher-deep, runs/.*/one-deep-r18;"):
         run_matrix(monkeypatch, text)
     assert "[5/5] runs/shapes/1-8/one-wide-r18" in capsys.readouterr().out
     done = sorted(path.parent.name for path in (tmp_path / "runs/shapes/1-8").glob("*/last.pt"))
     assert done == ["one-wide-r18", "sup-r18", "teacher-wide"]
+
+
+@pytest.mark.parametrize("code,evaluated", [(0, True), (1, True), (2, False), (130, False)])
+def test_make_matrix_evaluates_what_is_there(tmp_path, code, evaluated):
+    """With a stand-in for python, which says how it is called: matrix.py ends with `code`."""
+    for name in ("kd-r18", "teacher-deep"):
+        (tmp_path / "runs/shapes/1-8" / name).mkdir(parents=True)
+        (tmp_path / "runs/shapes/1-8" / name / "last.pt").touch()
+    stand_in = f'echo "called $*"; [ $1 != matrix.py ] || {{ cat > /dev/null; exit {code}; }}'
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{stand_in}\n")
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+    command = ["make", "matrix", "TABLE=1", "VENV=", "PYTHON=./python"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 0) == (code == 0)
+    run = "runs/shapes/1-8"
+    evaluation = f"called evaluate.py --ckpt {run}/kd-r18/last.pt --compare {run}/teacher-deep/last.pt --json"
+    assert (evaluation in done.stdout) == evaluated and done.stdout.count("called") == 1 + evaluated, done.stdout + done.stderr
 
 
 def test_wrong_flags_are_named_before_anything_is_run(monkeypatch, tmp_path, capsys):
