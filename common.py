@@ -119,8 +119,9 @@ def fill_from_recipe(args: argparse.Namespace, recipe: dict, stage: str):
     if args.schedule > 0:  # what is not is refused below
         args.steps = round(args.steps * args.schedule)
     at_least = {"steps": 1, "batch": 2, "accumulate": 1, "log_every": 1, "save_every": 1, "head_width": 1, "seed": 0,
-                "workers": 0, "val_every": 0, "weight_decay": 0}  # batch norm needs two images  # fmt: skip
-    above = {"lr": 0, "schedule": 0, "image_scale": 0}
+                "workers": 0, "val_every": 0, "weight_decay": 0, "cps_weight": 0, "mt_weight": 0, "kd_weight": 0,
+                "lambda_image": 0, "lambda_region": 0, "regions": 1}  # batch norm needs two images  # fmt: skip
+    above = {"lr": 0, "schedule": 0, "image_scale": 0, "temperature": 0}
     shares = ("sup_only", "ramp_up", "threshold")
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
@@ -345,7 +346,8 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
     """A checkpoint of any stage, on the CPU.
 
     Keys: `model` (state dict), `peer` (CPS's second network, before the last step), `optimizers`, `step`, `rng`, `args`,
-    `classes`, `palette`, `partition`, `row` (the run's entry in result files), `versions`. Raises UserError.
+    `classes`, `palette`, `partition`, `row` (the run's entry in result files), `teachers` (their rows), `versions`. Raises
+    UserError.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -378,7 +380,7 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
         return None
     if not path.exists():
         if (args.out / "last.pt").exists():
-            print(f"{args.out / 'last.pt'}: this run is finished; remove the file to repeat it")
+            say(f"{args.out / 'last.pt'}: this run is finished; remove the file to repeat it")
             sys.exit(0)
         return None
     checkpoint = load_checkpoint(path)

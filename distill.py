@@ -84,11 +84,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.backbone = models.canonical_name(args.backbone, "--student")
     fill_from_recipe(args, datasets.RECIPES[args.dataset], "student")
-    for flag, value, least in (("--regions", args.regions, 1), ("--kd-weight", args.kd_weight, 0)):
-        if value < least:
-            raise UserError(f"{flag} {value}: must be at least {least}")
-    if not args.temperature > 0:
-        raise UserError(f"--temperature {args.temperature}: must be above 0")
     args.losses = chosen_losses(args)
     return args
 
@@ -332,6 +327,9 @@ def main():
         else:
             teacher = models.fold_batch_norm(teacher, args.precision)
         teachers[role], teacher_rows[role] = compiled(teacher, args, device), row
+    if resumed and resumed.get("teachers") != list(teacher_rows.values()):
+        raise UserError(f"{args.out / 'resume.pt'}: learnt from other teachers than those of --deep and --wide now; give "
+                        "another --out, or remove it to start again")  # fmt: skip
     fields = {role: wanted(args, role) for role in teachers}
     all_losses = mgd_losses if args.method == "mgd" else kd_losses
 
@@ -342,7 +340,7 @@ def main():
     activations = models.activation_bytes(student, shares_of(args)[1], args.crop, args.precision, whole=args.ohem)
     weights = 4 * sum(p.numel() for p in student.parameters())
     images = f"{len(partition.labeled)} labeled and {len(partition.unlabeled) if on_views else 'no'} unlabeled images"
-    say_plan(args, device, f"{images}, {' + '.join(args.losses)}, ops {mgd_ops.backend()}",
+    say_plan(args, device, f"{images}, {' + '.join(args.losses)}, ops {mgd_ops.backend(device.type)}",
              needed=3 * weights + (1 + on_views) * activations)  # gradients, momentum; the student's forwards  # fmt: skip
     start, seconds = 0, 0.0
     if resumed:
@@ -357,15 +355,17 @@ def main():
     unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views, start, labeled=False) if on_views else None
 
     row = evaluate.result_row(
-        args, dataset, partition, role="student", losses=args.losses,
+        args, dataset, partition, device, role="student", losses=args.losses,
         teachers=[{"teacher_deep": "T_D", "teacher_wide": "T_W"}.get(row["role"], role) for role, row in teacher_rows.items()],
         teacher_backbones=[row["backbone"] for row in teacher_rows.values()],
+        teacher_methods=[row["method"] for row in teacher_rows.values()],
+        teacher_steps=[row["steps"] for row in teacher_rows.values()],
         teacher_seeds=[row["seed"] for row in teacher_rows.values()],
         teacher_labels=labels_of_teachers(teacher_rows.values(), partition),
         regions=args.regions if any(loss.startswith("region") for loss in args.losses) else None,
     )  # fmt: skip
     checkpoint = {"args": plain_args(args), "classes": dataset.classes, "palette": dataset.palette,
-                  "partition": partition._asdict(), "row": row}  # fmt: skip
+                  "partition": partition._asdict(), "row": row, "teachers": list(teacher_rows.values())}  # fmt: skip
 
     def save(step, path):
         row["seconds"] = round(seconds + time.perf_counter() - began, 1)

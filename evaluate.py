@@ -35,6 +35,7 @@ from common import (
     ArgumentParser,
     UserError,
     autocast,
+    git_commit,
     load_checkpoint,
     pick_precision,
     printable,
@@ -161,7 +162,7 @@ def validate(model, dataset, device, args) -> float:
     return iou(evaluate(model, dataset, dataset.val, device, args.precision, protocol_of(vars(args))))[0]
 
 
-def result_row(args, dataset, partition, **fields) -> dict:
+def result_row(args, dataset, partition, device, **fields) -> dict:
     """A training's entry in result files, without its outcome. GMACs are those at 512x512."""
     cost = models.measure(args.backbone, args.stem, args.head_width, args.separable_head, len(dataset.classes))
     return {
@@ -169,7 +170,7 @@ def result_row(args, dataset, partition, **fields) -> dict:
         "labeled": len(partition.labeled), "method": args.method, "backbone": args.backbone, "head_width": args.head_width,
         "weights": args.weights, "crop": list(args.crop), "seed": args.seed, "steps": args.steps, "seconds": 0.0,
         "gmacs_backbone": cost["gmacs_512"], "gmacs_model": cost["model_gmacs_512"],
-        "mgd_ops": mgd_ops.backend(), **fields,
+        "mgd_ops": mgd_ops.backend(device.type), "code": git_commit(), **fields,
     }  # fmt: skip
 
 
@@ -402,8 +403,8 @@ def main():
     print_table(rows, [path.resolve().parent.name for path in paths], dataset.classes)
     print_seeds(rows)
     if args.json:
-        distilled = {row["mgd_ops"] for row in rows if row["method"] == "mgd"} or {mgd_ops.backend()}
-        write_result(args.json, "evaluation", rows, time.perf_counter() - began, "+".join(sorted(distilled)))
+        ops = "+".join(sorted({row["mgd_ops"] for row in rows}))  # of the trainings
+        write_result(args.json, "evaluation", rows, time.perf_counter() - began, ops)
         print(f"\nresults: {args.json}")
     if args.panels:
         draw_panels(args.panels, dataset, shown, panels)

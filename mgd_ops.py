@@ -445,9 +445,9 @@ LOCK_TIMEOUT = 120.0  # seconds; a build takes 20 to 40
 state = {}  # device type -> "native", or the reason why its kernels are not loaded
 
 
-def backend() -> str:
-    """The path that computes the ops on this machine's default device: `native` or `torch`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def backend(device: str | None = None) -> str:
+    """The path that computes the ops on a type of device, by default this machine's: `native` or `torch`."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return "native" if state.get(device) == "native" else "torch"
 
 

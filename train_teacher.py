@@ -74,8 +74,6 @@ def parse_args(argv=None):
     fill_from_recipe(args, recipe, "student" if args.role == "student" else "teacher")
     if not 0 <= args.ema_decay < 1:
         raise UserError(f"--ema-decay {args.ema_decay}: must be at least 0 and below 1")
-    if not args.mt_weight >= 0:
-        raise UserError(f"--mt-weight {args.mt_weight}: must be at least 0")
     return args
 
 
@@ -121,7 +119,8 @@ def main():
     activations = models.activation_bytes(nets[0], shares_of(args)[1], args.crop, args.precision, whole)
     forwards = 1 if args.method == "sup" else 2  # of which a backward goes through
     weights = 4 * sum(p.numel() for net in {*nets, *saved.values()} for p in net.parameters())
-    say_plan(args, device, f"{len(partition.labeled)} labeled and {len(partition.unlabeled)} unlabeled images",
+    bare_images = "no" if args.method == "sup" else len(partition.unlabeled)
+    say_plan(args, device, f"{len(partition.labeled)} labeled and {bare_images} unlabeled images",
              needed=3 * weights + forwards * activations)  # weights, gradients, momentum  # fmt: skip
     start, seconds = 0, 0.0
     if resumed:
@@ -143,7 +142,7 @@ def main():
     unlabeled = None  # its loader starts with the first step that has a weight for it
 
     row = evaluate.result_row(
-        args, dataset, partition, role=args.role, losses=["sup"] if args.method == "sup" else ["sup", args.method],
+        args, dataset, partition, device, role=args.role, losses=["sup"] if args.method == "sup" else ["sup", args.method],
         teachers=[], teacher_labels=None, regions=None,
     )  # fmt: skip
     checkpoint = {"args": plain_args(args), "classes": dataset.classes, "palette": dataset.palette,
