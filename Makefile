@@ -93,8 +93,6 @@ endif
 
 RUN_SCRIPT = $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 
-# A last.pt is whole from the moment it is there; make must not remove it when it is interrupted.
-.PRECIOUS: runs/%/last.pt
 .PHONY: install demo compare matrix teachers distill sup tables test lint ext bench clean
 
 install: | $(INSTALLED)
@@ -121,8 +119,10 @@ matrix: | $(INSTALLED)
 	[ $$failed -le 1 ] || exit $$failed; set -- $(if $(DRY),,$$(ls $(sort $(MATRIX) $(T_D) $(T_W)) 2> /dev/null)); first=$$1; \
 	if [ "$$first" ]; then shift; $(RUN_SCRIPT) evaluate.py --ckpt $$first $${1+--compare "$$@"} --json $(REPORT).json || exit; fi; exit $$failed
 
-# The teachers of one seed; $(1) is the seed, $(2) the suffix of the folders.
+# The teachers of one seed; $(1) is the seed, $(2) the suffix of the folders. A last.pt is whole from the moment it is there, so
+# make must not remove it when it is interrupted.
 define TEACHERS
+.PRECIOUS: $(TEACHER_RUN)/teacher-deep$(2)/last.pt $(TEACHER_RUN)/teacher-wide$(2)/last.pt
 $(TEACHER_RUN)/teacher-deep$(2)/last.pt: | $(INSTALLED)
 	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --role teacher_deep $(if $(DEEP),--backbone $(DEEP)) --seed $(1) $$(DATA_FLAGS) --part $(TEACHER_PART) --resume $$(ARGS) $$(TEACHER_ARGS)
 
@@ -132,12 +132,14 @@ endef
 
 # A student trained without teachers: $(1) the row, $(2) its flags, $(3) the seed.
 define TRAIN
+.PRECIOUS: $(RUN)/$(1)-$(STUDENT)$(call seed_tag,$(3))/last.pt
 $(RUN)/$(1)-$(STUDENT)$(call seed_tag,$(3))/last.pt: | $(INSTALLED)
 	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --backbone $(STUDENT) --seed $(3) $$(COMMON) $$(STUDENT_ARGS) $(2)
 endef
 
 # A distilled student: $(1) the row, $(2) its flags, $(3) the seed, $(4) and $(5) the first and the second teacher's checkpoint.
 define DISTILL
+.PRECIOUS: $(RUN)/$(1)-$(STUDENT)$(OF_PART)$(call seed_tag,$(3))/last.pt
 $(RUN)/$(1)-$(STUDENT)$(OF_PART)$(call seed_tag,$(3))/last.pt: | $(4) $(5) $(INSTALLED)
 	$$(RUN_SCRIPT) distill.py --out $$(@D) --student $(STUDENT) $(if $(4),--deep $(4)) $(if $(5),--wide $(5)) --seed $(3) $$(COMMON) $$(STUDENT_ARGS) $(2)
 endef

@@ -20,6 +20,8 @@ import torch
 import torchvision
 from tqdm import tqdm
 
+IGNORE_INDEX = 255  # the label of pixels that take part neither in a loss nor in mIoU
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line that names the file or flag, and the fix."""
@@ -240,7 +242,7 @@ def say_plan(args: argparse.Namespace, device: torch.device, images: str, needed
 def valid_pixels(shares: list[list[torch.Tensor]]) -> torch.Tensor:
     """The mean number of pixels that are not 255 in a share of the joined batch, for each of the label maps (m, H, W) that
     every share has: what their cross entropies are divided by, so that a step does not depend on how its batch is shared."""
-    counts = torch.stack([torch.stack([(label != 255).sum() for label in labels]) for labels in shares])
+    counts = torch.stack([torch.stack([(label != IGNORE_INDEX).sum() for label in labels]) for labels in shares])
     return mean_over_ranks(counts.float().mean(0))
 
 
@@ -436,7 +438,7 @@ class Progress:
 
     def step(self, step: int, images: int, lr: float, losses: dict[str, torch.Tensor]):
         """Count step `step` (from 0), which saw `images` images. Every `log_every` steps the losses are read and logged, and
-        before a checkpoint is saved, so that none holds weights that are not finite. Raises UserError."""
+        before a checkpoint is saved, so that a training that diverged ends before. Raises UserError."""
         self.steps += 1
         self.bar.update()
         done = step + 1
@@ -489,6 +491,19 @@ class Progress:
 TRAINING_SETTINGS = ("stem", "separable_head", "image_scale", "batch", "lr", "weight_decay", "precision", "ohem", "cutmix",
             "lambda_image", "lambda_region", "image_reduction", "mixed_terms", "teacher_bn", "kd_weight", "temperature",
             "cps_weight", "mt_weight", "ema_decay", "sup_only", "ramp_up", "threshold")  # fmt: skip
+
+# What may not differ between runs that are averaged over their seeds. Older result files lack the NEWER keys, which are None
+# then.
+DATA = ("dataset", "partition", "partition_hash", "labeled")
+NETWORK = ("role", "backbone", "method")
+OF_TEACHERS = ("teacher_backbones", "teacher_methods", "teacher_steps")
+NEWER = (*TRAINING_SETTINGS, "train_scales", *OF_TEACHERS, "window", "scales", "flip")
+SETTINGS = ("steps", "head_width", "crop", "weights", "teachers", "teacher_labels", "losses", "regions", *NEWER)
+ALIKE = (*DATA, *NETWORK, *SETTINGS)
+
+
+def values(row: dict, keys) -> tuple:
+    return tuple(row.get(key) for key in keys)
 
 
 def write_result(path: pathlib.Path | str, what: str, rows: list[dict], seconds: float, ops: str):

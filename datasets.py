@@ -30,9 +30,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import ArgumentParser, UserError, crop_size, rank_and_size, run, shares_of
+from common import IGNORE_INDEX, ArgumentParser, UserError, crop_size, rank_and_size, run, shares_of
 
-IGNORE = 255  # the mask value that takes part neither in a loss nor in mIoU
 FILL = [124, 116, 104]  # the mean below as a colour, for pixels outside the image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -202,7 +201,7 @@ class Files:
     def read_mask(self, path: pathlib.Path) -> np.ndarray:
         mask = self.to_classes(open_mask(path), path)
         values = np.unique(mask)
-        wrong = values[(values >= len(self.classes)) & (values != IGNORE)]
+        wrong = values[(values >= len(self.classes)) & (values != IGNORE_INDEX)]
         if wrong.size:
             raise UserError(f"{path}: holds label {wrong[0]}, but the {len(self.classes)} classes are 0 to "
                             f"{len(self.classes) - 1}, and 255 is ignored; mend the mask or classes.txt")  # fmt: skip
@@ -299,14 +298,14 @@ class Folder(Files):
             self.classes = read_lines(root / "classes.txt")
         else:  # then val says how many classes there are, whatever the partition
             masks = (open_mask(self.masks[name]) for name in self.val)
-            self.classes = [f"class {i}" for i in range(1 + max(int(m[m != IGNORE].max(initial=0)) for m in masks))]
+            self.classes = [f"class {i}" for i in range(1 + max(int(m[m != IGNORE_INDEX].max(initial=0)) for m in masks))]
             if len(self.classes) == 1:
                 raise UserError(f"{root / 'masks'}: val's masks hold no label but 0 (255 is ignored); write 1, 2, ... for the "
                                 "other classes")  # fmt: skip
         twice = [name for name, count in collections.Counter(self.classes).items() if count > 1]
         if twice:
             raise UserError(f"{root / 'classes.txt'}: names '{twice[0]}' twice; give every class a name of its own")
-        if not 2 <= len(self.classes) <= IGNORE:
+        if not 2 <= len(self.classes) <= IGNORE_INDEX:
             raise UserError(f"{root / 'classes.txt'}: names {len(self.classes)} class(es); 2 to 255 are needed, one a line")
         self.palette = voc_palette(len(self.classes))
         if (root / "palette.txt").exists():
@@ -404,10 +403,10 @@ class Cityscapes(Files):
     def to_classes(self, mask, path):
         if path.stem.endswith("labelTrainIds"):
             return mask
-        table = np.full(256, IGNORE, np.uint8)
+        table = np.full(256, IGNORE_INDEX, np.uint8)
         table[CITYSCAPES_IDS] = range(19)
-        if mask.max(initial=0) > 33 and set(np.unique(mask[mask > 33])) != {IGNORE}:  # 255 is -1, the ego licence plate
-            raise UserError(f"{path}: holds label {mask[mask != IGNORE].max()}, but labelIds end at 33; replace it")
+        if mask.max(initial=0) > 33 and set(np.unique(mask[mask > 33])) != {IGNORE_INDEX}:  # 255 is -1, the ego licence plate
+            raise UserError(f"{path}: holds label {mask[mask != IGNORE_INDEX].max()}, but labelIds end at 33; replace it")
         return table[mask]
 
     def what_is_missing(self):
@@ -556,13 +555,13 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]
 
 
-def partition(dataset, part: str, seed: int = 0) -> Partition:
+def partition(dataset, part: str) -> Partition:
     """Split the training images: of n, ceil(n / k) stay labeled for `part` 1/k, or as many of them as have a mask.
 
     Images come in an order drawn by their names, but those that show a class for the first time come first, so every class
-    is labeled if that many images can hold it. Partitions of one seed are nested, 1/16 in 1/8 in 1/4, and do not change when
-    the masks of unlabeled images go away. To find those images, masks are looked at in that order until each class was seen;
-    training itself opens the labeled ones alone. `1` keeps every mask.
+    is labeled if that many images can hold it. Partitions are nested, 1/16 in 1/8 in 1/4, and do not change when the masks
+    of unlabeled images go away. To find those images, masks are looked at in that order until each class was seen; training
+    itself opens the labeled ones alone. `1` keeps every mask.
     """
     match = re.fullmatch(r"1(?:/([1-9][0-9]*))?", part)
     if not match:
@@ -570,7 +569,7 @@ def partition(dataset, part: str, seed: int = 0) -> Partition:
                         "your own are --labeled-list and --unlabeled-list")  # fmt: skip
     k = int(match[1] or 1)
     able = [name for name in dataset.train if dataset.has_mask(name)]
-    ranked = sorted(able, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode(errors="surrogateescape")).digest())
+    ranked = sorted(able, key=lambda name: hashlib.sha256(f"0:{name}".encode(errors="surrogateescape")).digest())
     count = math.ceil(len(dataset.train) / k)
     if count < len(ranked):
         carriers = first_carriers(dataset, ranked)
@@ -703,7 +702,7 @@ class TrainSet(torch.utils.data.Dataset):
         # the window first, so that only its pixels are resized
         source, target = draw_window(image.shape[:2], self.crop, rng.choice(self.scales), rng)
         image = resize_window(image, source, self.crop, target, FILL)
-        mask = resize_window(mask[..., None], source, self.crop, target, [IGNORE])[0]
+        mask = resize_window(mask[..., None], source, self.crop, target, [IGNORE_INDEX])[0]
         if rng.random() < 0.5:
             image, mask = image.flip(-1), mask.flip(-1)
         return image, mask.long()
@@ -941,14 +940,14 @@ def check(args: argparse.Namespace) -> int:
     print(f"sizes: {common}" + (f" and {len(sizes) - 3} more" if len(sizes) > 3 else ""))
     shares = {group: 100 * c / max(1, c.sum()) for group, c in counts.items()}
     print(f"{'':4} {'class':20} {'labeled: pixels':>15} {'images':>7} {'val: pixels':>13} {'images':>7}")
-    for index, label in [*enumerate(dataset.classes), (IGNORE, "(ignored)")]:
+    for index, label in [*enumerate(dataset.classes), (IGNORE_INDEX, "(ignored)")]:
         print(f"{index:4d} {label:20} {shares['labeled'][index]:14.2f}% {shown['labeled'][index]:7d} "
               f"{shares['val'][index]:12.2f}% {shown['val'][index]:7d}")  # fmt: skip
     for group in counts:
         never = [label for index, label in enumerate(dataset.classes) if not shown[group][index]]
         if never:
             print(f"warning: no {group} image shows {', '.join(never)}")
-        if counts[group].nonzero()[0].tolist() == [0, IGNORE]:
+        if counts[group].nonzero()[0].tolist() == [0, IGNORE_INDEX]:
             problems[group] = f"{group} masks hold 0 and 255 alone, and 255 is ignored; write 1 for the foreground"
     if args.picture:
         save_picture(args.picture, dataset, [name for name in part.labeled if name not in problems][:8])

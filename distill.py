@@ -26,6 +26,7 @@ import evaluate
 import mgd_ops
 import models
 from common import (
+    IGNORE_INDEX,
     ArgumentParser,
     Progress,
     UserError,
@@ -177,10 +178,11 @@ def uses_views(args) -> bool:
     return args.losses != ["sup", "pixel:labeled"]
 
 
-@torch.inference_mode()
-def teach(teacher, images, views, box, args, fields: set[str]) -> Taught:
+def teach(teacher, images, label, views, padding, box, args, fields: set[str]) -> Taught:
     """Run a teacher (a `models.Coarse`, perhaps folded) for those `fields` of Taught on labeled images (m, 3, H, W) and
     unlabeled views (2m, 3, H, W), which CutMix mixes along `box` (m, 1, H, W); or on views (m, 3, H, W) with box None.
+    Where `label` and the mixed views' `padding`, both (m, H, W), are 255, its labels are too: no pixel without ground truth, or
+    outside the image, takes part in Eq. 2.
 
     Small crops go through in one forward. Large ones go m at a time, which takes a fifth off the memory of a step, and on two
     CPU cores off its speed. With batch norm in training mode the released procedure's separate batches matter.
@@ -193,19 +195,20 @@ def teach(teacher, images, views, box, args, fields: set[str]) -> Taught:
     parts += [datasets.cutmix(views, box)] if run_mixed else []
     at_once = 1 if args.teacher_bn == "train" else max(1, BATCH_PIXELS // (len(images) * size.numel()))
     outputs = []
-    for i in range(0, len(parts), at_once):
-        logits, features = teacher(torch.cat(parts[i : i + at_once]))
-        outputs += map(models.Output, logits.split(len(images)), features.split(len(images)))
+    with torch.inference_mode():
+        for i in range(0, len(parts), at_once):
+            logits, features = teacher(torch.cat(parts[i : i + at_once]))
+            outputs += map(models.Output, logits.split(len(images)), features.split(len(images)))
     labeled = outputs.pop(0) if run_labeled else None
     mixed = outputs.pop() if run_mixed else None
     if mixed is None and "mixed" in fields:
         mixed = models.Output(*(datasets.cutmix(torch.cat(maps), box) for maps in zip(*outputs, strict=True)))
     labels = pseudo_labels = None
     if "labels" in fields:
-        labels = mgd_ops.upsampled_argmax(labeled.logits, size)
+        labels = mgd_ops.upsampled_argmax(labeled.logits, size).masked_fill(label == IGNORE_INDEX, IGNORE_INDEX)
     if "pseudo_labels" in fields:  # maps of labels can be mixed as well as maps of logits: each pixel is of one view
         clean = mgd_ops.upsampled_argmax(torch.cat([output.logits for output in outputs]), size)
-        pseudo_labels = datasets.cutmix(clean, box)
+        pseudo_labels = datasets.cutmix(clean, box).masked_fill(padding == IGNORE_INDEX, IGNORE_INDEX)
     return Taught(labels, pseudo_labels, labeled if "labeled" in fields else None, mixed)
 
 
@@ -392,13 +395,7 @@ def main():
             taught = {}
             for role, teacher in teachers.items():
                 with autocast(device, args.precision):
-                    t = teach(teacher, images, bare, box, args, fields[role])
-                # pixels without a label, or outside the image, take no part in Eq. 2 either
-                if t.labels is not None:
-                    t = t._replace(labels=t.labels.masked_fill(label == datasets.IGNORE, datasets.IGNORE))
-                if t.pseudo_labels is not None:
-                    t = t._replace(pseudo_labels=t.pseudo_labels.masked_fill(padding == datasets.IGNORE, datasets.IGNORE))
-                taught[role] = t
+                    taught[role] = teach(teacher, images, label, bare, padding, box, args, fields[role])
             shares.append((images, mixed, label, taught, padding))
         counts = valid_pixels([[label, padding] if on_views else [label] for _, _, label, _, padding in shares])
 

@@ -31,6 +31,8 @@ import datasets
 import mgd_ops
 import models
 from common import (
+    ALIKE,
+    IGNORE_INDEX,
     TRAINING_SETTINGS,
     ArgumentParser,
     UserError,
@@ -42,6 +44,7 @@ from common import (
     rank_and_size,
     run,
     start_ranks,
+    values,
     write_result,
 )
 
@@ -112,15 +115,14 @@ def predict(model, image: np.ndarray, device, precision: str, protocol: Protocol
             with autocast(device, precision):
                 logits = window_logits(model, x.flip(-1) if mirrored else x, protocol.window)
             logits = logits.flip(-1) if mirrored else logits
-            if logits.shape[-2:] != size:
-                logits = models.full_size(logits, size)
+            logits = mgd_ops.upsample(logits, size)
             total = logits if views == 1 else total + logits.softmax(1)
     return total[0].argmax(0)
 
 
 def confusion_matrix(prediction: torch.Tensor, mask: torch.Tensor, classes: int) -> torch.Tensor:
     """(N, N) int64: entry ij counts the pixels of class i that were predicted as j; pixels of 255 are left out."""
-    valid = mask != datasets.IGNORE
+    valid = mask != IGNORE_INDEX
     index = classes * mask[valid].long() + prediction[valid].long()
     return torch.bincount(index, minlength=classes**2).view(classes, classes)
 
@@ -245,15 +247,14 @@ def print_seeds(rows: list[dict]):
     """Mean and standard deviation over the seeds, for what was trained with more than one."""
     groups = {}
     for row in rows:
-        alike = ("teachers", "losses", "regions", "head_width", "teacher_labels", *TRAINING_SETTINGS)
-        other = [row.get(key) for key in alike]
-        groups.setdefault((label_of(row), row["partition"], row["steps"], str(other)), []).append(row["miou"])
-    if max(map(len, groups.values())) > 1:
+        groups.setdefault(str(values(row, ALIKE)), {})[row["seed"]] = row
+    groups = [list(group.values()) for group in groups.values() if len(group) > 1]
+    if groups:
         print("\nover seeds")
-    for (label, part, steps, _), values in groups.items():
-        if len(values) > 1:
-            spread = f"{np.mean(values):6.2f} ± {np.std(values, ddof=1):.2f}"
-            print(f"    {label:24} {part:>5} {steps:6d} steps  {spread}  ({len(values)} seeds)")
+    for group in groups:
+        row, mious = group[0], [row["miou"] for row in group]
+        spread = f"{np.mean(mious):6.2f} ± {np.std(mious, ddof=1):.2f}"
+        print(f"    {label_of(row):24} {row['partition']:>5} {row['steps']:6d} steps  {spread}  ({len(group)} seeds)")
 
 
 # ---- prediction ----
@@ -385,10 +386,10 @@ def main():
             raise UserError(f"{path}: was trained on the classes {', '.join(checkpoint['classes'])}, but the data set has "
                             f"{', '.join(dataset.classes)}; give the data set of the training with --data")  # fmt: skip
         confusion = evaluate(model, dataset, dataset.val, device, precision, protocol)
-        miou, values = iou(confusion)
+        miou, ious = iou(confusion)
         settings = {key: checkpoint["args"].get(key) for key in TRAINING_SETTINGS}
         settings["train_scales"] = checkpoint["args"]["scales"]
-        rows.append({**checkpoint["row"], **settings, "miou": miou, "iou": dict(zip(dataset.classes, values, strict=True)),
+        rows.append({**checkpoint["row"], **settings, "miou": miou, "iou": dict(zip(dataset.classes, ious, strict=True)),
                      "params_m": sum(p.numel() for p in model.parameters()) / 1e6,
                      "window": protocol.window, "scales": protocol.scales, "flip": protocol.flip})  # fmt: skip
         if not main_rank:

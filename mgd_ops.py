@@ -23,16 +23,15 @@ import filelock  # of torch's own requirements
 import torch
 import torch.nn.functional as F
 
-from common import UserError, run
+from common import IGNORE_INDEX, UserError, run
 
-IGNORE_INDEX = 255
 MIN_NORM = 1e-6  # a pooled region below this norm has no direction: its correlations are 0 and it takes no gradient
 
 # ---- pixel level: the references ----
 
 
 def upsample(logits: torch.Tensor, size) -> torch.Tensor:
-    """Logits (B, N, h, w) -> (B, N, *size), bilinear with aligned corners, float32 at least."""
+    """Logits (B, N, h, w) -> (B, N, *size), bilinear with aligned corners as in the released code, float32 at least."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if logits.shape[2:] == torch.Size(size):
         return logits

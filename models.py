@@ -5,7 +5,7 @@
 
 A model maps images (B, 3, H, W) to `Output(logits, features)`: logits (B, N, H, W) in float32 at the size of the images,
 and the decoder's features (B, C, H/4, W/4), the F of the paper's region-level loss. With `upsample=False` the logits are
-those of the classifier, (B, N, H/4, W/4), and `full_size` brings them to any size.
+those of the classifier, (B, N, H/4, W/4), and `mgd_ops.upsample` brings them to any size.
 """
 
 import copy
@@ -22,6 +22,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
+import mgd_ops
 from common import ArgumentParser, UserError, run
 
 # The paper's name for a backbone -> torchvision's. "Wide ResNet-34" counts 66.83M parameters only as Wide ResNet-50-2.
@@ -111,12 +112,7 @@ class DeepLabV3Plus(nn.Module):
         low, high = self.backbone(images)
         features = self.decoder(low, self.aspp(high))  # (B, C, H/4, W/4)
         logits = self.classifier(features).float()  # losses and argmax see float32, also under autocast
-        return Output(full_size(logits, images.shape[-2:]) if upsample else logits, features)
-
-
-def full_size(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Logits (B, N, h, w) -> (B, N, *size), bilinear with aligned corners, as the released code has it."""
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+        return Output(mgd_ops.upsample(logits, images.shape[-2:]) if upsample else logits, features)
 
 
 def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:

@@ -18,7 +18,7 @@ import statistics
 
 import matplotlib
 
-from common import TRAINING_SETTINGS, ArgumentParser, UserError, run
+from common import ALIKE, NETWORK, NEWER, SETTINGS, ArgumentParser, UserError, run, values
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -28,12 +28,13 @@ from matplotlib.lines import Line2D
 PAPER = json.loads((pathlib.Path(__file__).parent / "results" / "paper.json").read_text(encoding="utf-8"))
 TITLES = PAPER["titles"]
 
-# What may not differ between runs that are averaged. Older files lack the NEWER keys, which are None then.
-DATA = ("dataset", "partition", "partition_hash", "labeled")
-NETWORK = ("role", "backbone", "method")
-NEWER = (*TRAINING_SETTINGS, "train_scales", "teacher_backbones", "window", "scales", "flip")
-SETTINGS = ("steps", "head_width", "crop", "weights", "teachers", "teacher_labels", "losses", "regions", *NEWER)
-ALIKE = (*DATA, *NETWORK, *SETTINGS)
+# The settings that only some methods have; in the rows of others they are None.
+METHODS_OF = {
+    "lambda_image": ("mgd",), "lambda_region": ("mgd",), "image_reduction": ("mgd",), "mixed_terms": ("mgd", "kd", "cwd"),
+    "kd_weight": ("kd", "cwd"), "temperature": ("kd", "cwd"), "mt_weight": ("mt",), "ema_decay": ("mt",),
+    "cps_weight": ("cps",), "threshold": ("cps",), "sup_only": ("mt", "cps"), "ramp_up": ("mt", "cps"),
+    "cutmix": ("mt", "cps", "kd", "cwd", "mgd"),
+}  # fmt: skip
 HEAD = ("head_width", "separable_head")
 GMACS = ("gmacs_backbone", "gmacs_model")
 FULL = ("sup", "pixel", "image:T_D", "region:T_W")  # the losses of MGD in Tables 1 to 3
@@ -86,6 +87,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
                 raise UserError(f"{path}: a row lacks '{absent[0]}'; write the file again with evaluate.py --json")
             if not isinstance(row["miou"], (int, float)) or not math.isfinite(row["miou"]):
                 raise UserError(f"{path}: a row's mIoU is {row['miou']}; evaluate that checkpoint again")
+            row.update({key: None for key, methods in METHODS_OF.items() if row["method"] not in methods})
         files.append((str(content.get("created")), rows))
     rows = [row for _, rows in sorted(files, key=lambda file: file[0]) for row in rows]
     if not rows:
@@ -97,26 +99,23 @@ def tuples(row: dict) -> dict:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
 
 
-def values(row: dict, keys) -> tuple:
-    return tuple(row.get(key) for key in keys)
-
-
 def average(rows: list[dict]) -> list[dict]:
-    """Mean and sample deviation over the seeds of runs that are alike; of rows of one seed the newest counts."""
+    """Mean and sample deviation over the seeds of runs that are alike; of rows of the same seeds, the student's and its
+    teachers', the newest counts."""
     alike, replaced = collections.defaultdict(dict), 0
     for row in rows:
-        seeds = alike[values(row, ALIKE)]
-        replaced += row["seed"] in seeds and seeds[row["seed"]]["miou"] != row["miou"]
-        seeds[row["seed"]] = row
+        seeds, seed = alike[values(row, ALIKE)], (row["seed"], row.get("teacher_seeds"))
+        replaced += seed in seeds and seeds[seed]["miou"] != row["miou"]
+        seeds[seed] = row
     if replaced:
-        print(f"{replaced} row(s) left out: newer ones agree with them in all settings and the seed")
+        print(f"{replaced} row(s) left out: newer ones agree with them in all settings and seeds")
     groups = []
     for seeds in alike.values():
         mious, files = [row["miou"] for row in seeds.values()], sorted({row["file"] for row in seeds.values()})
         shared = {key: row[key] for row in seeds.values() for key in (*ALIKE, *GMACS)}
         deviation = statistics.stdev(mious) if len(mious) > 1 else None
         groups.append({**shared, "source": "ours", "miou": statistics.fmean(mious), "deviation": deviation, "n": len(mious),
-                       "seeds": sorted(seeds), "files": files})  # fmt: skip
+                       "seeds": sorted(row["seed"] for row in seeds.values()), "files": files})  # fmt: skip
     return groups
 
 
@@ -183,13 +182,11 @@ def write_tables(groups: list[dict], dataset: str, name: str, out: pathlib.Path)
 
 def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: list[dict], paper: list[dict]):
     """NAME.md and NAME.csv: a column a partition, and a line for each value of `fields`, the steps, and any setting in which
-    lines would else look alike. Without ours nothing is written."""
+    lines of the same `fields` differ. Without ours nothing is written."""
     if not ours:
         return
-    settings = ["steps"]
-    for key in SETTINGS:
-        if len({values(g, (*fields, *settings, key)) for g in ours}) > len({values(g, (*fields, *settings)) for g in ours}):
-            settings.append(key)
+    alike = {values(g, fields) for g in ours}
+    settings = [key for key in SETTINGS if key == "steps" or len({values(g, (*fields, key)) for g in ours}) > len(alike)]
     settings += GMACS if "method" in fields else ()
     lists = collections.Counter(part for part, _ in {values(g, ("partition", "partition_hash")) for g in ours})
 

@@ -23,6 +23,7 @@ import evaluate
 import mgd_ops
 import models
 from common import (
+    IGNORE_INDEX,
     ArgumentParser,
     Progress,
     UserError,
@@ -181,8 +182,8 @@ def main():
                     else:  # each network's labels, with batch norm in training mode, as in CPS
                         coarse = [net(bare, upsample=False).logits for net in running]
                         labels = [mgd_ops.upsampled_argmax(logits, args.crop, args.threshold) for logits in coarse]
-                        outside = padding == datasets.IGNORE
-                        targets = [datasets.cutmix(each.masked_fill(outside, datasets.IGNORE), box) for each in labels]
+                        outside = padding == IGNORE_INDEX
+                        targets = [datasets.cutmix(each.masked_fill(outside, IGNORE_INDEX), box) for each in labels]
                 mixed, padding = datasets.cutmix(bare, box), datasets.cutmix(padding, box)
             shares.append((images, label, mixed, padding, targets, box))
             if weight == 0:
@@ -203,10 +204,10 @@ def main():
                         with autocast(device, args.precision):
                             mixed_logits = net(mixed, upsample=False).logits
                         if average:
-                            both = models.full_size(torch.cat([logits, mixed_logits]), args.crop)
-                            of_images, of_views = (models.full_size(coarse, args.crop).softmax(1) for coarse in targets)
+                            both = mgd_ops.upsample(torch.cat([logits, mixed_logits]), args.crop)
+                            of_images, of_views = (mgd_ops.upsample(coarse, args.crop).softmax(1) for coarse in targets)
                             target = torch.cat([of_images, datasets.cutmix(of_views, box)])
-                            valid = torch.cat([label, padding]) != datasets.IGNORE
+                            valid = torch.cat([label, padding]) != IGNORE_INDEX
                             term = consistency_loss(both, target, valid, counts.sum())
                         else:
                             term = mgd_ops.pixel_cross_entropy(mixed_logits, targets[1 - i], counts[2 - i])

@@ -52,7 +52,7 @@ class Drawn(datasets.Files):
 
 def plain_order(dataset, crop):
     """The usual pipeline; `scale` is drawn outside, so that both orders get the same."""
-    fill = {tv_tensors.Image: datasets.FILL, tv_tensors.Mask: datasets.IGNORE}
+    fill = {tv_tensors.Image: datasets.FILL, tv_tensors.Mask: datasets.IGNORE_INDEX}
     rest = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(crop, pad_if_needed=True, fill=fill)])
 
     def item(scale):

@@ -5,8 +5,9 @@
 The released procedure is written out below, plainly, from the paper's code: float32 (TF32 convolutions on GPUs, as PyTorch's
 default is), cudnn.benchmark, all networks in training mode, eight teacher and four student forwards a labeled image, eleven
 cross entropies of which those of the student's own logits can give a gradient, every term read on the host. This project's
-step is made of the functions that distill.py runs. Both see the same models, batch and crop, drawn on the device. Each arm
-runs in a process of its own. On the CPU `peak_mb` is resident memory above that after models and optimizer are built.
+steps follow the loops of distill.py and train_teacher.py, and call what these call. Both see the same models, batch and crop,
+drawn on the device. Each arm runs in a process of its own. On the CPU `peak_mb` is resident memory above that after models and
+optimizer are built.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import datasets
 import distill
 import mgd_ops
 import models
-from common import ArgumentParser, UserError, autocast, parameter_groups, pick_precision, run, write_result
+from common import ArgumentParser, UserError, autocast, parameter_groups, pick_precision, run, valid_pixels, write_result
 
 # stage and student, crop, labeled images a step, classes
 CASES = {
@@ -100,7 +101,7 @@ def released_cps(nets, optimizer, batch):
     return {"sup": float(supervised.detach()), "cps": float(cps.detach())}
 
 
-# ---- this project's step, from the functions of distill.py and train_teacher.py ----
+# ---- this project's steps, after the loops of distill.py and train_teacher.py ----
 
 
 def our_distill(nets, optimizer, batch, args, clock=lambda name: None):
@@ -108,20 +109,17 @@ def our_distill(nets, optimizer, batch, args, clock=lambda name: None):
     student, deep, wide = nets
     images, label, u0, u1, box = batch
     bare, device = torch.cat([u0, u1]), images.device
-    padding = torch.zeros_like(label).repeat(2, 1, 1)
+    padding = datasets.cutmix(torch.zeros_like(label).repeat(2, 1, 1), box)
     optimizer.zero_grad(set_to_none=True)
     with autocast(device, args.precision):
-        taught = {role: distill.teach(teacher, images, bare, box, args, distill.wanted(args, role))
+        taught = {role: distill.teach(teacher, images, label, bare, padding, box, args, distill.wanted(args, role))
                   for role, teacher in (("T_D", deep), ("T_W", wide))}  # fmt: skip
-    padding = datasets.cutmix(padding, box)
-    for role, t in taught.items():
-        taught[role] = t._replace(labels=t.labels.masked_fill(label == 255, 255),
-                                  pseudo_labels=t.pseudo_labels.masked_fill(padding == 255, 255))  # fmt: skip
+    counts = valid_pixels([[label, padding]])
     clock("teachers")
     with autocast(device, args.precision):
         outputs = student(images, upsample=False), student(datasets.cutmix(bare, box), upsample=False)
     clock("student forward")
-    terms = distill.mgd_losses(*outputs, label, taught, args)
+    terms = distill.mgd_losses(*outputs, label, taught, args, counts)
     clock("losses")
     terms["loss"].backward()
     clock("backward")

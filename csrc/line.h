@@ -1,4 +1,4 @@
-// Scratch memory of the CPU kernels.
+// What the CPU kernels share: strides, and scratch memory.
 #pragma once
 
 #include <cstddef>
@@ -6,6 +6,10 @@
 #include <vector>
 
 namespace mgd {
+
+struct Strides {  // in elements
+  int64_t b, c, h, w;
+};
 
 // n values, zeros at first, from the start of a cache line on: sums that straddle lines cost 40% more.
 template <typename acc_t>

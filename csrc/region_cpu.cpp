@@ -20,10 +20,6 @@
 namespace mgd {
 namespace {
 
-struct Strides {
-  int64_t b, c, h, w;
-};
-
 // The bins of one axis, computed once a call: divisions are dear beside the few additions a pixel needs.
 struct Axis {
   struct Run {  // neighbours that lie in the same bins

@@ -30,12 +30,13 @@ struct Map {  // a feature map: sizes, and strides in elements, 64 bits wide sin
   int64_t sb, sc, sh, sw;
 };
 
-// Bins are computed with 32 bits; offsets into tensors with 64. Two rows of the correlation must fit into shared memory.
+// Bins are computed with 32 bits; offsets into tensors with 64. Two rows of the correlation, in float64 16 bytes a region, must
+// fit into 48 KB of shared memory beside the few sums of a block.
 void check_sizes(int64_t height, int64_t width, int64_t rows, int64_t cols) {
   constexpr int64_t kLimit = int64_t(1) << 31;
   STD_TORCH_CHECK((height + 1) * (rows + 1) < kLimit && (width + 1) * (cols + 1) < kLimit && height * width < kLimit,
                   "mgd: features of ", height, "x", width, " with ", rows, "x", cols, " regions are too large");
-  STD_TORCH_CHECK(rows * cols <= 3072, "mgd: ", rows, "x", cols, " regions are too many for the CUDA kernels, which take 3072");
+  STD_TORCH_CHECK(rows * cols <= 3000, "mgd: ", rows, "x", cols, " regions are too many for the CUDA kernels, which take 3000");
 }
 
 Map map_of(const Tensor& t) {

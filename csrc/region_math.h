@@ -8,11 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define HD __host__ __device__ __forceinline__
-#else
-#define HD inline
-#endif
+#include "host_device.h"
 
 namespace mgd {
 
@@ -23,20 +19,20 @@ constexpr double kMinNorm = 1e-6;
 // where the size does not divide. The integer type is the caller's: 32 bits are several times faster to divide on a GPU, and
 // hold (size + 1) * (bins + 1) for every map that is not absurd (see check_sizes in region_cuda.cu).
 template <typename int_t>
-HD int_t bin_begin(int_t i, int_t size, int_t bins) { return i * size / bins; }
+MGD_HD int_t bin_begin(int_t i, int_t size, int_t bins) { return i * size / bins; }
 template <typename int_t>
-HD int_t bin_end(int_t i, int_t size, int_t bins) { return ((i + 1) * size + bins - 1) / bins; }
+MGD_HD int_t bin_end(int_t i, int_t size, int_t bins) { return ((i + 1) * size + bins - 1) / bins; }
 
 // The bins that hold pixel y are first_bin to last_bin: bin_end > y from floor(y * bins / size) on, and bin_begin <= y up to
 // ceil((y + 1) * bins / size) - 1.
 template <typename int_t>
-HD int_t first_bin(int_t y, int_t size, int_t bins) { return y * bins / size; }
+MGD_HD int_t first_bin(int_t y, int_t size, int_t bins) { return y * bins / size; }
 template <typename int_t>
-HD int_t last_bin(int_t y, int_t size, int_t bins) { return ((y + 1) * bins + size - 1) / size - 1; }
+MGD_HD int_t last_bin(int_t y, int_t size, int_t bins) { return ((y + 1) * bins + size - 1) / size - 1; }
 
 // Share of one pixel in the average of region (i, j).
 template <typename acc_t, typename int_t>
-HD acc_t pixel_weight(int_t i, int_t j, int_t height, int_t width, int_t rows, int_t cols) {
+MGD_HD acc_t pixel_weight(int_t i, int_t j, int_t height, int_t width, int_t rows, int_t cols) {
   const int_t h = bin_end(i, height, rows) - bin_begin(i, height, rows);
   const int_t w = bin_end(j, width, cols) - bin_begin(j, width, cols);
   return acc_t(1) / (acc_t(h) * acc_t(w));
@@ -45,7 +41,7 @@ HD acc_t pixel_weight(int_t i, int_t j, int_t height, int_t width, int_t rows, i
 // Gradient of one pixel of one channel: the sum over the regions that hold it. `grad` points at region (0, 0) of that
 // channel, already times pixel_weight; regions are `stride` apart.
 template <typename acc_t, typename int_t>
-HD acc_t gather(const acc_t* grad, int_t i0, int_t i1, int_t j0, int_t j1, int_t cols, int_t stride) {
+MGD_HD acc_t gather(const acc_t* grad, int_t i0, int_t i1, int_t j0, int_t j1, int_t cols, int_t stride) {
   acc_t sum = 0;
   for (int_t i = i0; i <= i1; ++i)
     for (int_t j = j0; j <= j1; ++j) sum += grad[(i * cols + j) * stride];
@@ -54,19 +50,19 @@ HD acc_t gather(const acc_t* grad, int_t i0, int_t i1, int_t j0, int_t j1, int_t
 
 // 1 / |v|, or 0 for a region without direction, so that everything derived from it vanishes.
 template <typename acc_t>
-HD acc_t inverse_norm(acc_t squared_norm) {
+MGD_HD acc_t inverse_norm(acc_t squared_norm) {
   return squared_norm >= acc_t(kMinNorm * kMinNorm) ? acc_t(1) / std::sqrt(squared_norm) : acc_t(0);
 }
 
 // d loss / d m_ij, both places of the symmetric pair together, for a batch of `batch` images.
 template <typename acc_t>
-HD acc_t loss_gradient(acc_t student, acc_t teacher, int64_t batch, int64_t regions) {
+MGD_HD acc_t loss_gradient(acc_t student, acc_t teacher, int64_t batch, int64_t regions) {
   return acc_t(4) * (student - teacher) / (acc_t(batch) * acc_t(regions) * acc_t(regions));
 }
 
 // d / d v of u = v / |v| applied to a gradient `du` of u: the part along u does not count.
 template <typename acc_t>
-HD acc_t normalize_gradient(acc_t du, acc_t u, acc_t du_dot_u, acc_t inverse_norm) {
+MGD_HD acc_t normalize_gradient(acc_t du, acc_t u, acc_t du_dot_u, acc_t inverse_norm) {
   return (du - du_dot_u * u) * inverse_norm;
 }
 

@@ -71,10 +71,6 @@ struct Axis {
   }
 };
 
-struct Strides {
-  int64_t b, c, h, w;
-};
-
 // A walk down the full rows of one image after another. Rows of full width are (strips, N, kWidth).
 template <typename T>
 class Walk {

@@ -7,11 +7,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MGD_HD __host__ __device__ __forceinline__
-#else
-#define MGD_HD inline
-#endif
+#include "host_device.h"
 
 namespace mgd {
 

@@ -151,6 +151,17 @@ def ckpt(tmp_path):
     return tmp_path / "last.pt"
 
 
+def test_only_runs_alike_are_averaged_over_their_seeds(capsys):
+    def row(seed, miou, **changes):
+        return {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1/8", "steps": 10, "crop": [64, 64],
+                "weights": "none", "seed": seed, "miou": miou, **changes}  # fmt: skip
+
+    evaluate.print_seeds([row(0, 40.0), row(0, 40.0), row(1, 60.0, crop=[32, 32]), row(1, 60.0, weights="imagenet")])
+    assert capsys.readouterr().out == ""
+    evaluate.print_seeds([row(0, 40.0), row(1, 42.0), row(1, 60.0, crop=[32, 32])])
+    assert capsys.readouterr().out.split("steps")[1].split() == ["41.00", "±", "1.41", "(2", "seeds)"]
+
+
 def test_overlays_leave_black_classes_out(script, ckpt, tmp_path):
     (tmp_path / "photos").mkdir()
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

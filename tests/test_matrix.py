@@ -118,6 +118,20 @@ def test_make_matrix_evaluates_what_is_there(tmp_path, code, evaluated):
     assert (evaluation in done.stdout) == evaluated and done.stdout.count("called") == 1 + evaluated, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("target", ["teacher-wide", "sup-r18", "mgd-r18"])
+def test_make_leaves_a_finished_run_when_it_is_interrupted(tmp_path, target):
+    """With a stand-in for python, which finishes its run and then sees make interrupted."""
+    for name in {"teacher-deep", "teacher-wide"} - {target}:
+        (tmp_path / "runs/shapes/1-8" / name).mkdir(parents=True)
+        (tmp_path / "runs/shapes/1-8" / name / "last.pt").touch()
+    (tmp_path / "python").write_text("#!/bin/sh\nmkdir -p $3\necho done > $3/last.pt\nkill -INT $PPID\nsleep 5\n")
+    (tmp_path / "python").chmod(0o755)
+    last = f"runs/shapes/1-8/{target}/last.pt"
+    command = ["make", "-f", str(ROOT / "Makefile"), last, "VENV=", "PYTHON=./python"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and (tmp_path / last).read_text() == "done\n", done.stderr
+
+
 def test_wrong_flags_are_named_before_anything_is_run(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     text = commands(("sup", "kd"))

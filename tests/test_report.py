@@ -112,15 +112,36 @@ def test_paper_figures_are_the_published_ones():
     {"steps": 2000}, {"partition_hash": "bbb"}, {"head_width": 64}, {"separable_head": True}, {"weights": "none"},
     {"crop": [256, 512]}, {"window": None}, {"scales": [0.5, 1.0]}, {"flip": True}, {"backbone": "mobilenetv2"},
     {"partition": "1/4", "labeled": 2646}, {"role": "teacher_deep"}, {"dataset": "camvid"}, {"batch": 16}, {"lr": 0.1},
-    {"teacher_backbones": ["vgg"]}, {"train_scales": [1.0]}, *({key: 0.123} for key in TRAINING_SETTINGS),
+    {"teacher_backbones": ["vgg"]}, {"teacher_methods": ["mt"]}, {"teacher_steps": [9]}, {"train_scales": [1.0]},
+    *({key: 0.123} for key in TRAINING_SETTINGS),
 ])  # fmt: skip
 def test_runs_that_differ_are_not_averaged_and_can_be_told_apart(tables, change):
-    out = tables([row(miou=40.0), row(miou=60.0, seed=1, **change)])
+    method = report.METHODS_OF.get(next(iter(change)), ("sup",))[0]  # of those that have the setting
+    out = tables([row(method, miou=40.0), row(method, miou=60.0, seed=1, **change)])
     lines = [(path.stem, line) for path in sorted(out.glob("table*.md")) for line in markdown(path)]
     found = [(table, key, line) for table, line in lines for key, cell in line.items() if cell in ("40.00", "60.00")]
     assert len(found) == 2 and not any("±" in cell for _, line in lines for cell in line.values())
     told = [(table, key, [c for k, c in line.items() if not k.startswith("1/")]) for table, key, line in found]
     assert told[0] != told[1]
+
+
+def test_settings_that_a_method_does_not_have_do_not_keep_its_runs_apart(tables):
+    out = tables([row(miou=40.0, kd_weight=1.0, cutmix=True), row(miou=42.0, seed=1, kd_weight=4.0, cutmix=False)])
+    assert [line["1/8"] for line in markdown(out / "table1.md") if line["method"] == "Sup"].count("41.00 ± 1.41 (2)") == 1
+
+
+def test_all_settings_in_which_lines_of_a_method_differ_are_columns(tables):
+    """Also where one of them would tell the lines apart."""
+    out = tables([row(miou=40.0, lr=0.1), row(miou=42.0, steps=2000, lr=0.2), row("mgd", miou=50.0, lr=0.3)])
+    lines = [(line["steps"], line["lr"]) for line in markdown(out / "table1.md") if line["1/8"] != "–"]
+    assert lines == [("1,000", "0.1"), ("2,000", "0.2"), ("1,000", "0.3")]
+    assert "batch" not in markdown(out / "table1.md")[0]
+
+
+def test_students_of_one_seed_and_different_teachers_all_count(tables):
+    out = tables([row("mgd", miou=50.0 + sum(seeds), seed=1, teacher_seeds=seeds) for seeds in ([0, 0], [1, 1])])
+    (line,) = records(out / "table1.csv")
+    assert (line["miou"], line["n"], line["seeds"]) == ("51.0", "2", "1 1")
 
 
 def test_students_of_teachers_with_all_labels_have_their_own_table(tables):
@@ -185,15 +206,30 @@ def test_heads_and_pictures(tables):
     assert "fig1 and fig3 leave out" in tables.said
 
 
-def test_curves(script, tmp_path):
-    for name, extra in (("a", {"sup": 1.0, "cps": 0.5}), ("b", {"sup": float("nan")})):
+def test_curves(script, tmp_path, monkeypatch):
+    drawn, save = {}, report.save
+
+    def keep(figure, entries, path):
+        drawn.update({axis.get_title(): [line.get_data() for line in axis.lines] for axis in figure.axes})
+        save(figure, entries, path)
+
+    monkeypatch.setattr(report, "save", keep)
+    for name, extra in (("a", {"cps": 0.5}), ("b", {"sup": float("nan")})):
         (tmp_path / name).mkdir()
-        lines = [{"step": s, "lr": 0.1, "images_per_s": 9.0, "data_wait": 0.0, **extra} for s in range(20, 200, 20)]
+        common = {"lr": 0.1, "images_per_s": 9.0, "data_wait": 0.0}
+        lines = [{"step": step, **common, "sup": step / 20, **extra} for step in range(20, 200, 20)]
         text = "\n".join(map(json.dumps, [*lines, {"step": 180, "miou": 40.0}]))
         (tmp_path / name / "log.jsonl").write_text(text + '\n{"step": 200, "l')  # a run that goes on
     logs = [tmp_path / "a" / "log.jsonl", tmp_path / "b" / "log.jsonl"]
     code, _, err = script(report, "--curves", *logs, "--out", tmp_path / "new" / "curves.png")
     assert code == 0 and is_picture(tmp_path / "new" / "curves.png"), err
+    assert drawn.keys() == {"loss: sup", "loss: cps", "mIoU on val, %"}
+    logged, smooth, *_ = drawn["loss: sup"]
+    steps = np.arange(20, 200, 20)
+    np.testing.assert_allclose(logged, (steps, steps / 20))
+    np.testing.assert_allclose(smooth, (steps, [np.mean(range(max(1, k - 4), min(9, k + 4) + 1)) for k in range(1, 10)]))
+    assert np.isnan(drawn["loss: sup"][-1][1]).all()  # b's
+    assert np.array(drawn["mIoU on val, %"]).tolist() == [[[180], [40]]] * 2
 
 
 def test_committed_results_are_read(script, tmp_path):

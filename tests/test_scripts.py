@@ -462,7 +462,8 @@ def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
     box[:, :, :2] = True  # the corner of the mixed view comes from the second view
     args = argparse.Namespace(teacher_bn=teacher_bn, mixed_terms=mixed_terms)
     everything = {*distill.Taught._fields}
-    taught = distill.teach(Teacher(), images, views, box, args, everything)
+    label, padding = torch.zeros(2, 2, 4, 4, dtype=torch.int64)
+    taught = distill.teach(Teacher(), images, label, views, padding, box, args, everything)
     runs = 4 if mixed_terms == "mixed" else 3
     assert seen == ([2] * runs if teacher_bn == "train" else [2 * runs])
     assert (taught.labels[0] == 1).all() and (taught.labels[1] == 0).all() and torch.equal(taught.labeled.features, images)
@@ -474,12 +475,17 @@ def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
     # what is not wanted is not run, and what is wanted is the same alone
     for field, runs in {"labels": 1, "labeled": 1, "pseudo_labels": 2, "mixed": 1 if mixed_terms == "mixed" else 2}.items():
         seen.clear()
-        alone = distill.teach(Teacher(), images, views, box, args, {field})
+        alone = distill.teach(Teacher(), images, label, views, padding, box, args, {field})
         assert sum(seen) == 2 * runs and [name for name in everything if getattr(alone, name) is not None] == [field]
         got, expected = getattr(alone, field), getattr(taught, field)
         torch.testing.assert_close(tuple(got) if isinstance(got, tuple) else got,
                                    tuple(expected) if isinstance(expected, tuple) else expected)  # fmt: skip
-    taught = distill.teach(Teacher(), images, views[:2], None, args, everything)
+    label[0, 3], padding[1, :, 3] = 255, 255  # what has no label, or lies outside the image, is not learnt from
+    masked = distill.teach(Teacher(), images, label, views, padding, box, args, everything)
+    assert torch.equal(masked.labels, taught.labels.masked_fill(label == 255, 255))
+    assert torch.equal(masked.pseudo_labels, taught.pseudo_labels.masked_fill(padding == 255, 255))
+    padding.zero_()
+    taught = distill.teach(Teacher(), images, label, views[:2], padding, None, args, everything)
     assert (taught.pseudo_labels[0] == 0).all() and (taught.pseudo_labels[1] == 1).all()
     assert torch.equal(taught.mixed.features, views[:2])
 
@@ -588,6 +594,19 @@ def test_resume_of_mean_teacher_equals_an_uninterrupted_run(script, tmp_path):
 def test_resume_of_distillation_equals_an_uninterrupted_run(script, teachers, tmp_path):
     arguments = ["--deep", teachers[0], "--wide", teachers[1], *TINY, "--steps", "6", "--save-every", "3"]
     resume_equals_uninterrupted(script, distill, arguments, tmp_path)
+
+
+def test_a_student_does_not_go_on_with_teachers_trained_anew(script, teachers, tmp_path, monkeypatch):
+    teacher = common.load_checkpoint(teachers[0])
+    common.save_checkpoint(tmp_path / "teacher.pt", teacher)
+    arguments = ["--out", tmp_path / "x", "--deep", tmp_path / "teacher.pt", *TINY, "--steps", "2", "--save-every", "1"]
+    interrupt_at(monkeypatch, distill, 1)
+    assert script(distill, *arguments)[0] == 130
+    teacher["row"]["miou"] += 1
+    common.save_checkpoint(tmp_path / "teacher.pt", teacher)
+    code, _, err = script(distill, *arguments, "--resume")
+    assert code == 2 and "resume.pt: learnt from other teachers than those of --deep and --wide now" in err
+    assert (tmp_path / "x" / "resume.pt").exists()
 
 
 def test_the_same_seed_gives_the_same_losses_twice_and_workers_change_nothing(script, teachers, tmp_path):
