@@ -7,6 +7,7 @@ import argparse
 import atexit
 import contextlib
 import datetime
+import errno
 import inspect
 import json
 import os
@@ -46,13 +47,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Run a script's `main`; a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's `main`; a UserError, or a full disk, becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
         # A DataLoader worker hands its exception over with the traceback inside the message; the last line is ours.
         line = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: the disk is full; make room, then run the same again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; with --resume (or make) a training goes on from its last resume.pt", file=sys.stderr)
@@ -330,18 +336,25 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def save_checkpoint(path: pathlib.Path, checkpoint: dict):
-    """Write `checkpoint` so that `path` is at every moment either the old file or the whole new one; the first rank does."""
+    """Write `checkpoint` so that `path` is at every moment either the old file or the whole new one; the first rank does.
+    Raises UserError where it cannot be written."""
     if rank_and_size()[0] > 0:
         return
     checkpoint["rng"] = torch.get_rng_state()
     checkpoint["versions"] = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter while it handles the former
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = error.__context__ or error
+        raise UserError(f"{path}: cannot be written ({reason}); make room there, then go on with --resume") from None
 
 
 def load_checkpoint(path: pathlib.Path | str) -> dict:

@@ -1,11 +1,14 @@
 import argparse
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import common
 from common import UserError
@@ -47,10 +50,31 @@ def test_a_checkpoint_is_the_old_one_until_it_is_the_new_one(tmp_path, monkeypat
         raise OSError("disk full")
 
     monkeypatch.setattr(common.os, "fsync", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"last.pt: cannot be written \(disk full\)"):
         common.save_checkpoint(path, {**row, "step": 2})
+    assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
     checkpoint = common.load_checkpoint(path)
     assert checkpoint["step"] == 1 and checkpoint["versions"]["torch"] == str(torch.__version__)
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path):
+    """In a process whose files may have 100 kB."""
+    save = "import pathlib, torch, common; common.save_checkpoint(pathlib.Path('last.pt'), {'model': torch.zeros(100_000)})"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", f"{limit}; {save}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert "last.pt: cannot be written ([Errno 27] File too large)" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_clear_line(monkeypatch, capsys):
+    def main():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit) as ended:
+        common.run(main)
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith("the disk is full; make room, then run the same again\n")
 
 
 def test_what_is_no_checkpoint_is_one_clear_line(tmp_path):
