@@ -353,8 +353,10 @@ def save_checkpoint(path: pathlib.Path, checkpoint: dict):
     except (OSError, RuntimeError) as error:  # torch.save raises the latter while it handles the former
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = error.__context__ or error
-        raise UserError(f"{path}: cannot be written ({reason}); make room there, then go on with --resume") from None
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(f"{path}: cannot be written ({reason}); make that possible, then go on with --resume") from None
 
 
 def load_checkpoint(path: pathlib.Path | str) -> dict:

@@ -259,6 +259,7 @@ def test_labels_alone_need_no_unlabeled_image(script, teachers, folder, tmp_path
     ("--deep D --method kd --losses sup pixel", "--losses: chooses among those of --method mgd"),
     ("--deep D --method cwd --temperature 0", "--temperature 0.0: must be above 0"),
     ("--deep D --method kd --kd-weight -1", "--kd-weight -1.0: must be at least 0"),
+    ("--deep D --lambda-region -1", "--lambda-region -1.0: must be at least 0"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(script, tmp_path, options, said):
     assert said in errors(script, distill, "--out", tmp_path / "x", *TINY, *options.split())
