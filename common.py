@@ -517,8 +517,19 @@ SETTINGS = ("steps", "head_width", "crop", "weights", "teachers", "teacher_label
 ALIKE = (*DATA, *NETWORK, *SETTINGS)
 
 
+# The settings that only some methods have.
+METHODS_OF = {
+    "lambda_image": ("mgd",), "lambda_region": ("mgd",), "image_reduction": ("mgd",), "mixed_terms": ("mgd", "kd", "cwd"),
+    "kd_weight": ("kd", "cwd"), "temperature": ("kd", "cwd"), "mt_weight": ("mt",), "ema_decay": ("mt",),
+    "cps_weight": ("cps",), "threshold": ("cps",), "sup_only": ("mt", "cps"), "ramp_up": ("mt", "cps"),
+    "cutmix": ("mt", "cps", "kd", "cwd", "mgd"),
+}  # fmt: skip
+
+
 def values(row: dict, keys) -> tuple:
-    return tuple(row.get(key) for key in keys)
+    """What a result's row has under `keys`; None for settings that its method does not have."""
+    method = row.get("method")
+    return tuple(row.get(key) if method in METHODS_OF.get(key, (method,)) else None for key in keys)
 
 
 def write_result(path: pathlib.Path | str, what: str, rows: list[dict], seconds: float, ops: str):

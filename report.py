@@ -28,13 +28,6 @@ from matplotlib.lines import Line2D
 PAPER = json.loads((pathlib.Path(__file__).parent / "results" / "paper.json").read_text(encoding="utf-8"))
 TITLES = PAPER["titles"]
 
-# The settings that only some methods have; in the rows of others they are None.
-METHODS_OF = {
-    "lambda_image": ("mgd",), "lambda_region": ("mgd",), "image_reduction": ("mgd",), "mixed_terms": ("mgd", "kd", "cwd"),
-    "kd_weight": ("kd", "cwd"), "temperature": ("kd", "cwd"), "mt_weight": ("mt",), "ema_decay": ("mt",),
-    "cps_weight": ("cps",), "threshold": ("cps",), "sup_only": ("mt", "cps"), "ramp_up": ("mt", "cps"),
-    "cutmix": ("mt", "cps", "kd", "cwd", "mgd"),
-}  # fmt: skip
 HEAD = ("head_width", "separable_head")
 GMACS = ("gmacs_backbone", "gmacs_model")
 FULL = ("sup", "pixel", "image:T_D", "region:T_W")  # the losses of MGD in Tables 1 to 3
@@ -87,7 +80,6 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
                 raise UserError(f"{path}: a row lacks '{absent[0]}'; write the file again with evaluate.py --json")
             if not isinstance(row["miou"], (int, float)) or not math.isfinite(row["miou"]):
                 raise UserError(f"{path}: a row's mIoU is {row['miou']}; evaluate that checkpoint again")
-            row.update({key: None for key, methods in METHODS_OF.items() if row["method"] not in methods})
         files.append((str(content.get("created")), rows))
     rows = [row for _, rows in sorted(files, key=lambda file: file[0]) for row in rows]
     if not rows:

@@ -158,7 +158,8 @@ def test_only_runs_alike_are_averaged_over_their_seeds(capsys):
 
     evaluate.print_seeds([row(0, 40.0), row(0, 40.0), row(1, 60.0, crop=[32, 32]), row(1, 60.0, weights="imagenet")])
     assert capsys.readouterr().out == ""
-    evaluate.print_seeds([row(0, 40.0), row(1, 42.0), row(1, 60.0, crop=[32, 32])])
+    # Sup has no weight of KD
+    evaluate.print_seeds([row(0, 40.0, kd_weight=1.0), row(1, 42.0, kd_weight=4.0), row(1, 60.0, crop=[32, 32])])
     assert capsys.readouterr().out.split("steps")[1].split() == ["41.00", "±", "1.41", "(2", "seeds)"]
 
 

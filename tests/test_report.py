@@ -8,7 +8,7 @@ from conftest import ROOT
 from PIL import Image
 
 import report
-from common import TRAINING_SETTINGS
+from common import METHODS_OF, TRAINING_SETTINGS
 
 PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
 FULL = ["sup", "pixel", "image:T_D", "region:T_W"]
@@ -116,7 +116,7 @@ def test_paper_figures_are_the_published_ones():
     *({key: 0.123} for key in TRAINING_SETTINGS),
 ])  # fmt: skip
 def test_runs_that_differ_are_not_averaged_and_can_be_told_apart(tables, change):
-    method = report.METHODS_OF.get(next(iter(change)), ("sup",))[0]  # of those that have the setting
+    method = METHODS_OF.get(next(iter(change)), ("sup",))[0]  # of those that have the setting
     out = tables([row(method, miou=40.0), row(method, miou=60.0, seed=1, **change)])
     lines = [(path.stem, line) for path in sorted(out.glob("table*.md")) for line in markdown(path)]
     found = [(table, key, line) for table, line in lines for key, cell in line.items() if cell in ("40.00", "60.00")]
