@@ -120,11 +120,11 @@ def test_make_matrix_evaluates_what_is_there(tmp_path, code, evaluated):
 
 @pytest.mark.parametrize("target", ["teacher-wide", "sup-r18", "mgd-r18"])
 def test_make_leaves_a_finished_run_when_it_is_interrupted(tmp_path, target):
-    """With a stand-in for python, which finishes its run and then sees make interrupted."""
+    """With a stand-in for python, which finishes its run and then ends make: by SIGTERM, as SIGINT may be ignored here."""
     for name in {"teacher-deep", "teacher-wide"} - {target}:
         (tmp_path / "runs/shapes/1-8" / name).mkdir(parents=True)
         (tmp_path / "runs/shapes/1-8" / name / "last.pt").touch()
-    (tmp_path / "python").write_text("#!/bin/sh\nmkdir -p $3\necho done > $3/last.pt\nkill -INT $PPID\nsleep 5\n")
+    (tmp_path / "python").write_text("#!/bin/sh\nmkdir -p $3\necho done > $3/last.pt\nkill -TERM $PPID\nsleep 5\n")
     (tmp_path / "python").chmod(0o755)
     last = f"runs/shapes/1-8/{target}/last.pt"
     command = ["make", "-f", str(ROOT / "Makefile"), last, "VENV=", "PYTHON=./python"]
