@@ -356,7 +356,7 @@ def save_checkpoint(path: pathlib.Path, checkpoint: dict):
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        raise UserError(f"{path}: cannot be written ({reason}); make that possible, then go on with --resume") from None
+        raise UserError(f"{path}: cannot be written ({reason}); make room or give access, then go on with --resume") from None
 
 
 def load_checkpoint(path: pathlib.Path | str) -> dict:
@@ -469,18 +469,18 @@ class Progress:
             self.began = now
         if done % self.args.log_every and done % self.args.save_every and done != self.args.steps:
             return
-        values = mean_over_ranks(torch.stack([torch.as_tensor(value).float() for value in losses.values()])).tolist()
-        values = dict(zip(losses, values, strict=True))
+        means = mean_over_ranks(torch.stack([torch.as_tensor(loss).float() for loss in losses.values()])).tolist()
+        means = dict(zip(losses, means, strict=True))
         now = time.perf_counter()
         elapsed, self.since = now - self.since, now
         speed = self.steps * images / elapsed
         data, self.steps, self.waited = self.waited / elapsed, 0, 0.0
-        bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
-        self.write(step=step + 1, lr=lr, images_per_s=speed, data_wait=data, **values)
+        bad = [name for name, value in means.items() if value != value or abs(value) == float("inf")]
+        self.write(step=step + 1, lr=lr, images_per_s=speed, data_wait=data, **means)
         if bad:
             raise UserError(f"{self.args.out}: loss '{bad[0]}' is not finite at step {step + 1}; start again "
                             f"with a lower --lr than {self.args.lr} (and remove resume.pt there)")  # fmt: skip
-        text = " ".join(f"{name} {value:.3f}" for name, value in values.items())
+        text = " ".join(f"{name} {value:.3f}" for name, value in means.items())
         text += f" lr {lr:.2g} {speed:.1f} img/s data {data:.0%}"
         if self.bar.disable:  # not a terminal: lines instead of a bar
             eta = datetime.timedelta(seconds=round((self.args.steps - step - 1) * images / speed))

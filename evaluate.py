@@ -247,7 +247,7 @@ def print_seeds(rows: list[dict]):
     """Mean and standard deviation over the seeds, for what was trained with more than one."""
     groups = {}
     for row in rows:
-        groups.setdefault(str(values(row, ALIKE)), {})[row["seed"]] = row
+        groups.setdefault(str(values(row, ALIKE)), {})[row["seed"], str(row.get("teacher_seeds"))] = row
     groups = [list(group.values()) for group in groups.values() if len(group) > 1]
     if groups:
         print("\nover seeds")

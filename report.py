@@ -104,7 +104,7 @@ def average(rows: list[dict]) -> list[dict]:
     groups = []
     for seeds in alike.values():
         mious, files = [row["miou"] for row in seeds.values()], sorted({row["file"] for row in seeds.values()})
-        shared = {key: row[key] for row in seeds.values() for key in (*ALIKE, *GMACS)}
+        shared = dict(zip((*ALIKE, *GMACS), values(next(iter(seeds.values())), (*ALIKE, *GMACS)), strict=True))
         deviation = statistics.stdev(mious) if len(mious) > 1 else None
         groups.append({**shared, "source": "ours", "miou": statistics.fmean(mious), "deviation": deviation, "n": len(mious),
                        "seeds": sorted(row["seed"] for row in seeds.values()), "files": files})  # fmt: skip
@@ -280,7 +280,7 @@ def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
     """mIoU against the labeled images (Fig. 3) or against the GMACs of several heads, a panel a student."""
     backbones = sorted({g["backbone"] for g in groups}, key=order)
     panels = {name: [g for g in groups if (g["backbone"], g["role"]) == (name, "student")] for name in backbones}
-    panels = {name: ours for name, ours in panels.items() if len({g[x] for g in ours}) > 1}
+    panels = {name: ours for name, ours in panels.items() if any(len(line) > 1 for line in lines_along(x, ours).values())}
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(10, 4.8), squeeze=False)
@@ -303,6 +303,14 @@ def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
     save(figure, entries, path)
 
 
+def lines_along(x: str, groups: list[dict]) -> dict[tuple, list[dict]]:
+    """The groups that differ in `x` and the head's width alone, in the order of `x`, by what they share: first the method."""
+    lines = collections.defaultdict(list)
+    for g in sorted(groups, key=lambda g: g[x]):
+        lines[values(g, (*NETWORK[::-1], *(key for key in SETTINGS if key != "head_width")))].append(g)
+    return lines
+
+
 def draw_lines(axis, x: str, ours: list[dict], paper: list[dict], ticks: dict[float, str]) -> dict[str, Line2D]:
     """mIoU against `x`, a line for what differs in `x` alone, with bars of one deviation. Returns the legend.
     The colour is the method's, the marker the schedule's; open points and dashed lines are the paper's."""
@@ -312,9 +320,7 @@ def draw_lines(axis, x: str, ours: list[dict], paper: list[dict], ticks: dict[fl
     low, high = min(ticks) / 1.4, max(ticks) * 1.4
     axis.set(xlim=(low, high), ylabel="mIoU, %")
     methods = sorted({g["method"] for g in ours + paper}, key=order)
-    entries, the_paper, lines = {}, {}, collections.defaultdict(list)
-    for g in sorted(paper + ours, key=lambda g: g[x]):
-        lines[values(g, (*NETWORK[::-1], *(key for key in SETTINGS if key != "head_width")))].append(g)
+    entries, the_paper, lines = {}, {}, lines_along(x, paper + ours)
     for key in sorted(lines, key=order):
         line, method = lines[key], key[0]
         schedules = sorted({g["steps"] for g in ours if g["method"] == method})

@@ -68,6 +68,16 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_error_of_torch_save_that_is_no_failed_write_stays_itself(tmp_path, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("cannot be serialized")
+
+    monkeypatch.setattr(common.torch, "save", fails)
+    with pytest.raises(RuntimeError, match="cannot be serialized"):
+        common.save_checkpoint(tmp_path / "last.pt", {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_one_clear_line(monkeypatch, capsys):
     def main():
         raise OSError(errno.ENOSPC, "No space left on device")

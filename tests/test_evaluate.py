@@ -161,6 +161,8 @@ def test_only_runs_alike_are_averaged_over_their_seeds(capsys):
     # Sup has no weight of KD
     evaluate.print_seeds([row(0, 40.0, kd_weight=1.0), row(1, 42.0, kd_weight=4.0), row(1, 60.0, crop=[32, 32])])
     assert capsys.readouterr().out.split("steps")[1].split() == ["41.00", "±", "1.41", "(2", "seeds)"]
+    evaluate.print_seeds([row(0, 40.0, teacher_seeds=[0, 0]), row(0, 42.0, teacher_seeds=[1, 1])])
+    assert capsys.readouterr().out.split("steps")[1].split() == ["41.00", "±", "1.41", "(2", "seeds)"]
 
 
 def test_overlays_leave_black_classes_out(script, ckpt, tmp_path):

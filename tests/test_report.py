@@ -206,6 +206,12 @@ def test_heads_and_pictures(tables):
     assert "fig1 and fig3 leave out" in tables.said
 
 
+def test_partitions_trained_for_other_steps_are_no_line_of_fig3(tables):
+    half = {"partition": "1/2", "partition_hash": "bbb", "labeled": 5291}
+    assert not (tables([row(), row(steps=2000, **half)], pictures=True) / "fig3-voc.png").exists()
+    assert is_picture(tables([row(), row(**half)], pictures=True) / "fig3-voc.png")
+
+
 def test_curves(script, tmp_path, monkeypatch):
     drawn, save = {}, report.save
 
