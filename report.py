@@ -104,7 +104,7 @@ def average(rows: list[dict]) -> list[dict]:
     groups = []
     for seeds in alike.values():
         mious, files = [row["miou"] for row in seeds.values()], sorted({row["file"] for row in seeds.values()})
-        shared = dict(zip((*ALIKE, *GMACS), values(next(iter(seeds.values())), (*ALIKE, *GMACS)), strict=True))
+        shared = {key: row[key] for row in seeds.values() for key in (*ALIKE, *GMACS)}
         deviation = statistics.stdev(mious) if len(mious) > 1 else None
         groups.append({**shared, "source": "ours", "miou": statistics.fmean(mious), "deviation": deviation, "n": len(mious),
                        "seeds": sorted(row["seed"] for row in seeds.values()), "files": files})  # fmt: skip
