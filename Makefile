@@ -54,6 +54,7 @@ $(error DATASET=folder: give its folder, DATA=data/mine)
 endif
 
 DATASET_RUNS := runs/$(if $(filter folder,$(DATASET)),$(notdir $(patsubst %/,%,$(DATA))),$(DATASET))
+# Of the students; give another to train some by other settings, RUN=runs/mine/short.
 RUN := $(DATASET_RUNS)/$(subst /,-,$(PART))
 TEACHER_RUN := $(DATASET_RUNS)/$(subst /,-,$(TEACHER_PART))
 # What students of another partition's teachers, or of one seed's, have in their folder's name.

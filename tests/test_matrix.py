@@ -32,6 +32,12 @@ def commands(rows=ROWS):
     return make_n(*targets, f"ARGS={flags}", f"TEACHER_ARGS={' '.join(STEPS[4:])}", "DEEP=r18", "WIDE=mbv2")
 
 
+@pytest.fixture(autouse=True)
+def no_runs_yet(monkeypatch, tmp_path):
+    """make leaves finished runs out, those in the project's own folder too."""
+    monkeypatch.chdir(tmp_path)
+
+
 class Processes:
     """Stands for `subprocess`: runs a stage in this process, and counts."""
 
@@ -90,7 +96,6 @@ def test_interrupted_and_continued_equals_uninterrupted(monkeypatch, tmp_path):
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
     text = commands(("sup", "one-deep", "one-wide"))
     text = "\n".join(line + " --lr 1e30" if "teacher_deep" in line else line for line in text.splitlines())
     with pytest.raises(SystemExit, match=r"2 of 5 runs failed.*: runs/shapes/1-8/teacher-deep, runs/.*/one-deep-r18;"):
@@ -133,7 +138,6 @@ def test_make_leaves_a_finished_run_when_it_is_interrupted(tmp_path, target):
 
 
 def test_wrong_flags_are_named_before_anything_is_run(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
     text = commands(("sup", "kd"))
     with pytest.raises(common.UserError, match="runs/shapes/1-8/kd-r18: --temperature -1"):
         run_matrix(monkeypatch, "\n".join(line + " --temperature -1" * ("kd" in line) for line in text.splitlines()))
@@ -141,7 +145,6 @@ def test_wrong_flags_are_named_before_anything_is_run(monkeypatch, tmp_path, cap
 
 
 def test_the_plan_runs_nothing_and_adds_up(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(matrix, "seconds_per_gmac", lambda args: 3600.0)
     assert run_matrix(monkeypatch, commands(("mgd",)), "--dry-run") == [] and not (tmp_path / "runs").exists()
     *lines, total = capsys.readouterr().out.splitlines()
@@ -178,8 +181,7 @@ def test_the_cost_is_that_of_the_forwards(monkeypatch):
     ("6", "regions-3 regions-5 mgd regions-9 regions-11"),
     ("heads", "head-256 head-128 head-64 separable-256 separable-128 separable-64"),
 ])  # fmt: skip
-def test_tables_are_made_of_their_rows_and_share_teachers(monkeypatch, tmp_path, table, rows):
-    monkeypatch.chdir(tmp_path)
+def test_tables_are_made_of_their_rows_and_share_teachers(table, rows):
     more = ("DATASET=voc", "DATA=x", "STUDENT=mbv2", "SEEDS=0 1", "TEACHER_PART=1", f"TABLE={table}")
     matrix_line, evaluation, _ = make_n("matrix", *more).splitlines()[-3:]
     targets = re.findall(r"\S+last\.pt", matrix_line)
@@ -232,11 +234,17 @@ def test_baselines_are_what_they_are_called(row, expected):
         assert getattr(args, key) == value, key
 
 
-def test_teachers_of_one_seed_have_students_of_their_own(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_teachers_of_one_seed_have_students_of_their_own():
     lines = make_n("distill", "SEEDS=1 2", "TEACHER_SEED=0").splitlines()
     assert len(lines) == 4 and all("teacher-deep/last.pt --wide runs/shapes/1-8/teacher-wide/last.pt" in x for x in lines[2:])
     assert [re.search(r"--out \S+/(\S+)", line)[1] for line in lines[2:]] == ["mgd-r18-t0-s1", "mgd-r18-t0-s2"]
+
+
+def test_students_in_a_folder_of_their_own_share_the_teachers():
+    teacher, _, student = make_n("distill", "RUN=runs/short", "STUDENT_ARGS=--steps 5").splitlines()
+    assert "--out runs/shapes/1-8/teacher-deep " in teacher and "--steps" not in teacher
+    assert "--out runs/short/mgd-r18 " in student and "--deep runs/shapes/1-8/teacher-deep/last.pt" in student
+    assert "--json runs/short/matrix-1-r18.json" in make_n("matrix", "RUN=runs/short")
 
 
 def test_an_unknown_table_is_refused():
