@@ -16,6 +16,7 @@
 #include <cuda_runtime.h>
 
 #include <cassert>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -73,6 +74,14 @@ Labels labels_of(const std::vector<Tensor>& maps, std::vector<Tensor>& kept) {
   return labels;
 }
 
+// A logit `share` of the way from a to b. Forward and backward interpolate by this, first down and then across, so that both
+// round alike: exp(logit - lse) of a sure class is 1 in both, however large the logits are. Where b has no weight it is not
+// looked at, as it may not be finite.
+template <typename acc_t>
+__device__ __forceinline__ acc_t between(acc_t a, acc_t b, acc_t share) {
+  return share > 0 ? std::fma(share, b - a, a) : a;
+}
+
 // A full pixel among the coarse ones: pointers to its four corners in class 0, and its place between them.
 template <typename T>
 struct Corners {
@@ -84,17 +93,16 @@ struct Corners {
     const Place<acc_t, int> v = place<acc_t>(y, g.h, g.height), h = place<acc_t>(x, g.w, g.width);
     down = v.share, across = h.share;
     above_left = image + (v.cell * g.sh + h.cell * g.sw);
-    // a corner without weight is not looked at: there may be none, or a logit that is not finite
+    // a corner without weight may not exist
     above_right = above_left + (across > 0 ? g.sw : 0);
     below_left = above_left + (down > 0 ? g.sh : 0);
     below_right = above_right + (down > 0 ? g.sh : 0);
   }
 
   __device__ acc_t logit(int offset) const {
-    const acc_t a = static_cast<acc_t>(above_left[offset]), b = static_cast<acc_t>(above_right[offset]);
-    const acc_t c = static_cast<acc_t>(below_left[offset]), d = static_cast<acc_t>(below_right[offset]);
-    const acc_t above = across > 0 ? a + across * (b - a) : a, below = across > 0 ? c + across * (d - c) : c;
-    return down > 0 ? above + down * (below - above) : above;
+    const acc_t left = between(static_cast<acc_t>(above_left[offset]), static_cast<acc_t>(below_left[offset]), down);
+    const acc_t right = between(static_cast<acc_t>(above_right[offset]), static_cast<acc_t>(below_right[offset]), down);
+    return between(left, right, across);
   }
 };
 
@@ -221,11 +229,8 @@ __global__ void __launch_bounds__(kGather) gather_gradient(const T* __restrict__
 #pragma unroll
         for (int c = 0; c < kC; ++c) {
           const T* q = p + (first + c < g.classes ? c : 0) * g.sc;
-          from[c] = static_cast<acc_t>(q[0]), to[c] = static_cast<acc_t>(q[right]);
-          if (down > 0) {
-            from[c] += down * (static_cast<acc_t>(q[below]) - from[c]);
-            to[c] += down * (static_cast<acc_t>(q[below + right]) - to[c]);
-          }
+          from[c] = between(static_cast<acc_t>(q[0]), static_cast<acc_t>(q[below]), down);
+          to[c] = between(static_cast<acc_t>(q[right]), static_cast<acc_t>(q[below + right]), down);
         }
 #pragma unroll 1
         for (int x = x0; x < x1; ++x) {
@@ -244,8 +249,7 @@ __global__ void __launch_bounds__(kGather) gather_gradient(const T* __restrict__
           const acc_t norm = lse[pixel];
 #pragma unroll
           for (int c = 0; c < kC; ++c) {
-            const acc_t t = across > 0 ? from[c] + across * (to[c] - from[c]) : from[c];
-            part[c] += weight * (total * exponential(t - norm) - hot[c]);
+            part[c] += weight * (total * exponential(between(from[c], to[c], across) - norm) - hot[c]);
           }
         }
         const acc_t weight = row < i ? down : acc_t(1) - down;

@@ -1,7 +1,7 @@
 """The region op: PyTorch default and native kernels against the float64 reference, and how kernels are built and loaded.
 
-CPU kernels are tested wherever there is a compiler, CUDA kernels wherever there is a GPU. Where there is nvcc but no GPU, the
-CUDA source is compiled, linked and loaded; most of its arithmetic stands in csrc/region_math.h, which the CPU kernels use too.
+CPU kernels are tested wherever there is a compiler, CUDA kernels wherever there is a GPU, and without one by
+test_cuda_on_cpu.py. Where there is nvcc but no GPU, the CUDA source is compiled, linked and loaded.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SHAPES = [
     ((1, 20, 33, 65), (1, 6, 65, 33), 7),  # sizes that do not divide: overlapping bins
     ((2, 16, 128, 128), (2, 16, 128, 128), 7),
     ((1, 4, 200, 200), (1, 8, 100, 50), 11),  # 800 / 4
-    ((1, 3, 40, 70), (1, 3, 40, 70), 37),  # more regions than a warp is wide
+    ((1, 3, 40, 70), (1, 3, 40, 70), (2, 37)),  # more regions in a row than a warp is wide
     ((0, 4, 8, 8), (0, 4, 8, 8), 3),
 ]
 
@@ -72,8 +72,9 @@ def test_loss_and_gradient_equal_the_float64_reference(function, shapes, layout,
         reference, expected = loss_and_gradient(mgd_ops.region_loss_reference, student.double(), teacher.double(), regions)
         tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 1e-7}
         torch.testing.assert_close(loss.double(), reference, **tolerance)
-        scale = expected.abs().max().item()
-        torch.testing.assert_close(grad.double(), expected, rtol=tolerance["rtol"], atol=scale * tolerance["rtol"] + 1e-15)
+        # one channel has a direction that cannot change: its gradient is what rounding leaves of 0
+        floor = expected.abs().max().item() * tolerance["rtol"] + (1e-15 if dtype == torch.float64 else 1e-12)
+        torch.testing.assert_close(grad.double(), expected, rtol=tolerance["rtol"], atol=floor)
 
 
 @pytest.mark.parametrize("device", DEVICES)
