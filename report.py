@@ -293,7 +293,7 @@ def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
         else:
             paper, costs = [], [g[x] for g in ours]
             ticks = {n: str(n) for n in (1, 2, 3, 4, 6, 8, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200)
-                     if min(costs) / 1.4 < n < max(costs) * 1.4}  # fmt: skip
+                     if min(costs) / 1.75 < n < max(costs) * 1.4}  # fmt: skip
         label = {"labeled": "labeled images", "gmacs_model": "GMACs of the model at 512×512 (at the points: head width)"}
         axis.set(xlabel=label[x], title=NAMES.get(backbone, backbone))
         entries |= draw_lines(axis, x, ours, paper, ticks)
