@@ -16,6 +16,7 @@ import mgd_ops
 ROOT = pathlib.Path(common.__file__).parent
 TINY = ["--workers", "0", "--batch", "2", "--crop", "48", "--head-width", "16", "--lr", "0.02", "--log-every", "1"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+EMULATED = os.environ.get("MGD_EMULATED")  # by test_cuda_on_cpu.py: the CUDA kernels, compiled for the CPU
 LAYOUTS = ["contiguous", "channels_last", "sliced", "channel slice"]
 
 
@@ -66,8 +67,8 @@ def small_and_few_threads():
 @pytest.fixture(scope="session")
 def native_kernels():
     """The kernels are loaded, or the test skipped where there is no compiler."""
-    if "MGD_EMULATED" in os.environ:  # by test_cuda_on_cpu.py: the CUDA kernels, compiled for the CPU
-        torch.ops.load_library(os.environ["MGD_EMULATED"])
+    if EMULATED:
+        torch.ops.load_library(EMULATED)
         torch.use_deterministic_algorithms(True)  # what is allocated starts as nan
         return
     if shutil.which(os.environ.get("CXX", "c++")) is None:

@@ -12,7 +12,7 @@ import sys
 import filelock
 import pytest
 import torch
-from conftest import DEVICES, LAYOUTS, features, python
+from conftest import DEVICES, EMULATED, LAYOUTS, features, python
 
 import mgd_ops
 
@@ -27,6 +27,8 @@ SHAPES = [
     ((2, 16, 128, 128), (2, 16, 128, 128), 7),
     ((1, 4, 200, 200), (1, 8, 100, 50), 11),  # 800 / 4
     ((1, 3, 40, 70), (1, 3, 40, 70), (2, 37)),  # more regions in a row than a warp is wide
+    # the emulation takes minutes for the correlations of 37²
+    *([] if EMULATED else [((1, 3, 40, 70), (1, 3, 40, 70), 37)]),
     ((0, 4, 8, 8), (0, 4, 8, 8), 3),
 ]
 
@@ -72,9 +74,10 @@ def test_loss_and_gradient_equal_the_float64_reference(function, shapes, layout,
         reference, expected = loss_and_gradient(mgd_ops.region_loss_reference, student.double(), teacher.double(), regions)
         tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 1e-7}
         torch.testing.assert_close(loss.double(), reference, **tolerance)
-        # one channel has a direction that cannot change: its gradient is what rounding leaves of 0
-        floor = expected.abs().max().item() * tolerance["rtol"] + (1e-15 if dtype == torch.float64 else 1e-12)
-        torch.testing.assert_close(grad.double(), expected, rtol=tolerance["rtol"], atol=floor)
+        # the direction of one channel cannot change: its gradient is 0, or in another order of sums what rounding leaves of it
+        slack = 1e-12 if EMULATED and shape[1] == 1 and dtype == torch.float32 else 1e-15
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(grad.double(), expected, rtol=tolerance["rtol"], atol=scale * tolerance["rtol"] + slack)
 
 
 @pytest.mark.parametrize("device", DEVICES)
