@@ -265,17 +265,16 @@ def unpool(grad_pooled, height, width, rows, cols, dtype, channels_last):
 
 
 def normalize(pooled):
-    """(B, R, C) -> unit vectors (B, R, C) and inverse norms (B, R, 1); both 0 for a region without direction."""
+    """(B, R, C) -> unit vectors (B, R, C) and norms (B, R, 1), 0 and infinity for a region without direction."""
     squared = pooled.square().sum(2, keepdim=True)
-    alive = squared >= MIN_NORM**2
-    inverse = torch.where(alive, torch.where(alive, squared, 1.0).rsqrt(), 0.0)
-    return pooled * inverse, inverse
+    norm = torch.where(squared >= MIN_NORM**2, squared.sqrt(), math.inf)
+    return pooled / norm, norm
 
 
-def correlation_gradient(grad, unit, inverse):
+def correlation_gradient(grad, unit, norm):
     """From the gradient (B, R, R) of unit · unitᵀ to that of the vectors before they were normalised (B, R, C)."""
     grad = (grad + grad.transpose(1, 2)) @ unit
-    return (grad - (grad * unit).sum(2, keepdim=True) * unit) * inverse
+    return (grad - (grad * unit).sum(2, keepdim=True) * unit) / norm
 
 
 def memory_format(channels_last):
@@ -287,10 +286,10 @@ def is_channels_last(feat) -> bool:
 
 
 def region_loss_default(student, teacher, rows, cols):
-    (unit, inverse), (unit_t, _) = (normalize(pool(feat, rows, cols)) for feat in (student, teacher))
+    (unit, norm), (unit_t, _) = (normalize(pool(feat, rows, cols)) for feat in (student, teacher))
     difference = unit @ unit.transpose(1, 2) - unit_t @ unit_t.transpose(1, 2)  # (B, R, R)
     count = max(difference.numel(), 1)
-    grad_pooled = correlation_gradient(2 * difference / count, unit.to(difference.dtype), inverse.to(difference.dtype))
+    grad_pooled = correlation_gradient(2 * difference / count, unit.to(difference.dtype), norm.to(difference.dtype))
     return difference.square().sum() / count, grad_pooled
 
 
@@ -453,9 +452,9 @@ def backend(device: str | None = None) -> str:
 def load_kernels() -> str:
     """Build the kernels where they are not built yet, load them, and return `backend()`.
 
-    Once a process, before any torch.compile. Under torch.distributed rank 0 builds while the others wait. A failure is
-    remembered: with MGD_OPS=auto it is said in one line on stderr and PyTorch takes over, with MGD_OPS=native it is raised
-    as UserError.
+    Once a process, before any torch.compile. Under torchrun the first rank of each machine builds while the others wait. A
+    failure is remembered: with MGD_OPS=auto it is said in one line on stderr and PyTorch takes over, with MGD_OPS=native it is
+    raised as UserError.
     """
     mode = os.environ.get("MGD_OPS", "auto")
     if mode not in ("auto", "native", "torch"):
@@ -463,8 +462,9 @@ def load_kernels() -> str:
     if mode == "torch":
         return backend()
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_rank() > 0:
-        torch.distributed.barrier()  # rank 0 has built
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if distributed and not first:
+        torch.distributed.barrier()  # the first rank has built
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         if device not in state:
             try:
@@ -476,7 +476,7 @@ def load_kernels() -> str:
                     print(f"mgd_ops: {device} kernels not loaded, PyTorch computes instead: {error}", file=sys.stderr)
         if mode == "native" and state[device] != "native":
             raise UserError(f"MGD_OPS=native: {device} kernels not loaded: {state[device]}")
-    if distributed and torch.distributed.get_rank() == 0:
+    if distributed and first:
         torch.distributed.barrier()
     return backend()
 
@@ -528,7 +528,7 @@ def build(device: str) -> pathlib.Path:
             )
     except OSError as error:
         raise KernelError(f"{one_line(error)}; set TORCH_EXTENSIONS_DIR to a folder that can be written") from None
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter for a TORCH_CUDA_ARCH_LIST that torch does not know
         raise KernelError(f"{one_line(error)}; mend it, or set MGD_OPS=torch to do without") from None
     return folder
 

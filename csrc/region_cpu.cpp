@@ -157,13 +157,13 @@ acc_t dot(const acc_t* a, const acc_t* b, int64_t n) {
   return sums[0];
 }
 
-// unit (R, C) and inverse norms (R) of the pooled vectors of one image.
+// unit (R, C) and norms (R) of the pooled vectors of one image.
 template <typename acc_t>
-void normalize(const acc_t* pooled, acc_t* unit, acc_t* inverse, int64_t regions, int64_t channels) {
+void normalize(const acc_t* pooled, acc_t* unit, acc_t* norm, int64_t regions, int64_t channels) {
   for (int64_t i = 0; i < regions; ++i) {
     const acc_t* v = pooled + i * channels;
-    inverse[i] = inverse_norm(dot(v, v, channels));
-    for (int64_t c = 0; c < channels; ++c) unit[i * channels + c] = v[c] * inverse[i];
+    norm[i] = norm_of(dot(v, v, channels));
+    for (int64_t c = 0; c < channels; ++c) unit[i * channels + c] = v[c] / norm[i];
   }
 }
 
@@ -177,7 +177,7 @@ void correlate(const acc_t* unit, acc_t* m, int64_t regions, int64_t channels) {
 
 // grad (C) of the pooled vector i from the gradients `dm` (R) of row i of m, both places of each pair together.
 template <typename acc_t>
-void vector_gradient(const acc_t* dm, const acc_t* unit, const acc_t* inverse, acc_t* grad, int64_t i, int64_t regions,
+void vector_gradient(const acc_t* dm, const acc_t* unit, const acc_t* norm, acc_t* grad, int64_t i, int64_t regions,
                      int64_t channels) {
   constexpr int64_t kBlock = 64;  // channels whose sums stay in registers
   for (int64_t c0 = 0; c0 < channels; c0 += kBlock) {
@@ -195,7 +195,7 @@ void vector_gradient(const acc_t* dm, const acc_t* unit, const acc_t* inverse, a
   }
   const acc_t* u = unit + i * channels;
   const acc_t along = dot(grad, u, channels);
-  for (int64_t c = 0; c < channels; ++c) grad[c] = normalize_gradient(grad[c], u[c], along, inverse[i]);
+  for (int64_t c = 0; c < channels; ++c) grad[c] = normalize_gradient(grad[c], u[c], along, norm[i]);
 }
 
 // Scatter the gradient of the pooled vectors (B, R, C), times `scale`, over the pixels; pixels of the same regions share one
@@ -274,12 +274,12 @@ std::tuple<Tensor, Tensor> region_loss(const Tensor& student, const Tensor& teac
     using acc_t = acc_of<decltype(tag)>;
     std::vector<double> losses(batch, 0.0);
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      std::vector<acc_t> unit(regions * std::max(channels, other)), inverse(regions);
+      std::vector<acc_t> unit(regions * std::max(channels, other)), norm(regions);
       std::vector<acc_t> m(regions * regions), m_t(regions * regions), dm(regions);
       for (int64_t n = begin; n < end; ++n) {
-        normalize(static_cast<const acc_t*>(b.const_data_ptr()) + n * regions * other, unit.data(), inverse.data(), regions, other);
+        normalize(static_cast<const acc_t*>(b.const_data_ptr()) + n * regions * other, unit.data(), norm.data(), regions, other);
         correlate(unit.data(), m_t.data(), regions, other);
-        normalize(static_cast<const acc_t*>(a.const_data_ptr()) + n * regions * channels, unit.data(), inverse.data(), regions, channels);
+        normalize(static_cast<const acc_t*>(a.const_data_ptr()) + n * regions * channels, unit.data(), norm.data(), regions, channels);
         correlate(unit.data(), m.data(), regions, channels);
         acc_t* out = static_cast<acc_t*>(grad.mutable_data_ptr()) + n * regions * channels;
         for (int64_t i = 0; i < regions; ++i) {
@@ -288,7 +288,7 @@ std::tuple<Tensor, Tensor> region_loss(const Tensor& student, const Tensor& teac
             losses[n] += double(ours - theirs) * double(ours - theirs);
             dm[j] = loss_gradient(ours, theirs, batch, regions);
           }
-          vector_gradient(dm.data(), unit.data(), inverse.data(), out + i * channels, i, regions, channels);
+          vector_gradient(dm.data(), unit.data(), norm.data(), out + i * channels, i, regions, channels);
         }
       }
     });
@@ -316,9 +316,9 @@ std::tuple<Tensor, Tensor> pooled_correlation(const Tensor& feat, int64_t rows, 
   dispatch(pooled.scalar_type(), [&](auto tag) {
     using acc_t = acc_of<decltype(tag)>;
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      std::vector<acc_t> unit(regions * channels), inverse(regions);
+      std::vector<acc_t> unit(regions * channels), norm(regions);
       for (int64_t n = begin; n < end; ++n) {
-        normalize(static_cast<const acc_t*>(pooled.const_data_ptr()) + n * regions * channels, unit.data(), inverse.data(), regions, channels);
+        normalize(static_cast<const acc_t*>(pooled.const_data_ptr()) + n * regions * channels, unit.data(), norm.data(), regions, channels);
         correlate(unit.data(), static_cast<acc_t*>(correlation.mutable_data_ptr()) + n * regions * regions, regions, channels);
       }
     });
@@ -334,14 +334,14 @@ Tensor pooled_correlation_backward(const Tensor& grad, const Tensor& pooled, int
   dispatch(pooled.scalar_type(), [&](auto tag) {
     using acc_t = acc_of<decltype(tag)>;
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      std::vector<acc_t> unit(regions * channels), inverse(regions), dm(regions);
+      std::vector<acc_t> unit(regions * channels), norm(regions), dm(regions);
       for (int64_t n = begin; n < end; ++n) {
-        normalize(static_cast<const acc_t*>(pooled.const_data_ptr()) + n * regions * channels, unit.data(), inverse.data(), regions, channels);
+        normalize(static_cast<const acc_t*>(pooled.const_data_ptr()) + n * regions * channels, unit.data(), norm.data(), regions, channels);
         const acc_t* g = static_cast<const acc_t*>(dense.const_data_ptr()) + n * regions * regions;
         acc_t* out = static_cast<acc_t*>(grad_pooled.mutable_data_ptr()) + n * regions * channels;
         for (int64_t i = 0; i < regions; ++i) {
           for (int64_t j = 0; j < regions; ++j) dm[j] = g[i * regions + j] + g[j * regions + i];
-          vector_gradient(dm.data(), unit.data(), inverse.data(), out + i * channels, i, regions, channels);
+          vector_gradient(dm.data(), unit.data(), norm.data(), out + i * channels, i, regions, channels);
         }
       }
     });

@@ -178,7 +178,7 @@ __device__ acc_t warp_dot(const acc_t* a, const acc_t* b, int64_t n) {
 template <typename acc_t>
 __device__ void correlation_row(const acc_t* __restrict__ pooled, acc_t* m, int64_t i, int64_t regions, int64_t channels) {
   const acc_t* v = pooled + i * channels;
-  const acc_t inverse_i = inverse_norm(warp_dot(v, v, channels));
+  const acc_t norm_i = norm_of(warp_dot(v, v, channels));
   for (int64_t j = threadIdx.x / kWarp; j < regions; j += blockDim.x / kWarp) {
     const acc_t* w = pooled + j * channels;
     acc_t cross = 0, squared = 0;
@@ -188,7 +188,7 @@ __device__ void correlation_row(const acc_t* __restrict__ pooled, acc_t* m, int6
     }
     cross = warp_sum(cross);
     squared = warp_sum(squared);
-    if (threadIdx.x % kWarp == 0) m[j] = cross * inverse_i * inverse_norm(squared);
+    if (threadIdx.x % kWarp == 0) m[j] = cross / norm_i / norm_of(squared);
   }
 }
 
@@ -200,18 +200,18 @@ __device__ void vector_gradient(const acc_t* __restrict__ pooled, acc_t* dm, acc
   __shared__ acc_t parts[kThreads / kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int64_t j = warp; j < regions; j += kThreads / kWarp) {
-    const acc_t inverse_j = inverse_norm(warp_dot(pooled + j * channels, pooled + j * channels, channels));
-    if (lane == 0) dm[j] *= inverse_j;
+    const acc_t norm_j = norm_of(warp_dot(pooled + j * channels, pooled + j * channels, channels));
+    if (lane == 0) dm[j] /= norm_j;
   }
   __syncthreads();
   const acc_t* v = pooled + i * channels;
-  const acc_t inverse = inverse_norm(warp_dot(v, v, channels));
+  const acc_t norm = norm_of(warp_dot(v, v, channels));
   acc_t along = 0;
   for (int64_t c = threadIdx.x; c < channels; c += kThreads) {
     acc_t du = 0;
     for (int64_t j = 0; j < regions; ++j) du += dm[j] * pooled[j * channels + c];
     grad[i * channels + c] = du;
-    along += du * v[c] * inverse;
+    along += du * (v[c] / norm);
   }
   along = warp_sum(along);
   if (lane == 0) parts[warp] = along;
@@ -219,7 +219,7 @@ __device__ void vector_gradient(const acc_t* __restrict__ pooled, acc_t* dm, acc
   acc_t total = 0;
   for (int w = 0; w < kThreads / kWarp; ++w) total += parts[w];
   for (int64_t c = threadIdx.x; c < channels; c += kThreads)
-    grad[i * channels + c] = normalize_gradient(grad[i * channels + c], v[c] * inverse, total, inverse);
+    grad[i * channels + c] = normalize_gradient(grad[i * channels + c], v[c] / norm, total, norm);
 }
 
 // One block a pooled vector (b, i): its row of both correlations, its part of the loss, its gradient.

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "host_device.h"
 
@@ -48,10 +49,11 @@ MGD_HD acc_t gather(const acc_t* grad, int_t i0, int_t i1, int_t j0, int_t j1, i
   return sum;
 }
 
-// 1 / |v|, or 0 for a region without direction, so that everything derived from it vanishes.
+// |v|, or infinity for a region without direction, so that everything divided by it vanishes. Vectors are divided by it, and not
+// multiplied by its inverse, so that the direction of a single channel is 1 or -1 to the bit, and its gradient 0.
 template <typename acc_t>
-MGD_HD acc_t inverse_norm(acc_t squared_norm) {
-  return squared_norm >= acc_t(kMinNorm * kMinNorm) ? acc_t(1) / std::sqrt(squared_norm) : acc_t(0);
+MGD_HD acc_t norm_of(acc_t squared_norm) {
+  return squared_norm >= acc_t(kMinNorm * kMinNorm) ? std::sqrt(squared_norm) : std::numeric_limits<acc_t>::infinity();
 }
 
 // d loss / d m_ij, both places of the symmetric pair together, for a batch of `batch` images.
@@ -62,8 +64,8 @@ MGD_HD acc_t loss_gradient(acc_t student, acc_t teacher, int64_t batch, int64_t 
 
 // d / d v of u = v / |v| applied to a gradient `du` of u: the part along u does not count.
 template <typename acc_t>
-MGD_HD acc_t normalize_gradient(acc_t du, acc_t u, acc_t du_dot_u, acc_t inverse_norm) {
-  return (du - du_dot_u * u) * inverse_norm;
+MGD_HD acc_t normalize_gradient(acc_t du, acc_t u, acc_t du_dot_u, acc_t norm) {
+  return (du - du_dot_u * u) / norm;
 }
 
 }  // namespace mgd
