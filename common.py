@@ -220,6 +220,12 @@ def agree(model: torch.nn.Module):
             torch.distributed.broadcast(buffer, 0)
 
 
+def device_slug(device: str) -> str:
+    """What a benchmark's result file is named after: `cpu`, or the GPU, such as `h100-80gb-hbm3`."""
+    name = torch.cuda.get_device_name().removeprefix("NVIDIA ") if device == "cuda" else device
+    return "-".join(name.lower().split())
+
+
 def free_memory(device: torch.device) -> float:
     """Bytes that a training on `device` can still have; infinite where that cannot be told."""
     if device.type == "cuda":
@@ -263,6 +269,8 @@ def compiled(model: torch.nn.Module, args: argparse.Namespace, device: torch.dev
         say(f"note: --compile is not possible here, going on without: {lines[0]}")
         args.compile = False
         return model
+    if getattr(args, "grad_norms", False):
+        torch._functorch.config.donated_buffer = False  # backward goes through a graph more than once
     return torch.compile(model, dynamic=False)
 
 
@@ -306,9 +314,9 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def poly_lr(step: int, steps: int, lr: float, power: float = 0.9) -> float:
-    """Learning rate of step 0 <= step < steps: lr · (1 - step / steps)^power."""
-    return lr * (1 - step / steps) ** power
+def poly_lr(step: int, steps: int, lr: float) -> float:
+    """Learning rate of step 0 <= step < steps: lr · (1 - step / steps)^0.9."""
+    return lr * (1 - step / steps) ** 0.9
 
 
 def ramp_up(step: int, steps: int, start: float, end: float) -> float:
@@ -362,9 +370,9 @@ def save_checkpoint(path: pathlib.Path, checkpoint: dict):
 def load_checkpoint(path: pathlib.Path | str) -> dict:
     """A checkpoint of any stage, on the CPU.
 
-    Keys: `model` (state dict), `peer` (CPS's second network, before the last step), `optimizers`, `step`, `rng`, `args`,
-    `classes`, `palette`, `partition`, `row` (the run's entry in result files), `teachers` (their rows), `versions`. Raises
-    UserError.
+    Keys: `model` (state dict), `peer` (until the last step: CPS's second network, Mean Teacher's trained one), `optimizers`,
+    `step`, `rng`, `args`, `classes`, `palette`, `partition`, `row` (the run's entry in result files), `teachers` (their rows),
+    `versions`. Raises UserError.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -401,7 +409,7 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
             sys.exit(0)
         return None
     checkpoint = load_checkpoint(path)
-    # What may change without changing the result; everything else must be as it was.
+    # What may change on the way, though the parts of --accumulate normalise by themselves; all else must be as it was.
     free = {"resume", "out", "workers", "device", "compile", "cache", "accumulate", "log_every", "save_every", "val_every",
             "grad_norms", "data"}  # fmt: skip
     for key, value in sorted(plain_args(args).items(), key=lambda item: item[0] == "window"):  # which follows the crop

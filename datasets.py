@@ -173,7 +173,7 @@ class Files:
     """
 
     cache: pathlib.Path | None = None  # a folder of decoded images and masks
-    expected: tuple[int, int] | None = None  # training and val images of a data set that everybody has alike
+    expected: tuple[int, int] | None = None  # training and val images of a data set that everybody has alike: `missing`
 
     root: pathlib.Path
     name: str
@@ -255,9 +255,6 @@ class Files:
             return (f"{self.root}: {self.name} has {len(self.train)} training and {len(self.val)} val images here, not "
                     f"{self.expected[0]:,} and {self.expected[1]:,}; {self.what_is_missing()}")  # fmt: skip
         return None
-
-    def what_is_missing(self) -> str:
-        return "some of the files are not there"
 
 
 def check_size(path: pathlib.Path, mask: np.ndarray, size: tuple[int, int]):
@@ -877,7 +874,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="shapes", choices=list(RECIPES), help="shapes is embedded and needs no files")
     group.add_argument("--data", type=pathlib.Path, help="folder of the data set")
-    group.add_argument("--part", default="1/8", help="share of the masks that is used: 1/K, or 1 for all")
+    group.add_argument("--part", default="1/8", help="1/K: so many of the training images are labeled, as far as they have "
+                       "masks; 1: all that have one")  # fmt: skip
     group.add_argument("--labeled-list", type=pathlib.Path, help="instead of --part: a file that names the labeled images")
     group.add_argument("--unlabeled-list", type=pathlib.Path, help="with --labeled-list: a file that names the unlabeled ones")
     group.add_argument("--cache", type=pathlib.Path, help="folder in which decoded images are kept and found again")

@@ -212,28 +212,27 @@ def teach(teacher, images, label, views, padding, box, args, fields: set[str]) -
     return Taught(labels, pseudo_labels, labeled if "labeled" in fields else None, mixed)
 
 
-def mgd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=None) -> dict:
+def mgd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts) -> dict:
     """The terms of Eq. 7 that are in args.losses, and their weighted sum as `loss`.
 
     labeled, mixed: the student's coarse `Output` on labeled images and on the mixed views (None where no loss is on them);
     label (m, H, W); `taught` by T_D, T_W or both, with labels of 255 where they are to be ignored; `counts` of the labeled
-    and of the views' pixels (see `mgd_ops.pixel_cross_entropies`).
+    and, where a loss is on them, of the views' pixels (see `common.valid_pixels`).
     """
     size, losses = label.shape[-2:], args.losses
-    of_labeled, of_views = (None, None) if counts is None else (counts[0], counts[-1])
 
     def cross_entropies(logits, labels, count):
-        return mgd_ops.pixel_cross_entropies(logits, labels, None if count is None else [count] * len(labels))
+        return mgd_ops.pixel_cross_entropies(logits, labels, [count] * len(labels))
 
     labels = [] if args.ohem else [label]
     labels += [t.labels for t in taught.values()] if {"pixel", "pixel:labeled"} & {*losses} else []
-    entropies = cross_entropies(labeled.logits, labels, of_labeled)
+    entropies = cross_entropies(labeled.logits, labels, counts[0])
     terms = {"sup": mgd_ops.ohem_cross_entropy(labeled.logits, label) if args.ohem else entropies.pop(0)}  # Eq. 1
     if entropies:
         terms["pixel_l"] = sum(entropies)  # Eq. 2
     if {"pixel", "pixel:unlabeled"} & {*losses}:
         pseudo_labels = [t.pseudo_labels for t in taught.values()]
-        terms["pixel_u"] = sum(cross_entropies(mixed.logits, pseudo_labels, of_views))  # Eq. 2
+        terms["pixel_u"] = sum(cross_entropies(mixed.logits, pseudo_labels, counts[1]))  # Eq. 2
     for role, teacher in taught.items():
         if f"image:{role}" in losses:  # Eq. 4
             image = mgd_ops.image_loss(mixed.logits, teacher.mixed.logits, size, args.image_reduction)
@@ -270,7 +269,7 @@ def cwd_loss(student, teacher, temperature: float):
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(2).mean()
 
 
-def kd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=None) -> dict:
+def kd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts) -> dict:
     """The terms of --method kd or cwd, and their weighted sum as `loss`; arguments as of `mgd_losses`.
 
     The divergence is taken between the classifiers' coarse logits, and added up over the teachers, and over labeled images
@@ -278,7 +277,7 @@ def kd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts=Non
     """
     divergence = kd_loss if args.method == "kd" else cwd_loss
     supervised_loss = mgd_ops.ohem_cross_entropy if args.ohem else mgd_ops.pixel_cross_entropy
-    sup = supervised_loss(labeled.logits, label, None if counts is None else counts[0])
+    sup = supervised_loss(labeled.logits, label, counts[0])
     pairs = [(labeled, t.labeled) for t in taught.values()] + [(mixed, t.mixed) for t in taught.values()]
     kd = sum(divergence(ours.logits, theirs.logits, args.temperature) for ours, theirs in pairs)
     return {"sup": sup, args.method: kd, "loss": sup + weight_of(args.method, args) * kd}

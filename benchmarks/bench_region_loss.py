@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import torch
 
 import mgd_ops
-from common import ArgumentParser, UserError, run, write_result
+from common import ArgumentParser, UserError, device_slug, run, write_result
 
 CASES = {  # (B, C, H, W) of student and teacher
     "cpu": {"demo": (8, 64, 12, 12), "128": (4, 256, 128, 128)},
@@ -204,8 +204,7 @@ def main():
     for row in rows:
         row.update(read_gb_s=speeds["read"], copy_gb_s=speeds["copy"])
     print_table(rows)
-    name = torch.cuda.get_device_name().split()[-1].lower() if args.device == "cuda" else "cpu"
-    path = args.json or pathlib.Path("results", f"region-loss-{name}.json")
+    path = args.json or pathlib.Path("results", f"region-loss-{device_slug(args.device)}.json")
     write_result(path, "region loss", rows, time.perf_counter() - began, mgd_ops.backend())
     print(f"results: {path}")
 

@@ -29,7 +29,17 @@ import datasets
 import distill
 import mgd_ops
 import models
-from common import ArgumentParser, UserError, autocast, parameter_groups, pick_precision, run, valid_pixels, write_result
+from common import (
+    ArgumentParser,
+    UserError,
+    autocast,
+    device_slug,
+    parameter_groups,
+    pick_precision,
+    run,
+    valid_pixels,
+    write_result,
+)
 
 # stage and student, crop, labeled images a step, classes
 CASES = {
@@ -368,8 +378,7 @@ def main():
         draw_curves(args.curves, device, points)
         rows += points
         print(f"curves: {args.curves}")
-    name = torch.cuda.get_device_name().split()[-1].lower() if device == "cuda" else "cpu"
-    path = args.json or pathlib.Path("results", f"step-{name}.json")
+    path = args.json or pathlib.Path("results", f"step-{device_slug(device)}.json")
     write_result(path, "training step", rows, time.perf_counter() - began, "native")
     print(f"results: {path} ({os.cpu_count()} cores)")
 

@@ -22,7 +22,7 @@ import torch
 from bench_region_loss import FORMATS, peak_mb, timed_cpu, timed_cuda
 
 import mgd_ops
-from common import ArgumentParser, UserError, run, write_result
+from common import ArgumentParser, UserError, device_slug, run, write_result
 
 CASES = {  # (B, N, H, W) at full size
     "cpu": {"demo": (8, 6, 48, 48), "voc 512": (4, 21, 512, 512)},
@@ -148,8 +148,7 @@ def main():
         for form in FORMATS:
             rows += bench(args.device, case, shape, form, args.rounds, args.compile)
     print_table(rows)
-    name = torch.cuda.get_device_name().split()[-1].lower() if args.device == "cuda" else "cpu"
-    path = args.json or pathlib.Path("results", f"upsample-loss-{name}.json")
+    path = args.json or pathlib.Path("results", f"upsample-loss-{device_slug(args.device)}.json")
     write_result(path, "upsample loss", rows, time.perf_counter() - began, mgd_ops.backend())
     print(f"results: {path}")
 

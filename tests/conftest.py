@@ -15,7 +15,11 @@ import mgd_ops
 
 ROOT = pathlib.Path(common.__file__).parent
 TINY = ["--workers", "0", "--batch", "2", "--crop", "48", "--head-width", "16", "--lr", "0.02", "--log-every", "1"]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+NVCC = next(
+    (p for p in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if p and pathlib.Path(p, "bin", "nvcc").exists()), None
+)
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and NVCC else [])]  # of the ops
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # environment of processes whose results are those of the CPU
 EMULATED = os.environ.get("MGD_EMULATED")  # by test_cuda_on_cpu.py: the CUDA kernels, compiled for the CPU
 LAYOUTS = ["contiguous", "channels_last", "sliced", "channel slice"]
 
@@ -58,10 +62,13 @@ def folder(tmp_path) -> pathlib.Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def small_and_few_threads():
-    """Eight val images of the embedded data set, and the threads of the smallest machine that tests run on."""
+def small_few_threads_and_no_gpu():
+    """Eight val images of the embedded data set, the threads of the smallest machine that tests run on, and, where a stage is
+    not told --device, the CPU, on which runs repeat bit for bit."""
     torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 beside another busy program
     datasets.Shapes.__init__.__defaults__ = (512, 8)
+    pick_device = common.pick_device
+    common.pick_device = lambda name: pick_device(name or "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +80,9 @@ def native_kernels():
         return
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")
+    if torch.cuda.is_available() and not NVCC:
+        mgd_ops.build("cpu")
+        return
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("MGD_OPS", "native")
         assert mgd_ops.load_kernels() == "native"

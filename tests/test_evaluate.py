@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import NO_GPU
 from PIL import Image
 
 import common
@@ -241,7 +242,7 @@ def test_any_number_of_ranks_counts_the_same(script, ckpt, tmp_path, ranks):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), tmp_path / "program.py",
          "--ckpt", ckpt, "--json", tmp_path / "many.json"],
-        env={**os.environ, "PYTHONPATH": str(pathlib.Path(evaluate.__file__).parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **NO_GPU, "PYTHONPATH": str(pathlib.Path(evaluate.__file__).parent), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     one, many = (json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("one", "many"))

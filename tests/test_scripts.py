@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY
+from conftest import DEVICES, NO_GPU, ROOT, TINY
 from PIL import Image
 
 import common
@@ -20,7 +20,8 @@ import evaluate
 import models
 import train_teacher
 
-ONE_THREAD = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # for several processes on a small machine
+# for several processes on a small machine
+ONE_THREAD = {**os.environ, **NO_GPU, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,28 @@ def test_any_number_of_ranks_and_shares_gives_the_gradient_of_the_joined_batch(t
         assert logs[other] == pytest.approx(logs[expected], rel=1e-4)
         for key, value in moved:
             torch.testing.assert_close(weights(other / "last.pt")[key], value, rtol=1e-3, atol=1e-5, msg=f"{other.name} {key}")
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU, or no nvcc")
+@pytest.mark.parametrize("stage,options", [
+    (train_teacher, ["--method", "sup"]), (train_teacher, ["--method", "cps", "--sup-only", "0", "--ramp-up", "0"]),
+    (train_teacher, ["--method", "mt", "--sup-only", "0", "--ramp-up", "0"]), (distill, ["--method", "mgd", "--grad-norms"]),
+    (distill, ["--method", "kd"]), (distill, ["--method", "cwd"]),
+], ids=lambda options: options[1] if isinstance(options, list) else "")  # fmt: skip
+def test_a_gpu_starts_as_the_cpu_does(script, teachers, tmp_path, stage, options):
+    """The losses of the first step, until which all is drawn on the CPU; TF32 has ten bits."""
+    if stage is distill:
+        options = [*options, "--deep", teachers[0], "--wide", teachers[1]]
+    first = []
+    for device in ("cpu", "cuda"):
+        arguments = ["--out", tmp_path / device, *TINY, *options, "--steps", "2", "--precision", "fp32", "--device", device]
+        code, _, err = script(stage, *arguments)
+        assert code == 0, err
+        entry = next(entry for entry in log(tmp_path / device) if "lr" in entry)
+        first.append({key: entry[key] for key in entry if key not in ("images_per_s", "data_wait")})
+    assert "sup" in first[0] and first[1] == pytest.approx(first[0], rel=0.02)
+    code, out, err = script(evaluate, "--ckpt", tmp_path / "cuda" / "last.pt", "--device", "cuda")
+    assert code == 0 and "mIoU" in out, err
 
 
 def test_compile_falls_back_with_one_line(script, tmp_path, monkeypatch):
@@ -300,7 +323,7 @@ def test_kd_and_cwd_distil_from_both_teachers_on_labeled_images_and_views(script
     labeled, mixed = output(), output()
     taught = {role: distill.Taught(None, None, output(), output()) for role in ("T_D", "T_W")}
     args = argparse.Namespace(method=method, temperature=4.0, kd_weight=3.0, ohem=False)
-    terms = distill.kd_losses(labeled, mixed, label, taught, args)
+    terms = distill.kd_losses(labeled, mixed, label, taught, args, torch.tensor([72.0, 72.0]))  # all pixels are valid
     each = distill.kd_loss if method == "kd" else distill.cwd_loss
     expected = sum(
         each(labeled.logits, t.labeled.logits, 4.0) + each(mixed.logits, t.mixed.logits, 4.0) for t in taught.values()
@@ -393,7 +416,7 @@ def test_native_kernels_and_pytorch_train_alike(teachers, tmp_path):
             "fp32",
         )
         subprocess.run([sys.executable, "distill.py", *map(str, options)], cwd=ROOT, check=True, capture_output=True,
-                       env={**os.environ, "MGD_OPS": ops})  # fmt: skip
+                       env={**os.environ, **NO_GPU, "MGD_OPS": ops})  # fmt: skip
         assert common.load_checkpoint(tmp_path / ops / "last.pt")["row"]["mgd_ops"] == ops
         logs.append(log(tmp_path / ops))
     assert len(logs[0]) == 21  # one a step, and the validation
@@ -435,13 +458,14 @@ def test_total_loss_is_eq_7():
     expected += 11.0 * (correlation(unlabeled.features) - correlation(wide_features)).square().mean()
     taught = {"T_D": distill.Taught(on_labeled[0], on_views[0], None, models.Output(deep_logits, None)),
               "T_W": distill.Taught(on_labeled[1], on_views[1], None, models.Output(None, wide_features))}  # fmt: skip
-    losses = distill.mgd_losses(labeled, unlabeled, label, taught, args)
-    torch.testing.assert_close(losses["loss"], expected)
     counts = torch.tensor([72.0, 72.0])  # all pixels of both
-    for name, term in distill.mgd_losses(labeled, unlabeled, label, taught, args, counts).items():
-        torch.testing.assert_close(term, losses[name])
+    losses = distill.mgd_losses(labeled, unlabeled, label, taught, args, counts)
+    torch.testing.assert_close(losses["loss"], expected)
+    fewer = distill.mgd_losses(labeled, unlabeled, label, taught, args, counts / torch.tensor([2, 3]))
+    for name, factor in {"sup": 2, "pixel_l": 2, "pixel_u": 3, "image": 1, "region": 1}.items():
+        torch.testing.assert_close(fewer[name], factor * losses[name])
     args.ohem = True
-    hard = distill.mgd_losses(labeled, unlabeled, label, taught, args)
+    hard = distill.mgd_losses(labeled, unlabeled, label, taught, args, counts)
     assert {name for name in losses if losses[name] != hard[name]} == {"sup", "loss"}
 
 

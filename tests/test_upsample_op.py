@@ -304,7 +304,7 @@ def test_opcheck_before_and_after_the_native_load(path, device):
     assert done.stdout.split() == [path, "checked"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU, or no nvcc")
 def test_cuda_graph_capture_without_synchronisation():
     shape, size = (2, 21, 32, 32), (128, 128)
     logits = random_logits(shape, 0, "cuda", torch.float32).requires_grad_()
