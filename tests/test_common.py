@@ -110,6 +110,11 @@ def test_unknown_device():
         common.pick_device("warp")
 
 
+def test_benchmarks_are_named_after_the_whole_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert common.device_slug("cuda") == "h100-80gb-hbm3" and common.device_slug("cpu") == "cpu"
+
+
 def test_error_of_a_data_worker_is_one_line_in_a_real_process(folder):
     """An image breaks off in the middle, which no header shows; a worker process finds it during the first steps."""
     for path in (folder / "images").glob("im0[0-9].png"):
