@@ -1,4 +1,4 @@
-"""Run plumbing that every stage shares: arguments, device, schedules, checkpoints, logs and result files.
+"""Run plumbing that every stage shares: arguments, device, schedules, files, checkpoints and the log.
 
 Functions only: no loop lives here, and nothing here sees a loss.
 """
@@ -10,11 +10,12 @@ import datetime
 import errno
 import inspect
 import json
+import math
 import os
 import pathlib
-import platform
-import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 import torch
@@ -340,6 +341,56 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+# ---- files ----
+
+
+@contextlib.contextmanager
+def atomic_write(path: pathlib.Path):
+    """A temporary name beside `path`, which replaces `path` when the block ends: `path` is at every moment either the old file
+    or the whole new one. Nothing is left of a block that fails. Raises UserError where the file cannot be written."""
+    target = pathlib.Path(os.path.realpath(path))  # a link stays a link
+    temporary = target.with_name(f".mgd-{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter while it handles the former
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(f"{printable(path)}: cannot be written ({reason.strerror or reason}); make room or give access, then "
+                        "run the same again") from None  # fmt: skip
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def make_folder(flag: str, folder: pathlib.Path):
+    """Make `folder` where it is missing, and write a file there for a moment. Raises UserError where either fails, so that a
+    run ends before its work and not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {printable(folder)}: cannot be made a folder ({error.strerror}); give another") from None
+    try:  # permissions say little: not of a read-only disk, nor to root
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{flag} {printable(folder)}: cannot be written to ({error.strerror}); give another folder") from None
+
+
+def without_nan(value):
+    """`value` with None for every float that is not finite, in lists and dicts too: JSON has neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def printable(text: pathlib.Path | str) -> str:
+    """File names may hold bytes that are not UTF-8; they are shown as such."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
 # ---- checkpoints ----
 
 
@@ -350,21 +401,11 @@ def save_checkpoint(path: pathlib.Path, checkpoint: dict):
         return
     checkpoint["rng"] = torch.get_rng_state()
     checkpoint["versions"] = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter while it handles the former
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
-            raise
-        raise UserError(f"{path}: cannot be written ({reason}); make room or give access, then go on with --resume") from None
+    make_folder("--out", path.parent)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path: pathlib.Path | str) -> dict:
@@ -393,10 +434,7 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
     Raises UserError where it stems from other arguments or images, and where OUT holds a run but --resume is not given, so that
     none is lost. Ends the script where the run is finished.
     """
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be made a folder ({error.strerror}); give another") from None
+    make_folder("--out", args.out)
     path = args.out / "resume.pt"
     if not args.resume:
         for found in (path, args.out / "last.pt"):
@@ -429,12 +467,7 @@ def plain_args(args: argparse.Namespace) -> dict:
             for k, v in vars(args).items()}  # fmt: skip
 
 
-# ---- logs and result files ----
-
-
-def printable(text: str) -> str:
-    """File names may hold bytes that are not UTF-8; they are shown as such."""
-    return text.encode(errors="backslashreplace").decode()
+# ---- the log ----
 
 
 class Progress:
@@ -502,82 +535,9 @@ class Progress:
         self.since, self.steps, self.waited = time.perf_counter(), 0, 0.0
 
     def write(self, **entry):
-        self.file.write(json.dumps(entry) + "\n")
+        self.file.write(json.dumps(without_nan(entry), allow_nan=False) + "\n")
         self.file.flush()
 
     def close(self):
         self.bar.close()
         self.file.close()
-
-
-# Arguments of the training that stand in a result's row, beside what the training itself has put there.
-TRAINING_SETTINGS = ("stem", "separable_head", "image_scale", "batch", "lr", "weight_decay", "precision", "ohem", "cutmix",
-            "lambda_image", "lambda_region", "image_reduction", "mixed_terms", "teacher_bn", "kd_weight", "temperature",
-            "cps_weight", "mt_weight", "ema_decay", "sup_only", "ramp_up", "threshold")  # fmt: skip
-
-# What may not differ between runs that are averaged over their seeds. Older result files lack the NEWER keys, which are None
-# then.
-DATA = ("dataset", "partition", "partition_hash", "labeled")
-NETWORK = ("role", "backbone", "method")
-OF_TEACHERS = ("teacher_backbones", "teacher_methods", "teacher_steps")
-NEWER = (*TRAINING_SETTINGS, "train_scales", *OF_TEACHERS, "window", "scales", "flip")
-SETTINGS = ("steps", "head_width", "crop", "weights", "teachers", "teacher_labels", "losses", "regions", *NEWER)
-ALIKE = (*DATA, *NETWORK, *SETTINGS)
-
-
-# The settings that only some methods have.
-METHODS_OF = {
-    "lambda_image": ("mgd",), "lambda_region": ("mgd",), "image_reduction": ("mgd",), "mixed_terms": ("mgd", "kd", "cwd"),
-    "kd_weight": ("kd", "cwd"), "temperature": ("kd", "cwd"), "mt_weight": ("mt",), "ema_decay": ("mt",),
-    "cps_weight": ("cps",), "threshold": ("cps",), "sup_only": ("mt", "cps"), "ramp_up": ("mt", "cps"),
-    "cutmix": ("mt", "cps", "kd", "cwd", "mgd"),
-}  # fmt: skip
-
-
-def values(row: dict, keys) -> tuple:
-    """What a result's row has under `keys`; None for settings that its method does not have."""
-    method = row.get("method")
-    return tuple(row.get(key) if method in METHODS_OF.get(key, (method,)) else None for key in keys)
-
-
-def write_result(path: pathlib.Path | str, what: str, rows: list[dict], seconds: float, ops: str):
-    """Write one result file: who measured what, where and with which command, and the rows."""
-    result = {
-        "what": what,
-        "command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "code": git_commit(),
-        "machine": {
-            "cpu": cpu_name(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "threads": torch.get_num_threads(),
-        },
-        "torch": str(torch.__version__),
-        "mgd_ops": ops,
-        "seconds": round(seconds, 1),
-        "rows": rows,
-    }
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def git_commit() -> str | None:
-    """The commit of the code that runs, with `+` where files differ from it."""
-    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def cpu_name() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -31,22 +31,18 @@ import datasets
 import mgd_ops
 import models
 from common import (
-    ALIKE,
     IGNORE_INDEX,
-    TRAINING_SETTINGS,
     ArgumentParser,
     UserError,
     autocast,
-    git_commit,
     load_checkpoint,
     pick_precision,
     printable,
     rank_and_size,
     run,
     start_ranks,
-    values,
-    write_result,
 )
+from result_files import ALIKE, TRAINING_SETTINGS, git_commit, values, write_result
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -18,7 +18,8 @@ import statistics
 
 import matplotlib
 
-from common import ALIKE, NETWORK, NEWER, SETTINGS, ArgumentParser, UserError, run, values
+from common import ArgumentParser, UserError, run
+from result_files import ALIKE, NETWORK, NEWER, SETTINGS, values
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

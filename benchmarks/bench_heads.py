@@ -17,7 +17,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import torch
 
 import models
-from common import ArgumentParser, device_slug, run, write_result
+from common import ArgumentParser, device_slug, run
+from result_files import write_result
 
 SIZE, CLASSES = 512, 21
 STUDENTS = ("resnet18", "mobilenetv2")

@@ -22,7 +22,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import datasets
-from common import ArgumentParser, UserError, run, write_result
+from common import ArgumentParser, UserError, run
+from result_files import write_result
 
 CASES = {"cityscapes 2048x1024 PNG": ((1024, 2048), 800, "png"), "voc 500x375 JPEG": ((375, 500), 512, "jpg")}
 SCALES = datasets.FOLDER_RECIPE["scales"]

@@ -24,7 +24,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import torch
 
 import mgd_ops
-from common import ArgumentParser, UserError, device_slug, run, write_result
+from common import ArgumentParser, UserError, device_slug, run
+from result_files import write_result
 
 CASES = {  # (B, C, H, W) of student and teacher
     "cpu": {"demo": (8, 64, 12, 12), "128": (4, 256, 128, 128)},

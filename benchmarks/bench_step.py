@@ -38,8 +38,8 @@ from common import (
     pick_precision,
     run,
     valid_pixels,
-    write_result,
 )
+from result_files import write_result
 
 # stage and student, crop, labeled images a step, classes
 CASES = {

@@ -22,7 +22,8 @@ import torch
 from bench_region_loss import FORMATS, peak_mb, timed_cpu, timed_cuda
 
 import mgd_ops
-from common import ArgumentParser, UserError, device_slug, run, write_result
+from common import ArgumentParser, UserError, device_slug, run
+from result_files import write_result
 
 CASES = {  # (B, N, H, W) at full size
     "cpu": {"demo": (8, 6, 48, 48), "voc 512": (4, 21, 512, 512)},

@@ -1,6 +1,5 @@
 import argparse
 import errno
-import json
 import math
 import os
 import subprocess
@@ -64,7 +63,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", f"{limit}; {save}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert "last.pt: cannot be written ([Errno 27] File too large)" in done.stderr.splitlines()[-1]
+    assert "last.pt: cannot be written (File too large)" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 
@@ -96,13 +95,6 @@ def test_what_is_no_checkpoint_is_one_clear_line(tmp_path):
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="not a checkpoint of"):
         common.load_checkpoint(tmp_path / "other.pt")
-
-
-def test_result_file_says_where_it_comes_from(tmp_path):
-    common.write_result(tmp_path / "a" / "r.json", "evaluation", [{"miou": 1.5}], 2.0, "torch")
-    result = json.loads((tmp_path / "a" / "r.json").read_text())
-    assert {"what", "command", "created", "code", "machine", "torch", "mgd_ops", "seconds", "rows"} == result.keys()
-    assert result["machine"].keys() == {"cpu", "gpu", "threads"} and result["rows"] == [{"miou": 1.5}]
 
 
 def test_unknown_device():

@@ -8,7 +8,7 @@ from conftest import ROOT
 from PIL import Image
 
 import report
-from common import METHODS_OF, TRAINING_SETTINGS
+from result_files import METHODS_OF, TRAINING_SETTINGS
 
 PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
 FULL = ["sup", "pixel", "image:T_D", "region:T_W"]

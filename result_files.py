@@ -1,0 +1,210 @@
+"""Result files and pictures: rows, which of them are alike, and how they are written.
+
+No script replaces a file that this project did not write: `refuse_outputs` is called before any work. Its PNGs carry a text
+chunk, its JSON files say what they are, its logs and tables are known by their first line.
+"""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from common import UserError, atomic_write, load_checkpoint, make_folder, printable, without_nan
+
+# ---- rows ----
+
+# Arguments of the training that stand in a result's row, beside what the training itself has put there.
+TRAINING_SETTINGS = ("stem", "separable_head", "image_scale", "batch", "lr", "weight_decay", "precision", "ohem", "cutmix",
+            "lambda_image", "lambda_region", "image_reduction", "mixed_terms", "teacher_bn", "kd_weight", "temperature",
+            "cps_weight", "mt_weight", "ema_decay", "sup_only", "ramp_up", "threshold")  # fmt: skip
+
+# What may not differ between runs that are averaged over their seeds. Older result files lack the NEWER keys, which are None
+# then.
+DATA = ("dataset", "partition", "partition_hash", "labeled")
+NETWORK = ("role", "backbone", "method")
+OF_TEACHERS = ("teacher_backbones", "teacher_methods", "teacher_steps")
+NEWER = (*TRAINING_SETTINGS, "train_scales", *OF_TEACHERS, "window", "scales", "flip")
+SETTINGS = ("steps", "head_width", "crop", "weights", "teachers", "teacher_labels", "losses", "regions", *NEWER)
+ALIKE = (*DATA, *NETWORK, *SETTINGS)
+
+
+# The settings that only some methods have.
+METHODS_OF = {
+    "lambda_image": ("mgd",), "lambda_region": ("mgd",), "image_reduction": ("mgd",), "mixed_terms": ("mgd", "kd", "cwd"),
+    "kd_weight": ("kd", "cwd"), "temperature": ("kd", "cwd"), "mt_weight": ("mt",), "ema_decay": ("mt",),
+    "cps_weight": ("cps",), "threshold": ("cps",), "sup_only": ("mt", "cps"), "ramp_up": ("mt", "cps"),
+    "cutmix": ("mt", "cps", "kd", "cwd", "mgd"),
+}  # fmt: skip
+
+
+def values(row: dict, keys) -> tuple:
+    """What a result's row has under `keys`; None for settings that its method does not have."""
+    method = row.get("method")
+    return tuple(row.get(key) if method in METHODS_OF.get(key, (method,)) else None for key in keys)
+
+
+# ---- writing ----
+
+PNG_CHUNK = {"Software": "mgd"}  # of the project's PNGs: a tEXt chunk's keyword and text
+TABLE_MARK = "<!-- written by MGD's report -->"  # the first line of its Markdown tables
+TABLE_COLUMNS = ",".join(("source", *DATA, *NETWORK))  # how the first line of its CSV tables begins
+
+
+def write_result(path: pathlib.Path | str, what: str, rows: list[dict], seconds: float, ops: str):
+    """Write one result file: who measured what, where and with which command, and the rows. Numbers that are not finite become
+    null, since JSON has no NaN."""
+    result = {
+        "what": what,
+        "command": printable(" ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "code": git_commit(),
+        "machine": {
+            "cpu": cpu_name(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "threads": torch.get_num_threads(),
+        },
+        "torch": str(torch.__version__),
+        "mgd_ops": ops,
+        "seconds": round(seconds, 1),
+        "rows": rows,
+    }
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(without_nan(result), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str):
+    """Write a text file in UTF-8, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def save_png(path: pathlib.Path, image: Image.Image):
+    """Write a PNG that `is_ours`, whole or not at all."""
+    chunk = PngInfo()
+    for key, text in PNG_CHUNK.items():
+        chunk.add_text(key, text)
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=chunk)
+
+
+def save_figure(path: pathlib.Path, figure, dpi: int = 100):
+    """Write a matplotlib figure as a PNG that `is_ours`, whole or not at all, and close it."""
+    from matplotlib import pyplot as plt
+
+    try:
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=dpi, metadata=PNG_CHUNK)
+    finally:
+        plt.close(figure)
+
+
+# ---- whose files ----
+
+
+def is_ours(path: pathlib.Path | str) -> bool:
+    """Whether a file may be replaced without asking: this project wrote it, or it is empty.
+
+    A PNG is known by its text chunk, a JSON file by its keys, a log.jsonl by its first entry, a .pt as a checkpoint, a table by
+    its first line. Anything else is somebody's.
+    """
+    path = pathlib.Path(path)
+    try:
+        if not path.is_file():
+            return False
+        if path.stat().st_size == 0:
+            return True
+        suffix = path.suffix.lower()
+        if suffix == ".png":
+            return png_text(path).get(b"Software") == PNG_CHUNK["Software"].encode()
+        if suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return isinstance(content, dict) and {"what", "command", "created", "rows"} <= content.keys()
+        if suffix == ".pt":
+            load_checkpoint(path)
+            return True
+        with open(path, encoding="utf-8") as file:
+            first = file.readline()
+        if suffix == ".jsonl":
+            keys = json.loads(first).keys()
+            return keys == {"step", "miou"} or "grad_loss" in keys or {"step", "lr", "images_per_s", "data_wait"} <= keys
+        return (suffix == ".md" and first.strip() == TABLE_MARK) or (suffix == ".csv" and first.startswith(TABLE_COLUMNS))
+    except (OSError, ValueError, AttributeError, UserError):
+        return False
+
+
+def png_text(path: pathlib.Path) -> dict[bytes, bytes]:
+    """The tEXt chunks before the pixels of a PNG; none where the file is not one. Pillow would warn of large images."""
+    texts = {}
+    with open(path, "rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return texts
+        while len(header := file.read(8)) == 8 and header[4:] not in (b"IDAT", b"IEND"):
+            content = file.read(int.from_bytes(header[:4], "big"))
+            file.read(4)  # the checksum
+            if header[4:] == b"tEXt":
+                key, _, text = content.partition(b"\0")
+                texts[key] = text
+    return texts
+
+
+def refuse_foreign(paths: Iterable[pathlib.Path], overwrite: bool, flag: str):
+    """Raise UserError, before any work, where one of `paths` exists and this project did not write it. `overwrite` allows it,
+    but for folders. `flag` is the output's on the command line."""
+    foreign = [path for path in paths if os.path.exists(path) and not (overwrite and path.is_file()) and not is_ours(path)]
+    if foreign:
+        more = f", and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UserError(f"{flag}: {printable(foreign[0])} exists and was not written by this project{more}; "
+                        "give another place, or add --overwrite to replace it")  # fmt: skip
+
+
+def refuse_outputs(outputs: Sequence[tuple[str, pathlib.Path | None]], inputs: Iterable[pathlib.Path], overwrite: bool):
+    """Look at the files that a script is going to write, as (flag, path), before any work. Makes their folders.
+
+    Raises UserError where two of them are one file, one is among the `inputs`, its folder cannot be written to, or it would
+    replace a file that is not ours (see `refuse_foreign`).
+    """
+    outputs = [(flag, path) for flag, path in outputs if path is not None]
+    inputs = {os.path.realpath(path) for path in inputs}
+    written = {}
+    for flag, path in outputs:
+        real = os.path.realpath(path)
+        if real in written:
+            raise UserError(f"{flag} {printable(path)}: is also where {written[real]} is written; give each a name of its own")
+        written[real] = flag
+        if real in inputs:
+            raise UserError(f"{flag} {printable(path)}: is a file that is read; give another")
+        make_folder(flag, path.parent)
+        refuse_foreign([path], overwrite, flag)
+
+
+# ---- where a result comes from ----
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `+` where files differ from it."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def cpu_name() -> str:
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
