@@ -13,10 +13,12 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import threading
 import time
+import traceback
 
 import torch
 import torchvision
@@ -48,22 +50,63 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Run a script's `main`; a UserError, or a full disk, becomes one line on stderr and exit code 2."""
+    """Run a script's `main`; a UserError, a full disk or a lost data worker becomes one line on stderr and exit code 2. With
+    MGD_DEBUG=1 the traceback stands before that line."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no λ shows \\u03bb
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
-        # A DataLoader worker hands its exception over with the traceback inside the message; the last line is ours.
-        line = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(2)
+        # A DataLoader worker hands its exception over with the traceback inside the message; what follows the name is ours.
+        stop(str(error).rpartition("common.UserError: ")[2])
+    except RuntimeError as error:
+        reason = lost_worker(str(error))
+        if reason is None:
+            raise
+        stop(reason)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: the disk is full; make room, then run the same again", file=sys.stderr)
-        sys.exit(2)
+        stop("the disk is full; make room, then run the same again")
     except KeyboardInterrupt:
         print("\ninterrupted; with --resume (or make) a training goes on from its last resume.pt", file=sys.stderr)
         sys.exit(130)
+
+
+def stop(reason: str):
+    """End the script with one line, whatever lines `reason` has, and exit code 2."""
+    if os.environ.get("MGD_DEBUG") == "1":
+        traceback.print_exc()
+    line = " ".join(part.strip() for part in reason.splitlines() if part.strip())
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def lost_worker(message: str) -> str | None:
+    """What to do about a RuntimeError that says that a DataLoader worker died, or that one could not hand its batch over; None
+    for any other. PyTorch raises the former from a signal handler, anywhere in the main thread."""
+    memory = "</torch_" in message  # how PyTorch calls each piece of shared memory
+    if "ancdata" in message or (memory and "Too many open files" in message):
+        return "the data workers need more open files; raise the limit (ulimit -n 65536), or add --workers 0"
+    if memory or "killed by signal: Bus error" in message:
+        return "a data worker ran out of shared memory; add --workers 0, or give the container more (docker run --shm-size 8g)"
+    killed = re.search(r"DataLoader worker \(pid\S* [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)", message)
+    if killed:
+        return (f"a data worker {killed[1].replace('is killed', 'was killed')}; if memory ran out, lower --workers or --batch, "
+                "or add --workers 0")  # fmt: skip
+    return None
+
+
+def start_workers(loader: torch.utils.data.DataLoader):
+    """iter(loader). Raises UserError where its processes cannot be started."""
+    try:
+        if loader.num_workers:  # after a failure in the loader itself, PyTorch's clean-up writes a traceback
+            torch.multiprocessing.Lock()
+        return iter(loader)
+    except OSError as error:
+        raise UserError(f"the {loader.num_workers} data workers cannot be started ({error.strerror or error}); add "
+                        "--workers 0, or give the container shared memory (docker run --shm-size 8g)") from None  # fmt: skip
 
 
 # ---- arguments ----
@@ -431,11 +474,16 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
 def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
     """Make OUT, and return OUT/resume.pt where --resume is given and it exists.
 
-    Raises UserError where it stems from other arguments or images, and where OUT holds a run but --resume is not given, so that
-    none is lost. Ends the script where the run is finished.
+    Raises UserError where it stems from other arguments or images, where OUT holds a run but --resume is not given, so that
+    none is lost, where OUT is the folder of the data or holds somebody else's files, and where it cannot be written to. Ends
+    the script where the run is finished.
     """
     make_folder("--out", args.out)
-    path = args.out / "resume.pt"
+    path, log = args.out / "resume.pt", args.out / "log.jsonl"
+    if args.data and args.out.resolve() == pathlib.Path(args.data).resolve():
+        raise UserError(f"--out {args.out}: is the folder of the data; give another")
+    if log.exists() and not is_log(log):
+        raise UserError(f"{log}: was not written by this project; give another --out, or remove it")
     if not args.resume:
         for found in (path, args.out / "last.pt"):
             if found.exists():
@@ -447,6 +495,8 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
             sys.exit(0)
         return None
     checkpoint = load_checkpoint(path)
+    if (args.out / "last.pt").exists():
+        load_checkpoint(args.out / "last.pt")  # which is going to be replaced
     # What may change on the way, though the parts of --accumulate normalise by themselves; all else must be as it was.
     free = {"resume", "out", "workers", "device", "compile", "cache", "accumulate", "log_every", "save_every", "val_every",
             "grad_norms", "data"}  # fmt: skip
@@ -470,16 +520,37 @@ def plain_args(args: argparse.Namespace) -> dict:
 # ---- the log ----
 
 
+def is_log(path: pathlib.Path) -> bool:
+    """Whether a file is empty or was written by `Progress`, by its first line."""
+    try:
+        with open(path, "rb") as file:
+            first = file.readline(2**20)
+        keys = json.loads(first).keys() if first else {"step", "miou"}
+    except (OSError, ValueError, AttributeError):
+        return False
+    return keys == {"step", "miou"} or "grad_loss" in keys or {"step", "lr", "images_per_s", "data_wait"} <= keys
+
+
+def logged_step(line: bytes) -> float:
+    """The step of a line of a log; infinite where the line was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
 class Progress:
     """One progress bar and OUT/log.jsonl. Metrics stay on the device until they are logged."""
 
     def __init__(self, args: argparse.Namespace, start: int):
-        path = args.out / "log.jsonl" if rank_and_size()[0] == 0 else os.devnull
-        path, kept = pathlib.Path(path), []
-        if start and path.exists():  # the lines after the checkpoint are made again
-            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= start]
-        self.file = open(path, "w")  # noqa: SIM115
-        self.file.writelines(line + "\n" for line in kept)
+        path = args.out / "log.jsonl"
+        if rank_and_size()[0] > 0:
+            path = os.devnull
+        else:  # what a resumed run logged before its checkpoint stays; later lines are made again
+            lines = path.read_bytes().splitlines() if start and path.exists() else []
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(b"".join(line + b"\n" for line in lines if logged_step(line) <= start))
+        self.file = open(path, "a")  # noqa: SIM115
         self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
         self.terms, self.first, self.began = 0, start, None  # the steps that the duration is measured over
         quiet = True if rank_and_size()[0] > 0 else None

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import IGNORE_INDEX, ArgumentParser, UserError, crop_size, rank_and_size, run, shares_of
+from common import IGNORE_INDEX, ArgumentParser, UserError, crop_size, rank_and_size, run, shares_of, start_workers
 
 FILL = [124, 116, 104]  # the mean below as a colour, for pixels outside the image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
@@ -749,7 +749,7 @@ def train_batches(dataset, names, args, views: int, start: int, labeled: bool):
     sampler = StepSampler(len(names), args.batch, seed, start, args.steps, views, shares, size)
     workers = {"num_workers": args.workers, "persistent_workers": True, "prefetch_factor": 4} if args.workers else {}
     loader = DataLoader(train_set, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), **workers)
-    return iter(loader)
+    return start_workers(loader)
 
 
 def cutmix_boxes(args, step: int, device) -> list[torch.Tensor | None]:

@@ -1,4 +1,4 @@
-"""Distil frozen teachers, one or two, into a light student.
+r"""Distil frozen teachers, one or two, into a light student.
 
     python distill.py --out runs/shapes/1-8/mgd-r18 --student r18 \
         --deep runs/shapes/1-8/teacher-deep/last.pt --wide runs/shapes/1-8/teacher-wide/last.pt

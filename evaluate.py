@@ -12,7 +12,6 @@ predictions are compared at the size of the mask.
 
 import collections
 import math
-import os
 import pathlib
 import sys
 import time
@@ -42,7 +41,16 @@ from common import (
     run,
     start_ranks,
 )
-from result_files import ALIKE, TRAINING_SETTINGS, git_commit, values, write_result
+from result_files import (
+    ALIKE,
+    TRAINING_SETTINGS,
+    class_labels,
+    git_commit,
+    refuse_outputs,
+    save_figure,
+    values,
+    write_result,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -179,49 +187,65 @@ def label_of(row: dict) -> str:
 
 
 def draw_panels(path: pathlib.Path, dataset, names: list[str], columns: list[tuple[str, list[np.ndarray]]]):
-    """A PNG with one row an image: the image, its ground truth, and each model's prediction, with a legend (Fig. 4)."""
+    """A PNG with one row per image: the image, its ground truth, and the prediction of each model, with a legend (Fig. 4)."""
     palette = datasets.colour_table(dataset.palette)
     heads = ["image", "ground truth", *(head for head, _ in columns)]
-    aspect = np.divide(*dataset.image(names[0]).shape[:2])
+    aspect = min(3.0, max(0.25, np.divide(*dataset.image(names[0]).shape[:2])))
     figure, axes = plt.subplots(len(names), len(heads), squeeze=False, layout="constrained",
-                                figsize=(2 * len(heads), 2 * aspect * len(names) + 0.9))  # fmt: skip
+                                figsize=(2 * len(heads), 2 * aspect * len(names) + 0.4))  # fmt: skip
+    occur = np.zeros(256, bool)
     for r, name in enumerate(names):
-        cells = [dataset.image(name), palette[dataset.mask(name)], *(palette[masks[r]] for _, masks in columns)]
-        for axis, cell, head in zip(axes[r], cells, heads, strict=True):
-            axis.imshow(cell, interpolation="nearest")
+        masks = [dataset.mask(name), *(masks[r] for _, masks in columns)]
+        for mask in masks:
+            occur[np.unique(mask)] = True
+        for axis, cell, head in zip(axes[r], [dataset.image(name), *(palette[mask] for mask in masks)], heads, strict=True):
+            thin = max(cell.shape[:2]) > 8 * min(cell.shape[:2])  # such as one row of pixels, which would be a hairline
+            axis.imshow(cell, interpolation="nearest", aspect="auto" if thin else "equal")
             axis.set_axis_off()
             if r == 0:
-                axis.set_title(head, fontsize=8)
-    add_legend(figure, dataset.classes, dataset.palette)
-    save_figure(figure, path)
+                axis.set_title(head, fontsize=8, parse_math=False)
+    add_legend(figure, dataset.classes, dataset.palette, np.flatnonzero(occur[: len(dataset.classes)]))
+    save_figure(path, figure)
 
 
-def add_legend(figure, classes, palette):
-    columns = max(2, min(8, int(figure.get_figwidth() / 1.2)))
-    patches = [plt.Rectangle((0, 0), 1, 1, color=np.array(c) / 255) for c in palette]
-    figure.legend(patches, classes, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
-
-
-def save_figure(figure, path: pathlib.Path):
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def add_legend(figure, classes: Sequence[str], palette, shown: Sequence[int]):
+    """A legend of the classes `shown`, sorted indices, below a figure of constrained layout, which grows by its height."""
+    if len(shown) == 0:
+        return
+    names = class_labels(classes)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=np.array(palette[i]) / 255) for i in shown]
+    labels, columns = [names[i] for i in shown], 1
+    for _ in range(2):  # in one column at first, to see how wide an entry is
+        legend = figure.legend(patches, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        width, height = legend.get_window_extent(figure.canvas.get_renderer()).size / figure.dpi  # in inches
+        if columns > 1:
+            break
+        figure.set_figwidth(max(figure.get_figwidth(), width))
+        columns = min(len(shown), max(1, int(figure.get_figwidth() / width)))
+        if columns > 1:
+            legend.remove()
+    figure.set_figheight(figure.get_figheight() + height)
 
 
 def draw_confusion(path: pathlib.Path, confusion: torch.Tensor, classes: list[str], title: str):
-    """A PNG of the confusion matrix, each row (a true class) in percent of its pixels."""
-    shares = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
-    n = len(classes)
-    figure, axis = plt.subplots(figsize=(2.5 + 0.4 * n, 2 + 0.4 * n), layout="constrained")
+    """A PNG of the confusion matrix of the classes that occur, each row (a true class) in percent of its pixels."""
+    occur = (confusion.sum(0) + confusion.sum(1)).nonzero()[:, 0]
+    shares = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1))[occur][:, occur].numpy()
+    names, n = class_labels(classes), len(occur)
+    names = [names[i] for i in occur]
+    side, size, least = (0.4, 8, 0.5) if n <= 50 else (0.2, 6, 5)  # of a cell in inches, of the font, in percent
+    figure, axis = plt.subplots(figsize=(2.5 + side * n, 2 + side * n), layout="constrained")
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    for i, j in np.argwhere(shares >= 0.5):
-        axis.text(
-            j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=7, color="white" if shares[i, j] > 50 else "black"
-        )
-    axis.set_xticks(range(n), classes, rotation=90, fontsize=8)
-    axis.set_yticks(range(n), classes, fontsize=8)
+    for i, j in np.argwhere(shares >= least):
+        colour = "white" if shares[i, j] > 50 else "black"
+        axis.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=size - 1, color=colour)
+    axis.set_xticks(range(n), names, rotation=90, fontsize=size, parse_math=False)
+    axis.set_yticks(range(n), names, fontsize=size, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true (rows sum to 100%)")
-    axis.set_title(title, fontsize=9)
-    save_figure(figure, path)
+    axis.set_title(title, fontsize=9, parse_math=False)
+    save_figure(path, figure)
 
 
 def print_table(rows: list[dict], names: list[str], classes: list[str]):
@@ -273,7 +297,7 @@ def predict_folder(model, checkpoint: dict, images: pathlib.Path, out: pathlib.P
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made a folder ({error.strerror}); give another") from None
     stems = collections.Counter(path.stem for path in paths)
-    tiles, skipped = [], 0
+    tiles, skipped, occur = [], 0, set()
     for path in tqdm(paths, "predict", disable=None):
         try:
             image = np.asarray(datasets.open_image(path))
@@ -291,6 +315,7 @@ def predict_folder(model, checkpoint: dict, images: pathlib.Path, out: pathlib.P
         mask.save(out / "masks" / name)
         overlay.save(out / "overlays" / name)
         if len(tiles) < 60:
+            occur |= set(np.unique(prediction).tolist())
             tiles.append((path.name, ImageOps.contain(overlay, (320, 320))))
     if tiles:
         columns = min(6, len(tiles))
@@ -301,13 +326,13 @@ def predict_folder(model, checkpoint: dict, images: pathlib.Path, out: pathlib.P
         for axis, (name, tile) in zip(axes.flat, tiles, strict=False):
             axis.imshow(tile)
             axis.set_title(printable(name), fontsize=6, parse_math=False)
-        add_legend(figure, checkpoint["classes"], checkpoint["palette"])
-        save_figure(figure, out / "sheet.png")
+        add_legend(figure, checkpoint["classes"], checkpoint["palette"], sorted(occur))
+        save_figure(out / "sheet.png", figure)
     print(f"{out}: {len(paths) - skipped} masks and overlays, sheet.png" + (f"; {skipped} file(s) skipped" if skipped else ""))
     return skipped
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     parser.add_argument("--ckpt", type=pathlib.Path, required=True, help="checkpoint of train_teacher.py or distill.py")
     parser.add_argument("--compare", type=pathlib.Path, nargs="+", default=[], help="more checkpoints, beside the first")
@@ -316,6 +341,7 @@ def parse_args():
     parser.add_argument("--panels", type=pathlib.Path, help="write a picture: image, ground truth, each model")
     parser.add_argument("--panel-rows", type=int, default=6, help="images in the picture, evenly spread over val")
     parser.add_argument("--confusion", type=pathlib.Path, help="write a picture of the first checkpoint's confusion matrix")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
     parser.add_argument("--images", type=pathlib.Path, help="predict the images of this folder instead")
     parser.add_argument("--out", type=pathlib.Path, help="where their masks and overlays go")
     parser.add_argument("--window", type=datasets.window_size, help=f"{datasets.WINDOW_HELP}; by default as in training")
@@ -323,22 +349,16 @@ def parse_args():
     parser.add_argument("--flip", action="store_true", help="average over mirrored images too")
     parser.add_argument("--device", help="cuda, cpu, ...; by default cuda where there is one")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="by default that of the training")
-    args = parser.parse_args()
-    if args.panel_rows < 1:
-        raise UserError(f"--panel-rows {args.panel_rows}: must be at least 1")
+    args = parser.parse_args(argv)
+    if not 1 <= args.panel_rows <= 100:
+        raise UserError(f"--panel-rows {args.panel_rows}: must be from 1 to 100")
     if not min(args.scales) > 0:
         raise UserError(f"--scales {min(args.scales)}: must be above 0")
     outputs = (("--json", args.json, ".json"), ("--panels", args.panels, ".png"), ("--confusion", args.confusion, ".png"))
     for flag, path, suffix in outputs:
         if path and (path.is_dir() or path.suffix.lower() != suffix):
             raise UserError(f"{flag} {path}: give a file's name that ends in {suffix}")
-        if path:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{flag} {path}: its folder cannot be made ({error.strerror})") from None
-            if not os.access(path.parent, os.W_OK):
-                raise UserError(f"{flag} {path}: its folder cannot be written; give another")
+    refuse_outputs([(flag, path) for flag, path, _ in outputs], [args.ckpt, *args.compare], args.overwrite)
     if (args.images is None) != (args.out is None):
         raise UserError("--images DIR and --out DIR belong together")
     for flag, given in (("--compare", args.compare), *((flag, path) for flag, path, _ in outputs)):
@@ -349,8 +369,8 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     began = time.perf_counter()
     device = start_ranks(args.device)
     main_rank = rank_and_size()[0] == 0

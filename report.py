@@ -10,6 +10,7 @@ seed are averaged. Students of teachers that saw all labels have tables of their
 
 import collections
 import csv
+import io
 import json
 import math
 import pathlib
@@ -18,8 +19,19 @@ import statistics
 
 import matplotlib
 
-from common import ArgumentParser, UserError, run
-from result_files import ALIKE, NETWORK, NEWER, SETTINGS, values
+from common import ArgumentParser, UserError, make_folder, printable, run
+from result_files import (
+    ALIKE,
+    NETWORK,
+    NEWER,
+    SETTINGS,
+    TABLE_MARK,
+    refuse_foreign,
+    refuse_outputs,
+    save_figure,
+    values,
+    write_text,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -204,14 +216,15 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     labels = ", ".join(f"{heading} {labeled:,}" for labeled, heading in columns if "paper" not in heading)
     note = f"mIoU in percent on val, mean ± sample deviation (number of seeds); labeled images: {labels}."
-    (out / f"{name}.md").write_text(f"**{title}**\n\n{text}\n\n{note}\n", encoding="utf-8")
+    write_text(out / f"{name}.md", f"{TABLE_MARK}\n\n**{title}**\n\n{text}\n\n{note}\n")
 
     header = ("source", *ALIKE, *GMACS, "n", "seeds", "miou", "deviation", "files")
-    with open(out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        for cell in ours + paper:
-            writer.writerow([" ".join(map(str, v)) if isinstance(v, (tuple, list)) else v for v in values(cell, header)])
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(header)
+    for cell in ours + paper:
+        writer.writerow([" ".join(map(str, v)) if isinstance(v, (tuple, list)) else v for v in values(cell, header)])
+    write_text(out / f"{name}.csv", lines.getvalue())
     print(f"{out / name}.md, .csv: {title}")
 
 
@@ -266,7 +279,8 @@ def draw_cost(groups: list[dict], dataset: str, path: pathlib.Path):
     gmacs = {g["backbone"]: g["gmacs_backbone"] for g in paper + ours}  # ours where there are both
     paper = [{**cell, "gmacs_backbone": gmacs[cell["backbone"]]} for cell in paper]
     figure, axes = plt.subplots(1, 2, figsize=(10, 5.4), sharey=True)
-    figure.suptitle(f"{TITLES.get(dataset, dataset)}: {ours[0]['partition']} labeled ({ours[0]['labeled']:,} images)")
+    title = f"{TITLES.get(dataset, dataset)}: {ours[0]['partition']} labeled ({ours[0]['labeled']:,} images)"
+    figure.suptitle(title, parse_math=False)
     entries = {}
     for axis, key, cells in zip(axes, GMACS, (paper, []), strict=True):  # the paper's GMACs are those of the backbone
         ticks = {g[key]: f"{NAMES.get(g['backbone'], g['backbone'])}, {g[key]:.1f}" for g in cells + ours}
@@ -285,7 +299,8 @@ def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(10, 4.8), squeeze=False)
-    figure.suptitle(TITLES.get(dataset, dataset) + (f": {groups[0]['partition']} labeled" if x == "gmacs_model" else ""))
+    title = TITLES.get(dataset, dataset) + (f": {groups[0]['partition']} labeled" if x == "gmacs_model" else "")
+    figure.suptitle(title, parse_math=False)
     entries = {}
     for axis, (backbone, ours) in zip(axes.flat, panels.items(), strict=True):
         if x == "labeled":
@@ -348,9 +363,10 @@ def draw_lines(axis, x: str, ours: list[dict], paper: list[dict], ticks: dict[fl
 
 def save(figure, entries: dict[str, Line2D], path: pathlib.Path):
     columns = 4 if max(map(len, entries)) < 30 else 2
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+    for text in legend.get_texts():  # names of folders
+        text.set_parse_math(False)
+    save_figure(path, figure)
     print(path)
 
 
@@ -383,8 +399,9 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
         axis.locator_params(axis="x", nbins=5, integer=True)
         for i, (path, log) in enumerate(logs.items()):
             look = {"color": colours[i % len(colours)], "linestyle": ("-", "--", ":")[i // len(colours) % 3]}
-            entries["/".join(path.resolve().parts[-4:-1])] = Line2D([], [], **look)
-            x, y = [e["step"] for e in log if term in e], [e[term] for e in log if term in e]
+            entries[printable("/".join(path.resolve().parts[-4:-1]))] = Line2D([], [], **look)
+            points = [(e["step"], e[term]) for e in log if e.get(term) is not None]  # null where it was not finite
+            x, y = [step for step, _ in points], [value for _, value in points]
             if len(x) < 9:
                 look["marker"] = "o"
             elif term != "miou":
@@ -393,38 +410,49 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
                 y = [statistics.fmean(v) if v else math.nan for v in near]
             axis.plot(x, y, **look)
     gradients = [axis for axis, term in zip(axes.flat, terms, strict=False) if term.startswith("grad_")]
-    limits = [limit for axis in gradients for limit in axis.dataLim.intervaly]
-    for axis in gradients:
+    limits = [limit for axis in gradients for limit in axis.dataLim.intervaly if math.isfinite(limit)]
+    for axis in gradients if limits else []:
         axis.set(yscale="log", ylim=(max(min(limits), max(limits) / 1e4) / 1.5, max(limits) * 1.5))
     save(figure, entries, out)
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     parser.add_argument("results", nargs="*", type=pathlib.Path, help="result files; those without mIoU are left out")
     parser.add_argument("--curves", nargs="+", type=pathlib.Path, metavar="LOG", help="draw these runs' log.jsonl instead")
     parser.add_argument("--out", type=pathlib.Path, help="folder (default results/tables), or picture (default curves.png)")
-    args = parser.parse_args()
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
+    args = parser.parse_args(argv)
     if bool(args.results) == bool(args.curves):
         raise UserError("give result files, or --curves with logs: python report.py results/*.json")
     args.out = args.out or pathlib.Path("curves.png" if args.curves else "results/tables")
     if args.curves and (args.out.suffix.lower() != ".png" or args.out.is_dir()):
         raise UserError(f"--out {args.out}: with --curves, give a file's name that ends in .png")
-    try:
-        (args.out.parent if args.curves else args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: its folder cannot be made ({error.strerror}); give another") from None
+    if args.curves:
+        refuse_outputs([("--out", args.out)], args.curves, args.overwrite)
+    else:
+        make_folder("--out", args.out)
     return args
 
 
-def main():
-    args = parse_args()
+def outputs(dataset: str, name: str, out: pathlib.Path) -> list[pathlib.Path]:
+    """What may be written about a data set."""
+    tables = [f"{table}-{name}" for table in TABLES if table != "methods"] + [PAPER["tables"].get(dataset, f"table-{name}")]
+    files = [f"{table}{tail}.{suffix}" for table in tables for tail in ("", "-all") for suffix in ("md", "csv")]
+    return [out / file for file in [*files, *(f"{figure}-{name}.png" for figure in ("fig1", "fig3", "heads"))]]
+
+
+def main(argv=None):
+    args = parse_args(argv)
     with plt.rc_context(STYLE):
         if args.curves:
             return draw_curves(args.curves, args.out)
         groups = average(read_rows(args.results))
-        for dataset in dict.fromkeys(g["dataset"] for g in groups):
-            of_dataset, name = [g for g in groups if g["dataset"] == dataset], re.sub(r"[^\w.]+", "-", dataset)
+        names = {dataset: re.sub(r"[^\w.]+", "-", dataset) for dataset in dict.fromkeys(g["dataset"] for g in groups)}
+        for dataset, name in names.items():
+            refuse_foreign(outputs(dataset, name, args.out), args.overwrite, "--out")
+        for dataset, name in names.items():
+            of_dataset = [g for g in groups if g["dataset"] == dataset]
             write_tables(of_dataset, dataset, name, args.out)
             draw_figures(of_dataset, dataset, name, args.out)
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from common import UserError, atomic_write, load_checkpoint, make_folder, printable, without_nan
+from common import UserError, atomic_write, is_log, load_checkpoint, make_folder, printable, without_nan
 
 # ---- rows ----
 
@@ -107,6 +107,48 @@ def save_figure(path: pathlib.Path, figure, dpi: int = 100):
         plt.close(figure)
 
 
+# ---- names in pictures ----
+
+
+def class_labels(classes: Sequence[str]) -> list[str]:
+    """The names of classes for a picture, at most 40 characters each; a name that no installed font can draw becomes `class 3`,
+    and one line says so."""
+    able = drawable(classes)
+    labels = [name if can else f"class {i}" for i, (name, can) in enumerate(zip(classes, able, strict=True))]
+    if not all(able):
+        first = printable(classes[able.index(False)])
+        more = f" and {able.count(False) - 1} more class names" if able.count(False) > 1 else ""
+        print(f"note: no font here can draw '{first}'{more}; the pictures show the class's number instead", file=sys.stderr)
+    return [label if len(label) <= 40 else f"{label[:20]}…{label[-19:]}" for label in labels]
+
+
+def drawable(texts: Sequence[str]) -> list[bool]:
+    """Whether matplotlib can draw each of `texts`; installed fonts that have what its own lacks are added to `font.family`."""
+    import matplotlib
+    from matplotlib import font_manager
+
+    def has(path: str, characters: set[str]) -> set[str]:
+        try:
+            font = font_manager.get_font(path)
+            font.set_size(10, 100)  # fails for fonts of bitmaps, as of colour emoji
+            return {c for c in characters if font.get_char_index(ord(c))}
+        except (RuntimeError, OSError, ValueError):
+            return set()
+
+    missing = set("".join(texts))
+    families = [*matplotlib.rcParams["font.family"]]
+    unfit = ("Last Resort", "STIXNonUnicode", "cm")  # matplotlib's own, whose glyphs are boxes or symbols of formulas
+    for family in families:
+        missing -= has(font_manager.findfont(font_manager.FontProperties(family=[family])), missing)
+    for font in font_manager.fontManager.ttflist if missing else ():
+        fit = font.style == "normal" and font.name not in families and not font.name.startswith(unfit)
+        if fit and (found := has(font.fname, missing)):
+            families.append(font.name)
+            missing -= found
+    matplotlib.rcParams["font.family"] = families
+    return [missing.isdisjoint(text) for text in texts]
+
+
 # ---- whose files ----
 
 
@@ -131,13 +173,12 @@ def is_ours(path: pathlib.Path | str) -> bool:
         if suffix == ".pt":
             load_checkpoint(path)
             return True
+        if suffix == ".jsonl":
+            return is_log(path)
         with open(path, encoding="utf-8") as file:
             first = file.readline()
-        if suffix == ".jsonl":
-            keys = json.loads(first).keys()
-            return keys == {"step", "miou"} or "grad_loss" in keys or {"step", "lr", "images_per_s", "data_wait"} <= keys
         return (suffix == ".md" and first.strip() == TABLE_MARK) or (suffix == ".csv" and first.startswith(TABLE_COLUMNS))
-    except (OSError, ValueError, AttributeError, UserError):
+    except (OSError, ValueError, UserError):
         return False
 
 

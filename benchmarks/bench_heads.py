@@ -18,7 +18,7 @@ import torch
 
 import models
 from common import ArgumentParser, device_slug, run
-from result_files import write_result
+from result_files import refuse_outputs, write_result
 
 SIZE, CLASSES = 512, 21
 STUDENTS = ("resnet18", "mobilenetv2")
@@ -30,7 +30,10 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, help="where to write; by default results/heads-DEVICE.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
     args = parser.parse_args()
+    path = args.json or pathlib.Path("results", f"heads-{device_slug(args.device)}.json")
+    refuse_outputs([("--json", path)], [], args.overwrite)
     began, device = time.perf_counter(), torch.device(args.device)
     image = torch.randn(1, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
     nets, rows = {}, {}
@@ -62,7 +65,6 @@ def main():
         quantiles = torch.tensor(times[name]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         row |= dict(zip(("p20_ms", "p50_ms", "p80_ms"), quantiles, strict=True))
         print(f"{name:28} {row['params_m']:8.2f} {row['gmacs_model']:6.1f} {row['p50_ms']:7.1f}")
-    path = args.json or pathlib.Path("results", f"heads-{device_slug(args.device)}.json")
     write_result(path, "students by head", list(rows.values()), time.perf_counter() - began, "torch")
     print(f"results: {path} ({os.cpu_count()} cores)")
 

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 import datasets
 from common import ArgumentParser, UserError, run
-from result_files import write_result
+from result_files import refuse_outputs, write_result
 
 CASES = {"cityscapes 2048x1024 PNG": ((1024, 2048), 800, "png"), "voc 500x375 JPEG": ((375, 500), 512, "jpg")}
 SCALES = datasets.FOLDER_RECIPE["scales"]
@@ -75,7 +75,9 @@ def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("results/loading-cpu.json"))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
     args = parser.parse_args()
+    refuse_outputs([("--json", args.json)], [], args.overwrite)
     torch.set_num_threads(1)  # as in a loader's worker
     began, rows = time.perf_counter(), []
     print(f"{'case':26} {'from':7} {'impl':13} {'p50 ms':>8} {'images/s':>9} {'speedup':>8}")

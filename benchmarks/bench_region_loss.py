@@ -25,7 +25,7 @@ import torch
 
 import mgd_ops
 from common import ArgumentParser, UserError, device_slug, run
-from result_files import write_result
+from result_files import refuse_outputs, write_result
 
 CASES = {  # (B, C, H, W) of student and teacher
     "cpu": {"demo": (8, 64, 12, 12), "128": (4, 256, 128, 128)},
@@ -191,7 +191,10 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
     args = parser.parse_args()
+    path = args.json or pathlib.Path("results", f"region-loss-{device_slug(args.device)}.json")
+    refuse_outputs([("--json", path)], [], args.overwrite)
     os.environ["MGD_OPS"] = "native"
     mgd_ops.load_kernels()
     began = time.perf_counter()
@@ -205,7 +208,6 @@ def main():
     for row in rows:
         row.update(read_gb_s=speeds["read"], copy_gb_s=speeds["copy"])
     print_table(rows)
-    path = args.json or pathlib.Path("results", f"region-loss-{device_slug(args.device)}.json")
     write_result(path, "region loss", rows, time.perf_counter() - began, mgd_ops.backend())
     print(f"results: {path}")
 

@@ -39,7 +39,7 @@ from common import (
     run,
     valid_pixels,
 )
-from result_files import write_result
+from result_files import refuse_outputs, save_figure, write_result
 
 # stage and student, crop, labeled images a step, classes
 CASES = {
@@ -317,8 +317,7 @@ def draw_curves(path, device, rows):
         axis.set(xlabel=what, ylim=(0, None))
     axes[0].set_ylabel(f"ms a step ({device})")
     axes[0].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    save_figure(path, figure)
 
 
 def main():
@@ -330,11 +329,14 @@ def main():
     parser.add_argument("--cases", nargs="+", help="of these alone, such as 'distill r18 512'")
     parser.add_argument("--no-compile", action="store_true", help="without the compiled arm")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
     args = parser.parse_args()
     if args.arm:
         os.environ["MGD_OPS"] = "native"  # or fail
         print(json.dumps(measure(*json.loads(args.arm))))
         return
+    path = args.json or pathlib.Path("results", f"step-{device_slug(args.device)}.json")
+    refuse_outputs([("--json", path), ("--curves", args.curves)], [], args.overwrite)
     unknown = set(args.cases or []) - set(CASES[args.device])
     if unknown:
         raise UserError(f"--cases '{min(unknown)}': choose of {', '.join(CASES[args.device])}")
@@ -378,7 +380,6 @@ def main():
         draw_curves(args.curves, device, points)
         rows += points
         print(f"curves: {args.curves}")
-    path = args.json or pathlib.Path("results", f"step-{device_slug(device)}.json")
     write_result(path, "training step", rows, time.perf_counter() - began, "native")
     print(f"results: {path} ({os.cpu_count()} cores)")
 

@@ -23,7 +23,7 @@ from bench_region_loss import FORMATS, peak_mb, timed_cpu, timed_cuda
 
 import mgd_ops
 from common import ArgumentParser, UserError, device_slug, run
-from result_files import write_result
+from result_files import refuse_outputs, write_result
 
 CASES = {  # (B, N, H, W) at full size
     "cpu": {"demo": (8, 6, 48, 48), "voc 512": (4, 21, 512, 512)},
@@ -139,7 +139,10 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
     args = parser.parse_args()
+    path = args.json or pathlib.Path("results", f"upsample-loss-{device_slug(args.device)}.json")
+    refuse_outputs([("--json", path)], [], args.overwrite)
     os.environ["MGD_OPS"] = "native"
     mgd_ops.load_kernels()
     torch.manual_seed(0)
@@ -149,7 +152,6 @@ def main():
         for form in FORMATS:
             rows += bench(args.device, case, shape, form, args.rounds, args.compile)
     print_table(rows)
-    path = args.json or pathlib.Path("results", f"upsample-loss-{device_slug(args.device)}.json")
     write_result(path, "upsample loss", rows, time.perf_counter() - began, mgd_ops.backend())
     print(f"results: {path}")
 
