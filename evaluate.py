@@ -214,18 +214,19 @@ def add_legend(figure, classes: Sequence[str], palette, shown: Sequence[int]):
         return
     names = class_labels(classes)
     patches = [plt.Rectangle((0, 0), 1, 1, color=np.array(palette[i]) / 255) for i in shown]
-    labels, columns = [names[i] for i in shown], 1
-    for _ in range(2):  # in one column at first, to see how wide an entry is
+
+    def draw(columns):
+        """The legend and its width and height in inches."""
+        labels = [names[i] for i in shown]
         legend = figure.legend(patches, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
-        width, height = legend.get_window_extent(figure.canvas.get_renderer()).size / figure.dpi  # in inches
-        if columns > 1:
-            break
-        figure.set_figwidth(max(figure.get_figwidth(), width))
-        columns = min(len(shown), max(1, int(figure.get_figwidth() / width)))
-        if columns > 1:
-            legend.remove()
+        return legend, *legend.get_window_extent(figure.canvas.get_renderer()).size / figure.dpi
+
+    trial, width, _ = draw(1)  # how wide an entry is
+    trial.remove()
+    figure.set_figwidth(max(figure.get_figwidth(), width))
+    _, _, height = draw(max(1, int(figure.get_figwidth() / (width + 0.2))))  # 0.2 inches between columns
     figure.set_figheight(figure.get_figheight() + height)
 
 

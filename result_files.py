@@ -5,6 +5,7 @@ chunk, its JSON files say what they are, its logs and tables are known by their 
 """
 
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -118,8 +119,13 @@ def class_labels(classes: Sequence[str]) -> list[str]:
     if not all(able):
         first = printable(classes[able.index(False)])
         more = f" and {able.count(False) - 1} more class names" if able.count(False) > 1 else ""
-        print(f"note: no font here can draw '{first}'{more}; the pictures show the class's number instead", file=sys.stderr)
+        note_once(f"note: no font here can draw '{first}'{more}; the pictures show the class's number instead")
     return [label if len(label) <= 40 else f"{label[:20]}…{label[-19:]}" for label in labels]
+
+
+@functools.cache
+def note_once(text: str):
+    print(text, file=sys.stderr)
 
 
 def drawable(texts: Sequence[str]) -> list[bool]:

@@ -4,11 +4,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from conftest import NO_GPU
+from matplotlib import pyplot as plt
 from PIL import Image
 
 import common
@@ -213,6 +216,12 @@ def test_prediction_of_any_images(script, ckpt, tmp_path):
     (["--panels", "x.json"], "--panels"), (["--json", "file/x.json"], "--json"),
     (["--images", "photos", "--out", "x", "--json", "x.json"], "--json: is for val"),
     (["--images", "photos", "--out", "photos"], "--out photos: is the folder of the images"),
+    (["--panel-rows", "0"], "--panel-rows"), (["--panel-rows", "101"], "--panel-rows"),
+    (["--panels", "x.png", "--confusion", "x.png"], "--confusion x.png: is also where --panels is written"),
+    (["--panels", "x.png", "--confusion", "empty/../x.png"], "is also where --panels is written"),
+    (["--compare", "b.json", "--json", "b.json"], "--json b.json: is a file that is read"),
+    (["--json", "mine.json"], "--json: mine.json exists and was not written by this project"),
+    (["--panels", "photos/a.png"], "--panels: photos/a.png exists"), (["--confusion", "photos/a.png"], "add --overwrite"),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_line(script, ckpt, tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
@@ -220,8 +229,12 @@ def test_wrong_arguments_are_one_line(script, ckpt, tmp_path, monkeypatch, argum
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "a.png")
     (tmp_path / "file").write_text("")
+    (tmp_path / "mine.json").write_text('{"a": 1}')
+    (tmp_path / "b.json").write_bytes(ckpt.read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     code, _, err = script(evaluate, "--ckpt", ckpt, *arguments)
     assert code == 2 and expected in err and len(err.strip().splitlines()) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_pictures_and_options_reach_the_result_file(script, ckpt, tmp_path):
@@ -230,6 +243,93 @@ def test_pictures_and_options_reach_the_result_file(script, ckpt, tmp_path):
     assert code == 0 and "confusion matrix: " in out and Image.open(tmp_path / "c.png").size[0] > 200, err
     row = json.loads((tmp_path / "r.json").read_text())["rows"][0]
     assert (row["window"], row["scales"], row["flip"]) == ([48, 48], [1.0, 1.5], True)
+
+
+@pytest.mark.slow
+def test_outputs_are_written_again_and_others_files_with_overwrite_alone(script, ckpt, tmp_path):
+    outputs = [tmp_path / name for name in ("r.json", "p.png", "c.png")]
+    command = ["--ckpt", ckpt, "--json", outputs[0], "--panels", outputs[1], "--confusion", outputs[2], "--panel-rows", "1"]
+    for _ in range(2):
+        code, _, err = script(evaluate, *command)
+        assert code == 0, err
+    for path in outputs:
+        ours = path.read_bytes()
+        path.write_bytes(b"precious")
+        assert script(evaluate, *command)[0] == 2 and path.read_bytes() == b"precious"
+        path.write_bytes(ours)
+    outputs[1].write_bytes(b"precious")
+    code, _, err = script(evaluate, *command, "--overwrite")
+    assert code == 0 and Image.open(outputs[1]).width > 100, err
+
+
+class ManyClasses(datasets.Shapes):
+    """Classes with awkward names, of which the images show some: `occur`."""
+
+    def __init__(self, count=150, occur=range(0, 60, 2), size=(64, 48)):
+        super().__init__(train=2, val=3)
+        self.classes = [f"a class with quite a long name, no. {i}" if i % 2 else f"$x_{i}$ {i}" for i in range(count)]
+        self.classes[:4] = ["\u9053\u8def", "\u0637\u0631\u064a\u0642", "\U0001f697", "a_b^{c"]
+        self.palette, self.occur, self.size = datasets.voc_palette(count), [*occur], size
+
+    def image(self, name):
+        return np.full((*self.size, 3), int(name[-1]), np.uint8)
+
+    def mask(self, name):
+        return np.resize(np.array([*self.occur, 255], np.uint8), self.size)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved, open, and no warning while they are drawn."""
+    kept = []
+
+    def save(path, figure):
+        figure.savefig(path)
+        kept.append(figure)
+
+    monkeypatch.setattr(evaluate, "save_figure", save)
+    with warnings.catch_warnings(), matplotlib.rc_context():
+        warnings.simplefilter("error", UserWarning)  # of matplotlib, about glyphs and layout
+        yield kept
+    for figure in kept:
+        plt.close(figure)
+
+
+@pytest.mark.slow
+def test_a_legend_shows_the_classes_that_occur_below_panels_that_stay_as_large(figures, tmp_path):
+    for data in (ManyClasses(occur=[3, 5]), ManyClasses(), ManyClasses(occur=range(150))):
+        masks = [data.mask(name) for name in data.val]
+        evaluate.draw_panels(tmp_path / "p.png", data, data.val, [("a\nb", masks), ("c", masks)])
+        shown = [text.get_text() for text in figures[-1].legends[0].get_texts()]
+        assert len(shown) == len(data.occur)
+        assert all(len(text) <= 40 for text in shown) and len(set(shown)) == len(shown)
+        assert all(name in shown for i, name in enumerate(data.classes) if i in data.occur and name.startswith("$"))
+        legend = figures[-1].legends[0].get_window_extent()
+        assert legend.x0 >= 0 and legend.x1 <= figures[-1].bbox.x1 and legend.y0 >= 0
+        for axis in figures[-1].axes:
+            box = axis.get_window_extent()
+            assert box.height >= 150 and box.y0 >= legend.y1
+
+
+@pytest.mark.parametrize("size", [(1, 500), (900, 1), (1, 1), (3, 2000)])
+def test_images_of_one_row_or_column_are_drawn(figures, tmp_path, size):
+    data = ManyClasses(6, range(6), size)
+    evaluate.draw_panels(tmp_path / "p.png", data, data.val, [("a", [data.mask(name) for name in data.val])])
+    assert all(min(axis.get_window_extent().size) >= 30 for axis in figures[0].axes)
+    assert max(Image.open(tmp_path / "p.png").size) < 5000
+
+
+@pytest.mark.slow
+def test_a_confusion_matrix_shows_the_classes_that_occur(figures, tmp_path):
+    classes = ManyClasses().classes
+    confusion = torch.zeros(150, 150, dtype=torch.int64)
+    confusion[5, 5], confusion[5, 140], confusion[8, 8] = 3, 1, 2
+    evaluate.draw_confusion(tmp_path / "c.png", confusion, classes, "$t_t$")
+    axis = figures[0].axes[0]
+    shown = [text.get_text() for text in axis.get_yticklabels()]
+    assert shown[1] == classes[8] and len(shown) == 3 and sorted(text.get_text() for text in axis.texts) == ["100", "25", "75"]
+    evaluate.draw_confusion(tmp_path / "c.png", confusion + 1, classes, "all")
+    assert len(figures[1].axes[0].get_yticklabels()) == 150 and 2000 < Image.open(tmp_path / "c.png").width < 10_000
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
