@@ -61,7 +61,7 @@ def run(main):
         # A DataLoader worker hands its exception over with the traceback inside the message; what follows the name is ours.
         stop(str(error).rpartition("common.UserError: ")[2])
     except RuntimeError as error:
-        reason = lost_worker(str(error))
+        reason = lost_worker(f"{error} {error.__cause__ or ''}")
         if reason is None:
             raise
         stop(reason)
@@ -91,11 +91,13 @@ def lost_worker(message: str) -> str | None:
         return "the data workers need more open files; raise the limit (ulimit -n 65536), or add --workers 0"
     if memory or "killed by signal: Bus error" in message:
         return "a data worker ran out of shared memory; add --workers 0, or give the container more (docker run --shm-size 8g)"
-    killed = re.search(r"DataLoader worker \(pid\S* [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)", message)
-    if killed:
-        return (f"a data worker {killed[1].replace('is killed', 'was killed')}; if memory ran out, lower --workers or --batch, "
-                "or add --workers 0")  # fmt: skip
-    return None
+    if worker := re.search(r"DataLoader worker \(pid[^)]*\)+ (is killed by signal: [\w ]+)", message):
+        how = worker[1].replace("is", "was", 1)
+    elif re.search(r"DataLoader worker \(pid.*\) exited unexpectedly", message):
+        how = "ended unexpectedly"
+    else:
+        return None
+    return f"a data worker {how}; if memory ran out, lower --workers or --batch, or add --workers 0"
 
 
 def start_workers(loader: torch.utils.data.DataLoader):

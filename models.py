@@ -302,7 +302,7 @@ def measure(backbone: str, stem: str = "standard", head_width: int = 256, separa
 
 
 def main():
-    parser = ArgumentParser("Params and GMACs of the backbones and models, beside the paper's.")
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of the table")
     parser.add_argument("--head-width", type=int, default=256, help="channels of ASPP and decoder")
     parser.add_argument("--separable-head", action="store_true", help="depthwise separable ASPP and decoder")

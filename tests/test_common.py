@@ -1,15 +1,22 @@
 import argparse
+import ast
 import errno
 import math
 import os
+import re
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import NO_GPU, ROOT
+from PIL import Image
 
 import common
+import datasets
+import models
 from common import UserError
 
 
@@ -105,6 +112,230 @@ def test_unknown_device():
 def test_benchmarks_are_named_after_the_whole_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert common.device_slug("cuda") == "h100-80gb-hbm3" and common.device_slug("cpu") == "cpu"
+
+
+# ---- the line at the end of a script ----
+
+
+def ended(main, capsys):
+    """The exit code and the lines on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        common.run(main)
+    return stopped.value.code, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("message,line", [
+    ("a.png: is odd", "a.png: is odd"),
+    ("a.png: is odd\n  for two reasons\n", "a.png: is odd for two reasons"),
+    ("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
+     "common.UserError: a.png: is odd\n", "a.png: is odd"),
+    ("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
+     "common.UserError: a.png: is odd\nfor two reasons\n", "a.png: is odd for two reasons"),
+    ("", ""),
+])  # fmt: skip
+def test_any_message_is_one_line(capsys, message, line):
+    def main():
+        raise UserError(message)
+
+    code, lines = ended(main, capsys)
+    assert code == 2 and len(lines) == 1 and lines[0].endswith(f"error: {line}")
+
+
+@pytest.mark.parametrize("error", [
+    UserError("a.png: is odd"), OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+])  # fmt: skip
+def test_tracebacks_are_shown_on_demand(capsys, monkeypatch, error):
+    def culprit():
+        raise error
+
+    code, lines = ended(culprit, capsys)
+    assert code == 2 and len(lines) == 1 and "culprit" not in lines[0]
+    monkeypatch.setenv("MGD_DEBUG", "1")
+    debugged, more = ended(culprit, capsys)
+    assert debugged == 2 and more[-1] == lines[0] and any("in culprit" in line for line in more[:-1])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(errno.EACCES, "denied"), ValueError("x"),
+                                   RuntimeError("c++ -I/opt/torch_extensions failed"), MemoryError()])  # fmt: skip
+def test_no_other_exception_is_caught(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        common.run(main)
+    assert raised.value is error
+
+
+# PyTorch's own words, for a worker whose memory cannot be had at once, and for one that touches what cannot be had.
+SHARED_MEMORY = [
+    "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    "RuntimeError: unable to write to file </torch_331_31_0>: No space left on device (28)\n",
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared "
+    "memory. Please try to raise your shared memory limit.",
+]
+
+
+@pytest.mark.parametrize("message", SHARED_MEMORY)
+def test_lack_of_shared_memory_names_both_ways_out(capsys, message):
+    def main():
+        raise RuntimeError(message)
+
+    code, lines = ended(main, capsys)
+    assert code == 2 and len(lines) == 1 and "shared memory" in lines[0]
+    assert "--workers 0" in lines[0] and "--shm-size" in lines[0]
+
+
+LOADS = """
+import os, signal, sys, time, types
+import torch
+import common
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        if sys.argv[1] == "dies" and i == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(3, 512, 512, dtype=torch.uint8)
+
+def main():
+    args = types.SimpleNamespace(out=common.pathlib.Path("run"), steps=8)
+    common.make_folder("--out", args.out)
+    batches = common.start_workers(torch.utils.data.DataLoader(Images(), batch_size=8, num_workers=2))
+    progress = common.Progress(args, 0)
+    for _ in range(8):
+        progress.waiting(batches)
+        time.sleep(0.2)  # a step, in which the signal of a lost worker arrives
+
+if __name__ == "__main__":
+    common.run(main)
+"""
+
+
+def loads(tmp_path, how, *before):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (tmp_path / "loads.py").write_text(LOADS)
+    command = f"{sys.executable} loads.py {how}"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", " && ".join([*before, command])] if before else command.split(),
+                          capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("run:")]  # the progress bar
+    return done.returncode, lines
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_one_line(tmp_path):
+    code, lines = loads(tmp_path, "dies")
+    assert code == 2 and len(lines) == 1, lines
+    assert re.match("loads.py: error: a data worker (was killed by signal: Killed|ended unexpectedly);", lines[0]), lines
+    assert "--workers 0" in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["size=1m", "ro"])
+def test_a_container_with_little_or_no_shared_memory_is_one_line(tmp_path, options):
+    mount = f"mount -t tmpfs -o {options} tmpfs /dev/shm"
+    if subprocess.run(["sh", "-c", f"unshare -m {mount}"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    code, lines = loads(tmp_path, "lives", mount)
+    assert code == 2 and len(lines) == 1, lines
+    assert "shared memory" in lines[0] and "--workers 0" in lines[0] and "--shm-size" in lines[0]
+
+
+# ---- help and terminals ----
+
+
+def scripts() -> list[str]:
+    files = sorted(path for folder in (".", "benchmarks", "paper") for path in ROOT.glob(f"{folder}/*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if '__name__ == "__main__"' in path.read_text()]
+
+
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "80",
+         "MGD_OPS": "torch", **NO_GPU}  # fmt: skip
+
+
+def on_ascii_terminal(file, *arguments, cwd=ROOT):
+    module = file.removesuffix(".py").replace("/", ".")  # a script below the root may be a module
+    command = ["-m", module] if file.startswith("paper/") else [str(ROOT / file)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **ASCII}
+    return subprocess.run([sys.executable, *command, *map(str, arguments)], env=environment, cwd=cwd, capture_output=True,
+                          check=False, timeout=120)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", scripts())
+def test_help_shows_the_commands_of_the_docstring_on_any_terminal(file):
+    began = time.monotonic()
+    done = on_ascii_terminal(file, "--help")
+    assert done.returncode == 0 and not done.stderr, done.stderr.decode()
+    assert time.monotonic() - began < 20  # importing PyTorch on a busy machine takes most of them; a build takes longer
+    text = done.stdout.decode("ascii")
+    docstring = ast.get_docstring(ast.parse((ROOT / file).read_text()), clean=False) or ""
+    commands = [line.strip() for line in docstring.splitlines() if re.match(r"\s+(python|make|torchrun) ", line)]
+    assert all(line in text for line in commands), text
+    assert "usage: " in text
+
+
+@pytest.mark.slow
+def test_messages_and_tables_are_printed_on_a_terminal_that_has_ascii_alone(tmp_path):
+    done = on_ascii_terminal("models.py", "--head-width", "0x")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and b"Traceback" not in done.stderr
+    done = on_ascii_terminal("evaluate.py", "--ckpt", tmp_path / "b\xe4r.pt")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and b"no such checkpoint" in done.stderr
+    data, net = datasets.Shapes(), models.build_model("r18", 6, head_width=16)
+    data.classes = ["\u9053\u8def", *data.classes[1:-1], "\u03bb"]
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "masks").mkdir()
+    for i in range(2):
+        Image.fromarray(data.image(f"val-{i}")).save(tmp_path / "data" / "images" / f"{i}.png")
+        Image.fromarray(data.mask(f"val-{i}")).save(tmp_path / "data" / "masks" / f"{i}.png")
+    for name, lines in (("train", ["0"]), ("val", ["1"]), ("classes", data.classes)):
+        (tmp_path / "data" / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    args = {"dataset": "folder", "data": str(tmp_path / "data"), "backbone": "resnet18", "scales": [1.0], "stem": "standard",
+            "head_width": 16, "separable_head": False, "precision": "fp32", "image_scale": 1.0, "window": None}  # fmt: skip
+    rows = [{"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1/8", "labeled": 64, "steps": 0,
+             "seed": seed, "gmacs_model": 1.0, "mgd_ops": "torch"} for seed in (0, 1)]  # fmt: skip
+    for row in rows:
+        common.save_checkpoint(tmp_path / f"{row['seed']}.pt", {"model": net.state_dict(), "args": args, "row": row,
+                                                                "classes": data.classes, "palette": data.palette})  # fmt: skip
+    done = on_ascii_terminal("evaluate.py", "--ckpt", tmp_path / "0.pt", "--compare", tmp_path / "1.pt", "--device", "cpu",
+                             "--panels", tmp_path / "p.png", "--confusion", tmp_path / "c.png")  # fmt: skip
+    assert done.returncode == 0 and b"\\u9053" in done.stdout and b"\\xb1" in done.stdout, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and b"no font here can draw '\\u9053" in done.stderr
+
+
+# ---- the folder of a training ----
+
+
+def resumes(out, resume=False, data=None):
+    return common.load_for_resume(argparse.Namespace(out=out, resume=resume, data=data), types.SimpleNamespace(hash="aaa"))
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "last.pt", "resume.pt"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_training_never_replaces_somebody_elses_file(tmp_path, name, resume):
+    (tmp_path / name).write_text("precious")
+    if resume and name == "last.pt":
+        common.save_checkpoint(tmp_path / "resume.pt", {"model": {}, "args": {}, "classes": [], "row": {}})
+    with pytest.raises(UserError, match=name):
+        resumes(tmp_path, resume)
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_a_training_does_not_write_among_its_data(folder):
+    with pytest.raises(UserError, match="is the folder of the data"):
+        resumes(folder / "masks" / "..", data=folder)
+
+
+def test_a_log_goes_on_where_its_last_line_was_cut_off(tmp_path):
+    lines = ['{"step": 1, "lr": 1, "images_per_s": 1, "data_wait": 0}', '{"step": 3, "miou": 1}', '{"step": 2, "mi']
+    for end in ("", "\n", "\x00\x00"):
+        (tmp_path / "log.jsonl").write_text("\n".join(lines) + end)
+        progress = common.Progress(types.SimpleNamespace(out=tmp_path, steps=4), 2)
+        progress.write(step=3)
+        progress.close()
+        assert (tmp_path / "log.jsonl").read_text() == lines[0] + '\n{"step": 3}\n'
 
 
 def test_error_of_a_data_worker_is_one_line_in_a_real_process(folder):
