@@ -1,5 +1,6 @@
 """The benchmarks' released procedure is a fair opponent: it computes the same losses."""
 
+import importlib
 import json
 import sys
 
@@ -54,3 +55,13 @@ def test_heads_are_measured(script, monkeypatch, tmp_path):
     for plain, separable in (rows[:2], rows[2:]):
         assert separable["gmacs_model"] < plain["gmacs_model"] and separable["params_m"] < plain["params_m"]
         assert plain["gmacs_backbone"] < plain["gmacs_model"] and 0 < plain["p20_ms"] <= plain["p50_ms"] <= plain["p80_ms"]
+
+
+@pytest.mark.parametrize("name,flag", [("heads", "--json"), ("loading", "--json"), ("region_loss", "--json"), ("step", "--json"),
+                                       ("step", "--curves"), ("upsample_loss", "--json")])  # fmt: skip
+def test_a_benchmark_keeps_others_files(script, tmp_path, name, flag):
+    """And says so before it measures."""
+    module, path = importlib.import_module(f"bench_{name}"), tmp_path / "mine.json"
+    path.write_text("precious")
+    code, _, err = script(module, flag, path)
+    assert code == 2 and "mine.json exists" in err and "--overwrite" in err and path.read_text() == "precious"

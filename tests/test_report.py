@@ -8,6 +8,7 @@ from conftest import ROOT
 from PIL import Image
 
 import report
+import result_files
 from result_files import METHODS_OF, TRAINING_SETTINGS
 
 PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
@@ -247,6 +248,60 @@ def test_committed_results_are_read(script, tmp_path):
     assert any(cell.startswith(f"{mean:.2f} ± ") for cell in line.values())
 
 
+@pytest.mark.slow
+def test_tables_and_pictures_are_written_again_and_others_files_with_overwrite_alone(script, tmp_path):
+    """Whatever is written is known as ours, also the tables, whose CSV begins with its columns, as other programs expect."""
+    command = [ROOT / "results" / "demo.json", "--out", tmp_path / "out"]
+    for _ in range(2):
+        code, _, err = script(report, *command)
+        assert code == 0, err
+    written = sorted((tmp_path / "out").iterdir())
+    assert {path.suffix for path in written} == {".md", ".csv", ".png"} and all(map(result_files.is_ours, written))
+    assert records(tmp_path / "out" / "table-shapes.csv")
+    before = {path: path.read_bytes() for path in written}
+    for path in written:
+        for kept, content in before.items():
+            kept.write_bytes(content)
+        path.write_bytes(b"precious")
+        for other in written:
+            if other != path:
+                other.unlink()
+        code, _, err = script(report, *command)
+        assert code == 2 and f"--out: {path} exists" in err and len(err.splitlines()) == 1
+        assert [*(tmp_path / "out").iterdir()] == [path] and path.read_bytes() == b"precious"
+    assert script(report, *command, "--overwrite")[0] == 0 and path.read_bytes() != b"precious"
+
+
+def test_what_a_table_replaces_is_looked_at_before_the_first_is_written(script, tmp_path):
+    """A folder in the place of the last picture of the second data set."""
+    rows = [row(dataset=name, seed=seed) for name in ("a", "b") for seed in (0, 1)]
+    (tmp_path / "r.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "out" / "heads-b.png").mkdir(parents=True)
+    assert script(report, tmp_path / "r.json", "--out", tmp_path / "out", "--overwrite")[0] == 2
+    assert len([*(tmp_path / "out").iterdir()]) == 1
+
+
+@pytest.mark.slow
+def test_all_that_a_report_may_write_is_looked_at(script, tmp_path, monkeypatch):
+    """Nothing is written that `outputs` does not name."""
+    seen = []
+    monkeypatch.setattr(report, "refuse_foreign", lambda paths, *_: seen.extend(paths))
+    assert script(report, *sorted((ROOT / "results").glob("*.json")), "--out", tmp_path / "out")[0] == 0
+    assert {*(tmp_path / "out").iterdir()} <= {*seen}
+
+
+def test_curves_keep_others_pictures_and_names_are_no_formulas(script, tmp_path):
+    log = tmp_path / "$a_b$ $c" / "x" / "y" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"step": 1, "lr": 1, "images_per_s": 1, "data_wait": 0, "sup": null, "grad_loss": null}\n' * 3)
+    picture = tmp_path / "mine.png"
+    picture.write_bytes(b"precious")
+    code, _, err = script(report, "--curves", log, "--out", picture)
+    assert code == 2 and "mine.png exists" in err and picture.read_bytes() == b"precious"
+    assert script(report, "--curves", log, "--out", picture, "--overwrite")[0] == 0 and result_files.is_ours(picture)
+    assert script(report, "--curves", log, "--out", picture)[0] == 0
+
+
 @pytest.mark.parametrize("arguments,expected", [
     ([], "give result files"), (["absent.json"], "absent.json: cannot be read"), (["junk.json"], "junk.json: cannot be read"),
     (["list.json"], "list.json: holds no rows"), (["empty.json"], "empty.json: holds no rows"),
@@ -255,6 +310,7 @@ def test_committed_results_are_read(script, tmp_path):
     (["--curves", "absent"], "--curves absent: cannot be read"), (["--curves", "list.json"], "holds no step yet"),
     (["--curves", "empty.json"], "--curves empty.json: cannot be read as a log"), (["--curves", "bare.json"], "no step yet"),
     (["--curves", "good.json", "--out", "x.jpg"], "ends in .png"), (["good.json", "--curves", "bare.json"], "or --curves"),
+    (["--curves", "bare.json", "--out", "junk.json/x.png"], "--out junk.json: cannot be made a folder"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line(script, tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)

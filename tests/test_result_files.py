@@ -1,4 +1,3 @@
-import csv
 import json
 import math
 import os
@@ -16,7 +15,6 @@ from conftest import ROOT
 from PIL import Image
 
 import common
-import report
 import result_files
 from common import UserError
 
@@ -124,16 +122,6 @@ def test_what_is_not_ours_is_refused(tmp_path, name):
     else:  # a folder is never replaced
         with pytest.raises(UserError, match="exists"):
             result_files.refuse_foreign([path], True, "--out")
-
-
-@pytest.mark.parametrize("suffix", ["md", "csv"])
-def test_tables_of_the_report_are_known(script, tmp_path, suffix):
-    results = sorted((ROOT / "results").glob("demo.json"))
-    code, _, err = script(report, *results, "--out", tmp_path)
-    assert code == 0, err
-    tables = sorted(tmp_path.glob(f"*.{suffix}"))
-    assert tables and all(result_files.is_ours(path) for path in tables)
-    assert all(result_files.is_ours(path) for path in tmp_path.glob("*.png"))
 
 
 def test_a_mask_with_the_chunk_is_the_same_mask(tmp_path):
@@ -261,10 +249,3 @@ def test_names_are_drawn_with_any_installed_font_or_become_numbers(tmp_path, mon
         figure = plt.figure(figsize=(2, 2))
         figure.text(0, 0.5, labels[1])
         result_files.save_figure(tmp_path / "a.png", figure)  # without a warning about glyphs
-
-
-def test_the_report_writes_no_mark_into_its_csv(tmp_path, script):
-    """Which other programs read."""
-    assert script(report, ROOT / "results" / "demo.json", "--out", tmp_path)[0] == 0
-    with open(next(tmp_path.glob("*.csv")), newline="") as file:
-        assert next(csv.reader(file))[0] == "source"
