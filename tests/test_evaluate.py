@@ -314,6 +314,7 @@ def test_a_legend_shows_the_classes_that_occur_below_panels_that_stay_as_large(f
 @pytest.mark.parametrize("size", [(1, 500), (900, 1), (1, 1), (3, 2000)])
 def test_images_of_one_row_or_column_are_drawn(figures, tmp_path, size):
     data = ManyClasses(6, range(6), size)
+    data.classes = SHAPES.classes
     evaluate.draw_panels(tmp_path / "p.png", data, data.val, [("a", [data.mask(name) for name in data.val])])
     assert all(min(axis.get_window_extent().size) >= 30 for axis in figures[0].axes)
     assert max(Image.open(tmp_path / "p.png").size) < 5000
