@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 
 import torch
 import torchvision
@@ -461,7 +462,9 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
     `versions`. Raises UserError.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about files that are no checkpoints, which the line below says
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train it first, or give the path of a last.pt") from None
     except IsADirectoryError:

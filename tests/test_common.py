@@ -93,12 +93,13 @@ def test_a_full_disk_is_one_clear_line(monkeypatch, capsys):
     assert ended.value.code == 2 and capsys.readouterr().err.endswith("the disk is full; make room, then run the same again\n")
 
 
-def test_what_is_no_checkpoint_is_one_clear_line(tmp_path):
+def test_what_is_no_checkpoint_is_one_clear_line(tmp_path, recwarn):
     with pytest.raises(UserError, match="no such checkpoint"):
         common.load_checkpoint(tmp_path / "absent.pt")
     (tmp_path / "noise.pt").write_bytes(b"\x80noise")
     with pytest.raises(UserError, match="cannot be read"):
         common.load_checkpoint(tmp_path / "noise.pt")
+    assert not recwarn.list  # which would be more lines on stderr
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="not a checkpoint of"):
         common.load_checkpoint(tmp_path / "other.pt")
