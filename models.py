@@ -11,7 +11,9 @@ those of the classifier, (B, N, H/4, W/4), and `mgd_ops.upsample` brings them to
 import copy
 import json
 import pathlib
+import pickle
 import urllib.error
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -144,20 +146,30 @@ def dilate(blocks: nn.Sequential, dilations: tuple[int, ...]):
 def build_backbone(name: str, weights: str = "none", stem: str = "standard") -> Backbone:
     """A dilated torchvision network without its classifier, for `name` of `BACKBONES` or `ALIASES`.
 
-    weights: `imagenet` (torchvision's, downloaded once), `none`, or a file holding a state dict with torchvision's keys.
+    weights: `imagenet` (torchvision's, downloaded once), `none`, or a file with a state dict of torchvision's keys.
     stem: `standard` as in torchvision, or `deep`, three 3x3 convolutions, which gives the paper's parameter counts.
-    Raises UserError for an unknown name or stem, and for weights that cannot be had or do not fit.
+    Raises UserError for an unknown name or stem, and for weights that cannot be read or do not fit.
     """
     name = canonical_name(name)
     if stem not in STEMS:
         raise UserError(f"--stem: unknown stem '{stem}'; choose one of {', '.join(STEMS)}")
+    network = dilated_network(name, stem)
+    if weights != "none":
+        load_weights(network, name, weights, stem)
+    if name == "mobilenetv2":
+        return Backbone(network.features[:4], network.features[4:18], low_channels=24, high_channels=320)
+    low = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, network.layer1)
+    low_channels, high_channels = (64, 512) if name in ("resnet18", "resnet34") else (256, 2048)
+    return Backbone(low, nn.Sequential(network.layer2, network.layer3, network.layer4), low_channels, high_channels)
+
+
+def dilated_network(name: str, stem: str) -> nn.Module:
+    """The whole torchvision network of a backbone, with our stem and dilations."""
     network = torchvision.models.get_model(BACKBONES[name], weights=None)
     if name == "mobilenetv2":
-        # Stride 32 stays; the last 1x1 convolution (320 -> 1280) serves the classifier only and is dropped.
+        # The stride of 32 stays; the last 1x1 convolution (320 -> 1280) serves the classifier alone and is dropped.
         dilate(network.features[15:18], (2, 4, 8))
-        load_weights(network, name, weights, stem)
-        return Backbone(network.features[:4], network.features[4:18], low_channels=24, high_channels=320)
-
+        return network
     if stem == "deep" and name in DEEP_STEM:
         a, b, c = DEEP_STEM[name]
         network.conv1 = nn.Sequential(
@@ -173,43 +185,120 @@ def build_backbone(name: str, weights: str = "none", stem: str = "standard") -> 
                 if isinstance(m, nn.Conv2d):
                     nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     dilate(network.layer4, (2, 4, 8))
-    load_weights(network, name, weights, stem)
-    low = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, network.layer1)
-    low_channels, high_channels = (64, 512) if name in ("resnet18", "resnet34") else (256, 2048)
-    return Backbone(low, nn.Sequential(network.layer2, network.layer3, network.layer4), low_channels, high_channels)
+    return network
+
+
+# ---- weights of the backbone ----
 
 
 def load_weights(network: nn.Module, name: str, weights: str, stem: str):
-    if weights == "none":
-        return
+    """Load `weights`, `imagenet` or a file, into the network of `name`, but for its classifier. Raises UserError.
+
+    The counters `num_batches_tracked` are ignored on both sides: torchvision's published ResNet files do not have them.
+    """
     if weights == "imagenet":
-        if stem == "deep" and name in DEEP_STEM:
-            raise UserError("--weights imagenet: torchvision's weights have the standard stem; "
-                            "use --stem standard, or --weights FILE for the deep one")  # fmt: skip
-        entry = torchvision.models.get_model_weights(BACKBONES[name]).IMAGENET1K_V1
-        try:
-            state = entry.get_state_dict(progress=True, check_hash=True)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            folder = pathlib.Path(torch.hub.get_dir(), "checkpoints")
-            raise UserError(f"--weights imagenet: cannot download {entry.url} ({error}); put that file into {folder}, "
-                            "pass it as --weights FILE, or train from scratch with --weights none") from None  # fmt: skip
+        state = published_weights(name, stem)
     else:
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f"--weights {weights}: no such file; give a file, 'imagenet' or 'none'") from None
-        except Exception:
-            raise UserError(f"--weights {weights}: not a state dict that torch.load can read") from None
-    own = network.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        raise UserError(f"--weights {weights}: not a state dict (parameter name -> tensor) of {BACKBONES[name]}")
-    used = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "features.18."))}
-    needed = {k: v for k, v in own.items() if not k.startswith(("fc.", "classifier.", "features.18."))}
-    wrong = [k for k in needed if k not in used or used[k].shape != needed[k].shape] + [k for k in used if k not in needed]
-    if wrong:
-        raise UserError(f"--weights {weights}: does not fit {name} with the {stem} stem, first at '{wrong[0]}'; "
-                        f"give a state dict of torchvision's {BACKBONES[name]}")  # fmt: skip
-    network.load_state_dict(used, strict=False)  # all but the classifier, as checked above
+        state = read_state_dict(weights)
+    state, needed = without_classifier(state), without_classifier(network.state_dict())
+    reason = misfit(state, needed)
+    if reason:
+        kinds = [(other, kind) for other in BACKBONES for kind in STEMS if (other, kind) != (name, stem)]
+        fits = next((kind for kind in kinds if misfit(state, expected_shapes(*kind)) is None), None)
+        if fits:
+            raise UserError(f"--weights {weights}: holds the weights of {fits[0]} with the {fits[1]} stem, not of {name} with "
+                            f"the {stem} stem; give the file of the backbone, or the backbone of the file")  # fmt: skip
+        raise UserError(f"--weights {weights}: does not fit {name} with the {stem} stem ({reason}); give a state dict of "
+                        f"torchvision's {BACKBONES[name]}")  # fmt: skip
+    network.load_state_dict(state, strict=False)  # all but the classifier and the counters, as checked above
+
+
+def published_weights(name: str, stem: str) -> dict[str, torch.Tensor]:
+    """torchvision's ImageNet weights, downloaded once. Raises UserError."""
+    if stem == "deep" and name in DEEP_STEM:
+        raise UserError("--weights imagenet: torchvision's weights have the standard stem; "
+                        "use --stem standard, or --weights FILE for the deep one")  # fmt: skip
+    entry = torchvision.models.get_model_weights(BACKBONES[name]).IMAGENET1K_V1
+    try:
+        return entry.get_state_dict(progress=True, check_hash=True)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        folder = pathlib.Path(torch.hub.get_dir(), "checkpoints")
+        raise UserError(f"--weights imagenet: cannot download {entry.url} ({error}); put that file into {folder}, "
+                        "pass it as --weights FILE, or train from scratch with --weights none") from None  # fmt: skip
+
+
+def read_state_dict(path: str) -> dict[str, torch.Tensor]:
+    """The state dict in a file of torch.save, taken out of the dictionary that holds it (`state_dict`, `model`, ...), and its
+    keys without the prefixes of DataParallel and torch.compile. Raises UserError with the reason where there is none."""
+    try:
+        with warnings.catch_warnings():  # torch's about foreign pickles; what follows says it in one line
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"--weights {path}: no such file; give a file, 'imagenet' or 'none'") from None
+    except Exception as error:  # of many kinds, by the bytes that the file holds
+        raise UserError(f"--weights {path}: {why_unreadable(path, error)}") from None
+    if isinstance(state, dict) and {"model", "args", "row"} <= state.keys():
+        raise UserError(f"--weights {path}: is a checkpoint of this project, not the weights of a classification network; give "
+                        "'imagenet', 'none' or a file of torchvision (--resume continues a run)")  # fmt: skip
+    while isinstance(state, dict) and state and not is_state_dict(state):
+        inner = [key for key in ("state_dict", "model") if isinstance(state.get(key), dict)]
+        inner = inner or [key for key, value in state.items() if is_state_dict(value)]
+        if not inner:
+            keys = ", ".join(map(str, [*state][:5]))
+            raise UserError(f"--weights {path}: holds no state dict, but {keys}; save network.state_dict() alone")
+        state = state[inner[0]]
+    if not is_state_dict(state):
+        raise UserError(f"--weights {path}: holds no state dict, but a {type(state).__name__}; save network.state_dict() alone")
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # one wraps the other in either order
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def why_unreadable(path: str, error: Exception) -> str:
+    """Why torch.load refused a file, and the fix."""
+    if isinstance(error, IsADirectoryError):
+        return "is a folder; give the file in it"
+    if isinstance(error, PermissionError):
+        return "cannot be opened (permission denied); give access to it"
+    with open(path, "rb") as file:
+        begins = file.read(2)  # of a zip file of torch.save, or of a pickle
+    refused = isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error)
+    if refused and (begins == b"PK" or begins[:1] == b"\x80"):
+        return "is a pickle of Python objects, which could run code when it is opened; save network.state_dict() alone"
+    return f"cannot be read as a file of torch.save ({type(error).__name__}); it is damaged or of another format"
+
+
+def is_state_dict(state) -> bool:
+    """Whether `state` maps names to tensors."""
+    return (
+        isinstance(state, dict)
+        and len(state) > 0
+        and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
+    )
+
+
+def without_classifier(state: dict) -> dict:
+    """The entries that a backbone needs: neither those of the classifier nor batch norm's counters of its batches."""
+    classifier = ("fc.", "classifier.", "features.18.")
+    return {k: v for k, v in state.items() if not (k.startswith(classifier) or k.endswith(".num_batches_tracked"))}
+
+
+def expected_shapes(name: str, stem: str) -> dict[str, torch.Tensor]:
+    """The state dict that `name` needs, without memory."""
+    with torch.device("meta"):
+        return without_classifier(dilated_network(name, stem).state_dict())
+
+
+def misfit(state: dict[str, torch.Tensor], needed: dict[str, torch.Tensor]) -> str | None:
+    """The first reason why `state` cannot be loaded where `needed` is, or None."""
+    for key, value in needed.items():
+        if key not in state:
+            return f"'{key}' is missing"
+        if state[key].shape != value.shape:
+            return f"'{key}' is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+    return next((f"'{key}' is not part of it" for key in state if key not in needed), None)
 
 
 def canonical_name(name: str, flag: str = "--backbone") -> str:
