@@ -681,7 +681,7 @@ def resize_window(array: np.ndarray, source: list[slice], crop, target: list[sli
 
 class TrainSet(torch.utils.data.Dataset):
     """Augmented crops: a drawn scale, mirrored or not, and a drawn window. Item (index, seed) -> image (3, h, w) uint8, mask
-    (h, w) int64; padding is 255 in the mask.
+    (h, w) uint8; padding is 255 in the mask. The device makes int64 of masks, so that workers send one byte per pixel.
 
     With `labeled=False` no mask is opened: the mask then holds 0 for pixels of the image and 255 for padding.
     """
@@ -702,7 +702,7 @@ class TrainSet(torch.utils.data.Dataset):
         mask = resize_window(mask[..., None], source, self.crop, target, [IGNORE_INDEX])[0]
         if rng.random() < 0.5:
             image, mask = image.flip(-1), mask.flip(-1)
-        return image, mask.long()
+        return image, mask
 
 
 @functools.lru_cache(maxsize=4)
@@ -743,7 +743,7 @@ def seed_of(*parts: int) -> int:
 
 def train_batches(dataset, names, args, views: int, start: int, labeled: bool):
     """An iterator over this rank's shares of steps `start` to `args.steps`: images (views · m, 3, h, w) uint8, masks
-    (views · m, h, w), m images of each view (see `common.shares_of`)."""
+    (views · m, h, w) uint8, m images of each view (see `common.shares_of`)."""
     train_set = TrainSet(dataset, names, args.crop, args.scales, args.image_scale, labeled)
     seed, (shares, size) = seed_of(args.seed, int(labeled)), shares_of(args)
     sampler = StepSampler(len(names), args.batch, seed, start, args.steps, views, shares, size)

@@ -385,11 +385,11 @@ def main():
         shares = []  # of the batch; the teachers see all of them first, so that their valid pixels can be counted
         for box in datasets.cutmix_boxes(args, step, device):
             images, label = progress.waiting(labeled)
-            images, label = datasets.normalize(images, device), label.to(device, non_blocking=True)
+            images, label = datasets.normalize(images, device), label.to(device, non_blocking=True).long()
             bare = mixed = padding = None
             if on_views:
                 bare, padding = progress.waiting(unlabeled)
-                bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True)
+                bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True).long()
                 mixed, padding = datasets.cutmix(bare, box), datasets.cutmix(padding, box)
             taught = {}
             for role, teacher in teachers.items():

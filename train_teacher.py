@@ -171,11 +171,11 @@ def main():
         maps = []  # of each share: the label maps whose valid pixels are counted
         for box in datasets.cutmix_boxes(args, step, device):
             images, label = progress.waiting(labeled)
-            images, label = datasets.normalize(images, device), label.to(device, non_blocking=True)
+            images, label = datasets.normalize(images, device), label.to(device, non_blocking=True).long()
             mixed = padding = targets = None
             if weight > 0:
                 bare, padding = progress.waiting(unlabeled)
-                bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True)
+                bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True).long()
                 with torch.no_grad(), autocast(device, args.precision):
                     if average:  # the averaged network's coarse logits, of the images and of the views
                         targets = [averaged(x, upsample=False).logits for x in (images, bare)]

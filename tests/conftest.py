@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import shutil
@@ -6,12 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 import common
 import datasets
 import mgd_ops
+import models
+import train_teacher
 
 ROOT = pathlib.Path(common.__file__).parent
 TINY = ["--workers", "0", "--batch", "2", "--crop", "48", "--head-width", "16", "--lr", "0.02", "--log-every", "1"]
@@ -61,14 +65,156 @@ def folder(tmp_path) -> pathlib.Path:
     return root
 
 
+class FewShapes(datasets.Shapes):
+    """The embedded data set with eight val images."""
+
+    def __init__(self, train=512, val=8):
+        super().__init__(train, val)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def small_few_threads_and_no_gpu():
     """Eight val images of the embedded data set, the threads of the smallest machine that tests run on, and, where a stage is
     not told --device, the CPU, on which runs repeat bit for bit."""
     torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 beside another busy program
-    datasets.Shapes.__init__.__defaults__ = (512, 8)
+    datasets.Shapes = FewShapes
     pick_device = common.pick_device
     common.pick_device = lambda name: pick_device(name or "cpu")
+
+
+@pytest.fixture
+def tiny_networks(monkeypatch):
+    """Every backbone is a tiny one."""
+    monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    """Checkpoints of a tiny deep and a tiny wide teacher on `shapes`, hardly trained."""
+    out = tmp_path_factory.mktemp("teachers")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
+        for role, backbone in (("deep", "r18"), ("wide", "mbv2")):
+            argv = ["train_teacher.py", "--out", str(out / role), "--role", f"teacher_{role}", "--backbone", backbone,
+                    "--steps", "4", "--sup-only", "0.5", "--ramp-up", "0.5", *TINY]  # fmt: skip
+            monkeypatch.setattr("sys.argv", argv)
+            train_teacher.main()
+    return out / "deep" / "last.pt", out / "wide" / "last.pt"
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory) -> pathlib.Path:
+    """A data set in the folder form that a tiny network learns within seconds: eight 32x32 scenes of a red and a blue square on
+    grey. The val images are copies of the training images."""
+    root = tmp_path_factory.mktemp("few") / "few"
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    rng = np.random.default_rng(0)
+    colours = np.array([(90, 90, 90), (200, 60, 60), (60, 60, 200)], np.uint8)
+    for i in range(8):
+        mask = np.zeros((32, 32), np.uint8)
+        for label in (1, 2):
+            y, x = rng.integers(0, 16, 2)
+            mask[y : y + 14, x : x + 14] = label
+        image = colours[mask] + rng.integers(0, 40, (32, 32, 3), np.uint8)
+        for split in ("train", "val"):
+            Image.fromarray(image).save(root / "images" / f"{split}{i}.png")
+            Image.fromarray(mask).save(root / "masks" / f"{split}{i}.png")
+    for split in ("train", "val"):
+        (root / f"{split}.txt").write_text("".join(f"{split}{i}\n" for i in range(8)))
+    (root / "classes.txt").write_text("ground\nred\nblue\n")
+    return root
+
+
+LEARNING = ["--dataset", "folder", "--part", "1/2", "--weights", "none", "--window", "whole", "--workers", "0", "--batch", "4",
+            "--crop", "32", "--scales", "1", "--head-width", "16", "--lr", "0.05", "--steps", "40", "--log-every", "1",
+            "--precision", "fp32"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def learned_teachers(tmp_path_factory, few):
+    """Two tiny teachers that have learned `few`."""
+    out = tmp_path_factory.mktemp("learned")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
+        for seed in ("0", "1"):
+            argv = ["--out", str(out / seed), "--method", "sup", "--seed", seed, "--data", str(few), *LEARNING]
+            monkeypatch.setattr("sys.argv", ["train_teacher.py", *argv])
+            train_teacher.main()
+    return out / "0" / "last.pt", out / "1" / "last.pt"
+
+
+def assert_it_learns(out, terms, falls_to, miou):
+    """Each term in the log falls to the fraction `falls_to` of its first value (means of three steps), and the images that the
+    training saw are segmented with at least `miou` percent."""
+    entries = [entry for entry in log(out) if "lr" in entry]
+    for term in terms:
+        values = [entry[term] for entry in entries if term in entry]
+        assert np.mean(values[-3:]) < falls_to * np.mean(values[:3]), (term, values)
+    assert log(out)[-1]["miou"] > miou
+
+
+def distill_args(out, teachers, *more):
+    return ["--out", out, "--deep", teachers[0], "--wide", teachers[1], "--steps", "4", *TINY, *more]
+
+
+def log(out):
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in e.items() if k not in ("images_per_s", "data_wait")} for e in entries]
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def errors(script, module, *arguments):
+    """The one line that a script prints where it refuses its arguments."""
+    code, _, err = script(module, *arguments)
+    assert code == 2 and len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    return err
+
+
+def interrupt_at(monkeypatch, module, step):
+    original = module.poly_lr
+
+    def poly_lr(now, *rest):
+        if now == step:
+            raise KeyboardInterrupt
+        return original(now, *rest)
+
+    monkeypatch.setattr(module, "poly_lr", poly_lr)
+
+
+def resume_equals_uninterrupted(script, module, arguments, tmp_path):
+    assert script(module, "--out", tmp_path / "whole", *arguments)[0] == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, module, 5)
+        assert script(module, "--out", tmp_path / "cut", *arguments)[0] == 130
+    assert (tmp_path / "cut" / "resume.pt").exists() and not (tmp_path / "cut" / "last.pt").exists()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(datasets.Shapes, "has_mask", lambda self, name: name > "train-0100")
+        code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--resume")
+    assert code == 2 and "lists or masks have changed" in err
+    code, _, err = script(module, "--out", tmp_path / "cut", *arguments)
+    assert code == 2 and "resume.pt: is of an earlier run; add --resume" in err and (tmp_path / "cut" / "resume.pt").exists()
+    code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--crop", "40", "--resume")
+    assert code == 2 and "--crop [48, 48], not [40, 40]" in err
+    code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--steps", "7", "--resume")
+    assert code == 2 and "--steps 6, not 7" in err
+    code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--part", "1/4", "--resume")
+    assert code == 2 and "--part 1/8, not 1/4" in err
+    assert script(module, "--out", tmp_path / "cut", *arguments, "--resume")[0] == 0
+    assert not (tmp_path / "cut" / "resume.pt").exists()
+    assert same_weights(tmp_path / "whole" / "last.pt", tmp_path / "cut" / "last.pt")
+    assert log(tmp_path / "whole") == log(tmp_path / "cut")
+    code, out, _ = script(module, "--out", tmp_path / "cut", *arguments, "--resume")
+    assert code == 0 and "this run is finished" in out
+    assert script(module, "--out", tmp_path / "cut", *arguments)[0] == 2  # which would have replaced last.pt
 
 
 @pytest.fixture(scope="session")

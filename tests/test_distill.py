@@ -1,0 +1,344 @@
+"""Distillation: the terms of Eq. 7 and the baselines."""
+
+import argparse
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    LEARNING,
+    TINY,
+    assert_it_learns,
+    distill_args,
+    errors,
+    interrupt_at,
+    log,
+    resume_equals_uninterrupted,
+    same_weights,
+)
+
+import common
+import datasets
+import distill
+import models
+import train_teacher
+
+pytestmark = pytest.mark.usefixtures("tiny_networks")
+
+
+@pytest.mark.parametrize("method,terms", [
+    ("mgd", ["sup", "pixel_l", "pixel_u", "region"]), ("kd", ["sup", "kd"]), ("cwd", ["sup", "cwd"]),
+])  # fmt: skip
+def test_distillation_learns(script, few, learned_teachers, tmp_path, method, terms):
+    """Forty steps on four labeled and four unlabeled images."""
+    teachers = ["--deep", learned_teachers[0], "--wide", learned_teachers[1], "--lambda-region", "10"]
+    code, _, err = script(distill, "--out", tmp_path / method, "--method", method, "--data", few, *teachers, *LEARNING)
+    assert code == 0, err
+    assert_it_learns(tmp_path / method, terms, falls_to=0.5, miou=65)
+
+
+def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_path):
+    changes = {
+        "--no-cutmix": {"pixel_u", "image", "region", "loss"},
+        "--image-reduction mean": {"image", "loss"},
+        "--regions 3": {"region", "loss"},
+        "--lambda-region 7": {"loss"},
+        "--lambda-image 7": {"loss"},
+        "--teacher-bn train": {"pixel_l", "pixel_u", "image", "region", "loss"},
+        "--mixed-terms clean": {"image", "region", "loss"},
+    }
+    assert script(distill, *distill_args(tmp_path / "plain", teachers))[0] == 0
+    plain = log(tmp_path / "plain")[0]
+    for i, (options, expected) in enumerate(changes.items()):
+        assert script(distill, *distill_args(tmp_path / str(i), teachers, "--steps", "1", *options.split()))[0] == 0
+        other = log(tmp_path / str(i))[0]
+        assert {key for key in plain if plain[key] != other[key]} == expected, options
+    mean = log(tmp_path / "1")[0]
+    assert plain["image"] == pytest.approx(6 * mean["image"], rel=1e-5)  # six classes
+
+
+def test_gradient_norms_are_those_of_the_weighted_terms(script, teachers, tmp_path):
+    student = torch.nn.Linear(2, 1)  # a term c · Σ weights has the gradient c everywhere, and none for the bias
+    terms = {name: c * student.weight.sum() for name, c in (("sup", 3.0), ("image", -2.0), ("cwd", 0.5))}
+    norms = distill.gradient_norms(terms, student, argparse.Namespace(lambda_image=0.1, kd_weight=10))
+    assert norms == pytest.approx({"grad_sup": 3 * 2**0.5, "grad_image": 0.2 * 2**0.5, "grad_cwd": 5 * 2**0.5})
+    assert student.weight.grad is None
+    for name, flags in (("with", ["--grad-norms"]), ("without", [])):
+        assert script(distill, *distill_args(tmp_path / name, teachers, *flags))[0] == 0
+    assert same_weights(tmp_path / "with" / "last.pt", tmp_path / "without" / "last.pt")
+    norms = log(tmp_path / "with")[0]
+    terms = ["sup", "pixel_l", "pixel_u", "image", "region"]
+    assert {key for key in norms if key != "step"} == {f"grad_{name}" for name in [*terms, "loss"]}
+    assert all(norms[f"grad_{name}"] > 0 for name in terms)
+    assert 0 < norms["grad_loss"] < sum(norms[f"grad_{name}"] for name in terms)
+
+
+EVERYTHING = "sup pixel image:T_D image:T_W region:T_D region:T_W"
+
+
+def test_losses_are_what_they_are_called(script, teachers, tmp_path):
+    """Each choice of --losses has the terms it names, of the same value as alone or beside others."""
+    both = {"--deep": teachers[0], "--wide": teachers[1]}
+    choices = {  # options -> terms, the teachers and losses of the row
+        ("", "--deep --wide"): ("sup pixel_l pixel_u image region", "T_D T_W", "sup pixel image:T_D region:T_W"),
+        ("", "--deep"): ("sup pixel_l pixel_u image region", "T_D", "sup pixel image:T_D region:T_D"),
+        ("", "--wide"): ("sup pixel_l pixel_u image region", "T_W", "sup pixel image:T_W region:T_W"),
+        (EVERYTHING, "--deep --wide"): ("sup pixel_l pixel_u image region", "T_D T_W", EVERYTHING),
+        ("sup pixel", "--deep --wide"): ("sup pixel_l pixel_u", "T_D T_W", "sup pixel"),
+        ("pixel:unlabeled pixel:labeled sup", "--deep"): ("sup pixel_l pixel_u", "T_D", "sup pixel"),
+        ("sup pixel:labeled", "--deep --wide"): ("sup pixel_l", "T_D T_W", "sup pixel:labeled"),
+        ("sup pixel:unlabeled", "--deep --wide"): ("sup pixel_u", "T_D T_W", "sup pixel:unlabeled"),
+        ("sup image:T_D", "--deep"): ("sup image", "T_D", "sup image:T_D"),
+        ("sup region:T_W", "--wide"): ("sup region", "T_W", "sup region:T_W"),
+    }
+    logs = {}
+    for i, ((losses, roles), (terms, names, expected)) in enumerate(choices.items()):
+        given = [arg for role in roles.split() for arg in (role, both[role])]
+        options = [*given, "--steps", "1", *TINY, *(["--losses", *losses.split()] if losses else [])]
+        code, _, err = script(distill, "--out", tmp_path / str(i), *options)
+        assert code == 0, err
+        entry, row = log(tmp_path / str(i))[0], common.load_checkpoint(tmp_path / str(i) / "last.pt")["row"]
+        assert {*entry} - {"step", "lr", "loss"} == {*terms.split()}
+        assert row["teachers"] == names.split() and row["losses"] == expected.split()
+        assert (row["regions"] == 7) == ("region" in terms)
+        logs[losses, roles] = entry
+    full = logs["", "--deep --wide"]
+    deep, wide = logs["", "--deep"], logs["", "--wide"]
+    near = {"rel": 1e-4, "abs": 1e-6}
+    for name in ("pixel_l", "pixel_u"):
+        assert deep[name] + wide[name] == pytest.approx(full[name], **near)
+    assert deep["image"] == pytest.approx(full["image"], **near) and wide["region"] == pytest.approx(full["region"], **near)
+    assert logs[EVERYTHING, "--deep --wide"]["image"] == pytest.approx(deep["image"] + wide["image"], **near)
+    assert logs[EVERYTHING, "--deep --wide"]["region"] == pytest.approx(deep["region"] + wide["region"], **near)
+    for entry in logs.values():
+        total = sum(entry.get(name, 0.0) for name in ("sup", "pixel_l", "pixel_u"))
+        total += 0.002 * entry.get("image", 0.0) + 10 * entry.get("region", 0.0)
+        assert entry["loss"] == pytest.approx(total, rel=1e-4) and entry["sup"] == full["sup"]
+    for name, key in (("pixel_l", "sup pixel:labeled"), ("pixel_u", "sup pixel:unlabeled")):
+        assert logs[key, "--deep --wide"][name] == pytest.approx(full[name], **near)
+    assert logs["sup image:T_D", "--deep"]["image"] == pytest.approx(full["image"], **near)
+    assert logs["sup region:T_W", "--wide"]["region"] == pytest.approx(full["region"], **near)
+
+
+def test_labels_alone_need_no_unlabeled_image(script, teachers, folder, tmp_path):
+    data = ["--dataset", "folder", "--data", folder, "--part", "1", "--weights", "none", "--steps", "2", *TINY]
+    assert script(train_teacher, "--out", tmp_path / "t", "--method", "sup", "--backbone", "r18", *data)[0] == 0
+    (folder / "images" / "im08.png").write_bytes(b"broken")  # it has no mask
+    options = [*data, "--deep", tmp_path / "t" / "last.pt", "--losses", "sup", "pixel:labeled"]
+    code, _, err = script(distill, "--out", tmp_path / "s", *options)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("options,said", [
+    ("", "a teacher is needed: give --deep FILE"),
+    ("--deep D --losses sup", "uses no teacher; that is train_teacher.py --method sup"),
+    ("--deep D --losses pixel", "add sup"),
+    ("--deep D --losses sup pixel image:T_W", "'image:T_W' needs that teacher; give --wide FILE"),
+    ("--wide D --losses sup region:T_D", "'region:T_D' needs that teacher; give --deep FILE"),
+    ("--deep D --wide W --losses sup image:T_D", "uses nothing of T_W; leave --wide out"),
+    ("--deep D --losses sup pixel pixel:labeled", "names a loss twice"),
+    ("--deep D --losses sup texture", "unknown loss 'texture'; choose of sup, pixel"),
+    ("--deep D --method kd --losses sup pixel", "--losses: chooses among those of --method mgd"),
+    ("--deep D --method cwd --temperature 0", "--temperature 0.0: must be above 0"),
+    ("--deep D --method kd --kd-weight -1", "--kd-weight -1.0: must be at least 0"),
+    ("--deep D --lambda-region -1", "--lambda-region -1.0: must be at least 0"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(script, tmp_path, options, said):
+    assert said in errors(script, distill, "--out", tmp_path / "x", *TINY, *options.split())
+
+
+def test_baselines_follow_their_formulas():
+    """KD and CWD against loops over the definitions, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+    T = 2.5
+
+    def divergence(p_logits, q_logits):  # of one distribution from another
+        p, q = ((logits / T).exp() for logits in (p_logits, q_logits))
+        p, q = p / p.sum(), q / q.sum()
+        return T**2 * (p * (p / q).log()).sum()
+
+    pixels = [(b, h, w) for b in range(2) for h in range(4) for w in range(5)]
+    expected = torch.stack([divergence(teacher[b, :, h, w], student[b, :, h, w]) for b, h, w in pixels]).mean()
+    torch.testing.assert_close(distill.kd_loss(student, teacher, T), expected)
+    expected = torch.stack([divergence(teacher[b, c], student[b, c]) for b in range(2) for c in range(3)]).mean()
+    torch.testing.assert_close(distill.cwd_loss(student, teacher, T), expected)
+
+
+@pytest.mark.parametrize("method", ["kd", "cwd"])
+def test_kd_and_cwd_distil_from_both_teachers_on_labeled_images_and_views(script, teachers, tmp_path, method):
+    generator = torch.Generator().manual_seed(0)
+
+    def output(ours=False):
+        logits = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64)
+        return models.Output(logits.requires_grad_(ours), None)
+
+    label = torch.randint(3, (2, 6, 6), generator=generator)
+    labeled, mixed = output(ours=True), output(ours=True)
+    taught = {role: distill.Taught(None, None, output(), output()) for role in ("T_D", "T_W")}
+    args = argparse.Namespace(method=method, temperature=4.0, kd_weight=3.0, ohem=False)
+    terms = distill.kd_losses(labeled, mixed, label, taught, args, torch.tensor([72.0, 72.0]))  # all pixels are valid
+    each = distill.kd_loss if method == "kd" else distill.cwd_loss
+    expected = sum(
+        each(labeled.logits, t.labeled.logits, 4.0) + each(mixed.logits, t.mixed.logits, 4.0) for t in taught.values()
+    )
+    torch.testing.assert_close(terms[method], expected)
+    expected = F.cross_entropy(labeled.logits, label) + 3 * expected
+    torch.testing.assert_close(terms["loss"], expected)
+    for logits in (labeled.logits, mixed.logits):
+        ours, theirs = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (terms["loss"], expected))
+        torch.testing.assert_close(ours, theirs)
+    options = ["--method", method, "--temperature", "4", "--kd-weight", "3", "--steps", "1"]
+    assert script(distill, *distill_args(tmp_path / method, teachers, *options))[0] == 0
+    entry, row = log(tmp_path / method)[0], common.load_checkpoint(tmp_path / method / "last.pt")["row"]
+    assert entry["loss"] == pytest.approx(entry["sup"] + 3 * entry[method], rel=1e-4) and entry[method] > 0
+    assert row["method"] == method and row["losses"] == ["sup", method] and row["regions"] is None
+
+
+def test_total_loss_is_eq_7():
+    """Every term from its formula in float64, with the weights where Eq. 7 has them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def labels():
+        return torch.randint(3, (2, 6, 6), generator=generator)
+
+    labeled = models.Output(random(2, 3, 6, 6).requires_grad_(), random(2, 4, 3, 3))
+    unlabeled = models.Output(random(2, 3, 6, 6).requires_grad_(), random(2, 4, 3, 3).requires_grad_())
+    label, on_labeled, on_views = labels(), [labels(), labels()], [labels(), labels()]
+    deep_logits, wide_features = random(2, 3, 6, 6), random(2, 5, 3, 3)
+    args = argparse.Namespace(lambda_image=0.3, lambda_region=11.0, image_reduction="sum", regions=3, ohem=False,
+                              losses=["sup", "pixel", "image:T_D", "region:T_W"])  # fmt: skip
+
+    def cross_entropy(logits, label):
+        return -logits.log_softmax(1).gather(1, label[:, None]).mean()
+
+    def correlation(feat):  # one pixel a region
+        unit = feat.flatten(2) / feat.flatten(2).norm(dim=1, keepdim=True)
+        return unit.transpose(1, 2) @ unit
+
+    expected = cross_entropy(labeled.logits, label)
+    expected += sum(cross_entropy(labeled.logits, each) for each in on_labeled)
+    expected += sum(cross_entropy(unlabeled.logits, each) for each in on_views)
+    expected += 0.3 * (unlabeled.logits.mean((2, 3)) - deep_logits.mean((2, 3))).abs().sum(1).mean()
+    expected += 11.0 * (correlation(unlabeled.features) - correlation(wide_features)).square().mean()
+    taught = {"T_D": distill.Taught(on_labeled[0], on_views[0], None, models.Output(deep_logits, None)),
+              "T_W": distill.Taught(on_labeled[1], on_views[1], None, models.Output(None, wide_features))}  # fmt: skip
+    counts = torch.tensor([72.0, 72.0])  # all pixels of both
+    losses = distill.mgd_losses(labeled, unlabeled, label, taught, args, counts)
+    torch.testing.assert_close(losses["loss"], expected)
+    inputs = {"labeled": labeled.logits, "unlabeled": unlabeled.logits, "features": unlabeled.features}
+    gradients = torch.autograd.grad(losses["loss"], inputs.values(), retain_graph=True)
+    for name, ours, theirs in zip(inputs, gradients, torch.autograd.grad(expected, inputs.values()), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+    reached = {"sup": "labeled", "pixel_l": "labeled", "pixel_u": "unlabeled", "image": "unlabeled", "region": "features"}
+    for term, name in reached.items():  # so that no sum hides a term that has lost its gradient
+        assert torch.autograd.grad(losses[term], inputs[name], retain_graph=True)[0].abs().sum() > 0, term
+    fewer = distill.mgd_losses(labeled, unlabeled, label, taught, args, counts / torch.tensor([2, 3]))
+    for name, factor in {"sup": 2, "pixel_l": 2, "pixel_u": 3, "image": 1, "region": 1}.items():
+        torch.testing.assert_close(fewer[name], factor * losses[name])
+    args.ohem = True
+    hard = distill.mgd_losses(labeled, unlabeled, label, taught, args, counts)
+    assert {name for name in losses if losses[name] != hard[name]} == {"sup", "loss"}
+
+
+@pytest.mark.parametrize("teacher_bn", ["eval", "train"])
+@pytest.mark.parametrize("mixed_terms", ["mixed", "clean"])
+def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
+    """A teacher that says class 1 for an image that is bright at its corner, wherever CutMix puts that image's pixels."""
+    seen = []
+
+    class Teacher(torch.nn.Module):
+        def forward(self, images):
+            seen.append(len(images))
+            bright = images[:, :1, :1, :1].expand(-1, 1, *images.shape[2:])
+            return models.Output(torch.cat([-bright, bright], 1), images)
+
+    images = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    views = torch.tensor([-1.0, 1.0, 1.0, -1.0]).view(4, 1, 1, 1).expand(4, 3, 4, 4)
+    box = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    box[:, :, :2] = True  # the corner of the mixed view comes from the second view
+    args = argparse.Namespace(teacher_bn=teacher_bn, mixed_terms=mixed_terms)
+    everything = {*distill.Taught._fields}
+    label, padding = torch.zeros(2, 2, 4, 4, dtype=torch.int64)
+    taught = distill.teach(Teacher(), images, label, views, padding, box, args, everything)
+    runs = 4 if mixed_terms == "mixed" else 3
+    assert seen == ([2] * runs if teacher_bn == "train" else [2 * runs])
+    assert (taught.labels[0] == 1).all() and (taught.labels[1] == 0).all() and torch.equal(taught.labeled.features, images)
+    assert (taught.pseudo_labels[0, :2] == 1).all() and (taught.pseudo_labels[0, 2:] == 0).all()
+    assert (taught.pseudo_labels[1, :2] == 0).all() and (taught.pseudo_labels[1, 2:] == 1).all()
+    assert torch.equal(taught.mixed.features, datasets.cutmix(views, box)) and (taught.mixed.logits[0, 1, :2] == 1).all()
+    # by its corner, or each view by its own
+    assert (taught.mixed.logits[0, 1, 2:] == (1 if mixed_terms == "mixed" else -1)).all()
+    # what is not wanted is not run, and what is wanted is the same alone
+    for field, runs in {"labels": 1, "labeled": 1, "pseudo_labels": 2, "mixed": 1 if mixed_terms == "mixed" else 2}.items():
+        seen.clear()
+        alone = distill.teach(Teacher(), images, label, views, padding, box, args, {field})
+        assert sum(seen) == 2 * runs and [name for name in everything if getattr(alone, name) is not None] == [field]
+        got, expected = getattr(alone, field), getattr(taught, field)
+        torch.testing.assert_close(tuple(got) if isinstance(got, tuple) else got,
+                                   tuple(expected) if isinstance(expected, tuple) else expected)  # fmt: skip
+    label[0, 3], padding[1, :, 3] = 255, 255  # what has no label, or lies outside the image, is not learnt from
+    masked = distill.teach(Teacher(), images, label, views, padding, box, args, everything)
+    assert torch.equal(masked.labels, taught.labels.masked_fill(label == 255, 255))
+    assert torch.equal(masked.pseudo_labels, taught.pseudo_labels.masked_fill(padding == 255, 255))
+    padding.zero_()
+    taught = distill.teach(Teacher(), images, label, views[:2], padding, None, args, everything)
+    assert (taught.pseudo_labels[0] == 0).all() and (taught.pseudo_labels[1] == 1).all()
+    assert torch.equal(taught.mixed.features, views[:2])
+
+
+def test_folded_teachers_say_the_same(teachers):
+    dataset, args = datasets.Shapes(), argparse.Namespace(image_scale=1.0, teacher_bn="eval", mixed_terms="mixed")
+    for path in teachers:
+        teacher, _ = distill.load_teacher(path, dataset, args, torch.device("cpu"))
+        plain, folded = models.Coarse(teacher), models.fold_batch_norm(models.Coarse(teacher))
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+        images = torch.randn(2, 3, 48, 64)
+        with torch.no_grad():
+            for a, b in zip(plain(images), folded(images), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+            folded = models.fold_batch_norm(models.Coarse(teacher), "bf16")
+            with torch.autocast("cpu", torch.bfloat16):
+                for a, b in zip(plain(images), folded(images), strict=True):
+                    torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05 * float(a.abs().max()))
+
+
+def test_batch_norm_in_training_mode_leaves_the_teachers_statistics_alone(teachers):
+    dataset, args = datasets.Shapes(), argparse.Namespace(image_scale=1.0)
+    teacher, checkpoint = distill.load_teacher(teachers[0], dataset, args, torch.device("cpu"))
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        still = teacher(images).logits
+        distill.set_batch_norm_training(teacher)
+        moving = teacher(images).logits
+    assert not torch.allclose(still, moving)
+    assert all(torch.equal(v, checkpoint["model"][k]) for k, v in teacher.state_dict().items())
+    with pytest.raises(common.UserError, match=r"--image-scale 1.0, not 0.5"):
+        distill.load_teacher(teachers[0], dataset, argparse.Namespace(image_scale=0.5), torch.device("cpu"))
+
+
+def test_resume_of_distillation_equals_an_uninterrupted_run(script, teachers, tmp_path):
+    arguments = ["--deep", teachers[0], "--wide", teachers[1], *TINY, "--steps", "6", "--save-every", "3"]
+    resume_equals_uninterrupted(script, distill, arguments, tmp_path)
+
+
+def test_a_student_does_not_go_on_with_teachers_trained_anew(script, teachers, tmp_path, monkeypatch):
+    teacher = common.load_checkpoint(teachers[0])
+    common.save_checkpoint(tmp_path / "teacher.pt", teacher)
+    arguments = ["--out", tmp_path / "x", "--deep", tmp_path / "teacher.pt", *TINY, "--steps", "2", "--save-every", "1"]
+    interrupt_at(monkeypatch, distill, 1)
+    assert script(distill, *arguments)[0] == 130
+    teacher["row"]["miou"] += 1
+    common.save_checkpoint(tmp_path / "teacher.pt", teacher)
+    code, _, err = script(distill, *arguments, "--resume")
+    assert code == 2 and "resume.pt: learnt from other teachers than those of --deep and --wide now" in err
+    assert (tmp_path / "x" / "resume.pt").exists()
+
+
+def test_the_same_seed_gives_the_same_losses_twice_and_workers_change_nothing(script, teachers, tmp_path):
+    for name, more in (("a", []), ("b", ["--workers", "1"]), ("c", ["--seed", "1"])):
+        assert script(distill, *distill_args(tmp_path / name, teachers, *more))[0] == 0
+    assert log(tmp_path / "a") == log(tmp_path / "b") != log(tmp_path / "c")
