@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import re
+import struct
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -35,7 +36,8 @@ from common import IGNORE_INDEX, ArgumentParser, UserError, crop_size, rank_and_
 FILL = [124, 116, 104]  # the mean below as a colour, for pixels outside the image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 SUFFIXES = (".jpg", ".jpeg", ".png")
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on files it cannot read
+MAX_PIXELS = 2**28  # of one image, 16384x16384; a small file can claim to be much larger and fill the memory
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns from 89 million pixels on
 
 # What the arguments left at their defaults become, by data set; `teacher`, `student`, a backbone of `of`, and `no_cutmix`
 # override. `shapes` has small stand-ins for the teachers, so that the whole pipeline runs in minutes without a GPU. The
@@ -473,42 +475,137 @@ def read_palette(path: pathlib.Path, classes: int) -> list[tuple[int, int, int]]
     return palette
 
 
+@contextlib.contextmanager
+def reading(path, problem: str, fix: str):
+    """One file is read: any exception, out of memory included, becomes a UserError of one line with the file's name and the
+    exception's type. Pillow and its plugins raise almost anything on damaged files, so this catches all."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {problem.split()[-1]}") from None
+    except Exception as error:
+        reason = " ".join([f"{type(error).__name__}:", *str(error).split()])
+        raise UserError(f"{path}: {problem} ({reason}); {fix}") from error
+
+
+@contextlib.contextmanager
+def opened(path, problem: str, fix: str = "replace it or take it out of the lists"):
+    """`Image.open`, whose errors are UserErrors: see `reading`. An image of more than MAX_PIXELS is refused by its header."""
+    with reading(path, problem, fix), Image.open(path) as file:
+        width, height = file.size
+        if width * height > MAX_PIXELS:
+            raise UserError(f"{path}: has {width}x{height} pixels, more than the {MAX_PIXELS:,} that are read at once; cut it "
+                            "into pieces or make it smaller")  # fmt: skip
+        yield file
+
+
+# EXIF's orientation -> how the image is turned upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS_SIDES = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
+# What Pillow raises on an EXIF entry that it cannot parse.
+BROKEN_EXIF = (ArithmeticError, AssertionError, LookupError, OSError, struct.error, SyntaxError, TypeError, ValueError)
+
+
+def turn_of(file: Image.Image) -> Image.Transpose | None:
+    """How an image is turned upright, by its orientation alone (tag 0x0112 of its EXIF or XMP entry); None where it is upright,
+    has no such entry, or a broken one. `ImageOps.exif_transpose` also writes the entry back, which not every entry survives."""
+    try:
+        return TURNS.get(file.getexif().get(0x0112))
+    except BROKEN_EXIF:
+        return None
+
+
+def upright(file: Image.Image) -> Image.Image:
+    """The decoded image, turned upright."""
+    file.load()  # first, since a PNG may have its EXIF entry after the pixels, and a TIFF turns itself
+    turn = turn_of(file)
+    return file if turn is None else file.transpose(turn)
+
+
 def upright_size(path) -> tuple[int, int]:
     """(width, height) of an image as it is shown, from its header alone. Raises UserError."""
-    try:
-        with Image.open(path) as file:
-            # EXIF orientations that swap the sides; but for the first test Pillow would decode a PNG to look for EXIF after it
-            turned = "exif" in file.info and file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return file.size[::-1] if turned else file.size
-    except BROKEN_IMAGE:
-        raise UserError(f"{path}: not a readable image; replace it or take it out of the lists") from None
+    with opened(path, "not a readable image") as file:
+        # but for the first test Pillow would decode a PNG to look for EXIF after it
+        stated = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & file.info.keys()
+        return file.size[::-1] if stated and turn_of(file) in SWAPS_SIDES else file.size
 
 
 def open_image(path) -> Image.Image:
-    """An RGB image, turned upright by its EXIF entry; of 16 bits a pixel the upper 8 stay. Raises UserError."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # Pillow would clip 16-bit grey at 255
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such image") from None
-    except BROKEN_IMAGE as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}); replace it or take it out of the lists") from None
+    """An RGB image of 8 bits, turned upright by its EXIF entry. Raises UserError.
+
+    Transparency is dropped. Of 16-bit colours the upper 8 bits stay. Grey values of more than 8 bits and floats are brought to
+    0 to 255 by the value that is white: see `white_of`.
+    """
+    with opened(path, "cannot be read as an image") as file:
+        deep = ";16" in str(file.tile)  # Pillow keeps the upper half of 16-bit colours
+        image = upright(file)
+        if image.mode == "F" or image.mode.startswith("I"):
+            return grey(path, file, np.asarray(image)).convert("RGB")
+        if deep and max(high for _, high in np.reshape(image.getextrema(), (-1, 2))[: 1 if image.mode == "LA" else 3]) < 16:
+            raise UserError(f"{path}: holds 16-bit colours, all of them below 4096 of 65535, so it is nearly black or 12-bit "
+                            "data; save it with 8 bits per channel")  # fmt: skip
+        image.info.pop("transparency", None)  # of a palette, which Pillow would warn of
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def grey(path, file: Image.Image, values: np.ndarray) -> Image.Image:
+    """Grey values (H, W), whole numbers or floats, of an opened file -> an image of 8 bits, black at 0. Raises UserError."""
+    tags = getattr(file, "tag_v2", {})  # of a TIFF
+    if values.dtype == np.int32 and tags.get(339) in (None, 1, (1,)):
+        values = values.view(np.uint32)  # Pillow knows signed 32-bit values alone
+    low, high = values.min().item(), values.max().item()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"{path}: holds values that are not finite (nan or inf); save it with grey values from 0 to 255")
+    if low < 0:
+        raise UserError(f"{path}: holds grey values from {low:g} to {high:g}, but 0 is black; save it with 0 to 255")
+    white = white_of(path, file, tags, high, values.dtype.kind == "f")
+    out = np.empty(values.shape, np.uint8)
+    for row, line in zip(out, values, strict=True):  # by rows, which takes little memory
+        # 65535 -> 255: whole numbers lose their lower bits
+        row[:] = np.rint(line * (255 / white)) if values.dtype.kind == "f" else line.astype(np.uint64) * 256 // (white + 1)
+    return Image.fromarray(255 - out if tags.get(262) == 0 else out)  # PhotometricInterpretation 0: 0 is white
+
+
+def white_of(path, file: Image.Image, tags, high: float, floats: bool) -> float:
+    """The grey value that is white in a file whose largest value is `high`. Raises UserError where that cannot be told.
+
+    It is what the file says: the largest value of a format whose samples Pillow scales to 16 bits (PGM, JPEG 2000), or a TIFF's
+    MaxSampleValue, SMaxSampleValue or BitsPerSample. Otherwise it is the smallest usual one that is not exceeded: 255, 4095
+    (12 bits), 65535 or 2^32 - 1; for floats 1, 255 or 65535. So the values of a 12-bit camera are seen alike in a container
+    of 16 bits. Where all values lie below a sixteenth of it, there is no telling.
+    """
+    if not floats and file.format in ("PPM", "JPEG2000"):
+        return 65535
+    bits = np.max(tags.get(258, 0))
+    stated = [np.max(tags[tag]).item() for tag in (281, 341) if tag in tags]
+    stated += [2 ** int(bits) - 1] if not floats and bits not in (0, 16, 32) else []
+    for white in stated:
+        if white > 0 and high <= white:
+            return white
+    usual = (1.0, 255.0, 65535.0) if floats else (255, 4095, 65535, 2**32 - 1)
+    white = next((white for white in usual if high <= white), math.inf)
+    if white == math.inf or (white > usual[0] and high < white / 16):
+        raise UserError(f"{path}: holds grey values up to {high:g}, and does not say which value is white; save it with values "
+                        "from 0 to 255")  # fmt: skip
+    return white
 
 
 def open_mask(path) -> np.ndarray:
     """(H, W) whole numbers, as they are in a grey or palette PNG of 1 to 16 bits. Raises UserError."""
-    try:
-        with Image.open(path) as file:
-            if file.mode not in ("L", "P", "1") and not file.mode.startswith("I"):
-                raise UserError(f"{path}: is a {file.mode} image; a mask holds one class index a pixel (grey or palette PNG)")
-            return np.array(ImageOps.exif_transpose(file)).astype(np.int32 if file.mode.startswith("I") else np.uint8)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such mask") from None
-    except BROKEN_IMAGE as error:
-        raise UserError(f"{path}: cannot be read as a PNG ({error}); replace it") from None
+    with opened(path, "cannot be read as a PNG mask", "replace it") as file:
+        if file.mode not in ("L", "P", "1") and not file.mode.startswith("I"):
+            raise UserError(f"{path}: is a {file.mode} image; a mask holds one class index a pixel (grey or palette PNG)")
+        return np.array(upright(file)).astype(np.int32 if file.mode.startswith("I") else np.uint8)
 
 
 def voc_palette(n: int) -> list[tuple[int, int, int]]:
