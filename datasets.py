@@ -486,7 +486,8 @@ def reading(path, problem: str, fix: str):
     except FileNotFoundError:
         raise UserError(f"{path}: no such {problem.split()[-1]}") from None
     except Exception as error:
-        reason = " ".join([f"{type(error).__name__}:", *str(error).split()])
+        kind, text = type(error).__name__, " ".join(str(error).split())
+        reason = f"{kind}: {text}" if text else kind
         raise UserError(f"{path}: {problem} ({reason}); {fix}") from error
 
 

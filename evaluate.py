@@ -2,7 +2,6 @@
 
     python evaluate.py --ckpt runs/shapes/1-8/mgd-r18/last.pt
     python evaluate.py --ckpt A/last.pt --compare B/last.pt C/last.pt --json out.json --panels out.png --confusion matrix.png
-    python evaluate.py --ckpt A/last.pt --images photos --out predictions          # no masks needed
     torchrun --nproc-per-node 4 evaluate.py --ckpt A/last.pt                       # the same figures, faster
 
 The same `evaluate` validates during training, so the figures cannot differ. Images are seen as in the training's
@@ -10,21 +9,17 @@ validation (whole, or in the sliding windows of its --window), at one scale and 
 predictions are compared at the size of the mask.
 """
 
-import collections
 import math
 import pathlib
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import datasets
 import mgd_ops
@@ -55,6 +50,8 @@ from result_files import (
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+STRIP_BYTES = 2**27  # of finished logits: with fewer an image is one strip, with more memory grows
+
 
 class Protocol(NamedTuple):
     """How the network sees an image. Every training validates with the protocol of its arguments, and a checkpoint is
@@ -80,48 +77,123 @@ def starts(size: int, window: int) -> list[int]:
     return [min(i * stride, size - window) for i in range(1 + max(0, -(-(size - window) // stride)))]
 
 
-def window_logits(model, x: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
-    """Normalised images x (B, 3, H, W) -> logits (B, N, H, W), float32: the mean over the sliding windows that see a pixel
-    where `window` is given (the same classes as their sum has).
+def window_strips(forward, rows, size: tuple[int, int], window: tuple[int, int] | None) -> Iterator[torch.Tensor]:
+    """Logits (1, N, h, W), float32, of strips of an image of `size` (H, W), which together are its H rows from top to bottom:
+    the mean over the sliding windows that see a pixel where `window` is given (the same classes as their sum has).
 
+    rows(top, bottom) -> the normalized rows (1, 3, bottom - top, W), and forward(those of a window) -> their logits. Only rows
+    that windows still to come see, and as many as STRIP_BYTES holds, are kept. Without a window there is one strip.
     An image smaller than a window is padded with zeros, the mean colour, at its right and lower border.
     """
     if window is None:
-        return model(x).logits
-    height, width = x.shape[-2:]
-    h, w = window
-    x = F.pad(x, (0, max(0, w - width), 0, max(0, h - height)))
-    total, count = None, x.new_zeros(x.shape[-2:])
-    for top in starts(x.shape[-2], h):
-        for left in starts(x.shape[-1], w):
-            logits = model(x[..., top : top + h, left : left + w]).logits
+        yield forward(rows(0, size[0]))
+        return
+    (height, width), (h, w) = size, window
+    tops, lefts = starts(max(height, h), h), starts(max(width, w), w)
+    total, first = None, 0  # the sum of the logits from row `first` on
+    for top, end in zip(tops, [*tops[1:], height], strict=True):  # later windows begin at row `end`
+        x = F.pad(rows(top, min(top + h, height)), (0, max(0, w - width), 0, max(0, h - height)))
+        for left in lefts:
+            logits = forward(x[..., left : left + w])
             if total is None:
-                total = logits.new_zeros(*logits.shape[:2], *x.shape[-2:])
-            total[..., top : top + h, left : left + w] += logits
-            count[top : top + h, left : left + w] += 1
-    return (total / count)[..., :height, :width]
+                total = logits.new_zeros(*logits.shape[:2], 0, x.shape[-1])
+                down, across = seen_by(tops, h, logits), seen_by(lefts, w, logits)
+            if total.shape[2] < top + h - first:
+                total = F.pad(total, (0, 0, 0, top + h - first - total.shape[2]))
+            total[..., top - first :, left : left + w] += logits
+        if end == height or 4 * total[:, :, : end - first].numel() > STRIP_BYTES:
+            count = down[first:end, None] * across  # of the windows that see a pixel
+            yield (total[:, :, : end - first] / count)[..., :width]
+            total, first = total[:, :, end - first :].clone(), end
+
+
+def seen_by(begins: list[int], side: int, like: torch.Tensor) -> torch.Tensor:
+    """How many windows, which are `side` long and begin at `begins`, see each row (or column)."""
+    count = like.new_zeros(begins[-1] + side)
+    for start in begins:
+        count[start : start + side] += 1
+    return count
+
+
+def upsampled_strips(strips: Iterator[torch.Tensor], size: tuple[int, int], target: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """Strips of logits of an image of `size`, as `window_strips` gives them -> strips (1, N, h, W) of `mgd_ops.upsample` of the
+    whole to `target` (H, W).
+
+    Where one strip is the whole, it is that function's. Otherwise the rows are interpolated by the same weights, with the same
+    bits for four classes or more on CPUs that multiply and add at once; elsewhere the last bit can differ.
+    """
+    if size == target:
+        yield from strips
+        return
+    (height, _), (rows, width) = size, target
+    kept, first, done = None, 0, 0  # coarse rows from row `first` on; output rows that are made
+    for strip in strips:
+        if strip.shape[2] == height:
+            yield mgd_ops.upsample(strip, target)
+            return
+        strip = mgd_ops.upsample(strip, (strip.shape[2], width))
+        kept = strip if kept is None else torch.cat([kept, strip], 2)
+        # output row y lies at y (height - 1) / (rows - 1), rounded as PyTorch does, between the coarse rows above and below
+        position = torch.arange(rows, dtype=torch.float32) * (torch.tensor(height - 1.0) / max(1, rows - 1))
+        above = position.long().clamp(max=height - 1)
+        below = (above + 1).clamp(max=height - 1)
+        share = (position - above).clamp(0, 1)
+        ready = int((below < first + kept.shape[2]).sum())
+        block = max(1, STRIP_BYTES // (4 * strip.shape[1] * width))
+        for top in range(done, ready, block):
+            part = slice(top, min(top + block, ready))
+            weight = share[part, None].to(kept.device)
+            upper, lower = (kept[:, :, (index[part] - first).to(kept.device)] for index in (above, below))
+            yield torch.addcmul(lower * weight, upper, 1 - weight)
+        if done := ready:
+            keep = int(above[min(done, rows - 1)])
+            kept, first = kept[:, :, keep - first :].clone(), keep
 
 
 @torch.inference_mode()
 def predict(model, image: np.ndarray, device, precision: str, protocol: Protocol = WHOLE) -> torch.Tensor:
-    """image (H, W, 3) uint8 -> (H, W) int64 class indices on `device`.
+    """image (H, W, 3) uint8 -> (H, W) uint8 class indices on `device`.
 
-    Logits are brought to the image's size; several scales or mirrored images are averaged as probabilities.
+    Logits are brought to the image's size; several scales or mirrored images are averaged as probabilities. With sliding
+    windows, one scale and no mirroring the memory beside the image grows with its width alone, since it is predicted in
+    strips; otherwise logits or probabilities of the whole image are held.
     """
     size = image.shape[:2]
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    total, views = 0, len(protocol.scales) * (1 + protocol.flip)
+    labels = torch.empty(size, dtype=torch.uint8, device=device)
+    total, views = None, len(protocol.scales) * (1 + protocol.flip)
+
+    def forward(x):
+        with autocast(device, precision):
+            return model(x).logits
+
     for scale in protocol.scales:
-        scaled = [max(1, round(side * protocol.image_scale * scale)) for side in size]
-        resized = pixels if scaled == list(size) else v2.functional.resize(pixels, scaled, antialias=True)
-        x = datasets.normalize(resized, device)
+        scaled = tuple(max(1, round(side * protocol.image_scale * scale)) for side in size)
+        resized = image if scaled == size else resize(image, scaled)
         for mirrored in (False, True)[: 1 + protocol.flip]:
-            with autocast(device, precision):
-                logits = window_logits(model, x.flip(-1) if mirrored else x, protocol.window)
-            logits = logits.flip(-1) if mirrored else logits
-            logits = mgd_ops.upsample(logits, size)
-            total = logits if views == 1 else total + logits.softmax(1)
-    return total[0].argmax(0)
+
+            def rows(top, bottom, resized=resized, mirrored=mirrored):
+                pixels = torch.from_numpy(np.array(resized[top:bottom])).permute(2, 0, 1)[None]
+                x = datasets.normalize(pixels, device)
+                return x.flip(-1) if mirrored else x
+
+            strips = window_strips(forward, rows, scaled, protocol.window)
+            done = 0
+            for strip in upsampled_strips((s.flip(-1) for s in strips) if mirrored else strips, scaled, size):
+                part = slice(done, done + strip.shape[2])
+                done = part.stop
+                if views == 1:
+                    labels[part] = strip[0].argmax(0)
+                    continue
+                if total is None:
+                    total = strip.new_zeros(1, strip.shape[1], *size)
+                total[:, :, part] += strip.softmax(1)
+    return labels if total is None else total[0].argmax(0).to(torch.uint8)
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 -> (*size, 3) uint8, bilinear with antialiasing."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return v2.functional.resize(pixels, list(size), antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def confusion_matrix(prediction: torch.Tensor, mask: torch.Tensor, classes: int) -> torch.Tensor:
@@ -278,61 +350,6 @@ def print_seeds(rows: list[dict]):
         print(f"    {label_of(row):24} {row['partition']:>5} {row['steps']:6d} steps  {spread}  ({len(group)} seeds)")
 
 
-# ---- prediction ----
-
-PREDICTABLE = (*datasets.SUFFIXES, ".webp", ".bmp", ".tif", ".tiff")
-
-
-def predict_folder(model, checkpoint: dict, images: pathlib.Path, out: pathlib.Path, device, precision, protocol) -> int:
-    """Predict every image of a folder: OUT/masks/NAME.png (class indices, with the palette), OUT/overlays/NAME.png, and
-    OUT/sheet.png with the first sixty overlays. A file that cannot be read is reported and skipped; returns how many were."""
-    if not images.is_dir():
-        raise UserError(f"--images {images}: no such folder")
-    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in PREDICTABLE)
-    if not paths:
-        raise UserError(f"--images {images}: holds no image (jpg, png, webp, bmp, tif)")
-    palette = datasets.colour_table(checkpoint["palette"])
-    try:
-        for folder in ("masks", "overlays"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror}); give another") from None
-    stems = collections.Counter(path.stem for path in paths)
-    tiles, skipped, occur = [], 0, set()
-    for path in tqdm(paths, "predict", disable=None):
-        try:
-            image = np.asarray(datasets.open_image(path))
-        except UserError as error:
-            print(f"skipped {str(error).split(';')[0]}", file=sys.stderr)
-            skipped += 1
-            continue
-        prediction = predict(model, image, device, precision, protocol).cpu().numpy().astype(np.uint8)
-        mask = Image.fromarray(prediction)
-        mask.putpalette(palette.ravel().tolist())
-        photo, colours = Image.fromarray(image), mask.convert("RGB")
-        black = Image.fromarray(np.asarray(colours).max(2) == 0)  # as VOC's background: the photo stays as it is
-        overlay = Image.composite(photo, Image.blend(photo, colours, 0.5), black)
-        name = f"{path.stem if stems[path.stem] == 1 else path.name}.png"  # a.jpg and a.png both get a place
-        mask.save(out / "masks" / name)
-        overlay.save(out / "overlays" / name)
-        if len(tiles) < 60:
-            occur |= set(np.unique(prediction).tolist())
-            tiles.append((path.name, ImageOps.contain(overlay, (320, 320))))
-    if tiles:
-        columns = min(6, len(tiles))
-        rows = -(-len(tiles) // columns)
-        figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(2.2 * columns, 2 * rows + 0.6), layout="constrained")
-        for axis in axes.flat:
-            axis.set_axis_off()
-        for axis, (name, tile) in zip(axes.flat, tiles, strict=False):
-            axis.imshow(tile)
-            axis.set_title(printable(name), fontsize=6, parse_math=False)
-        add_legend(figure, checkpoint["classes"], checkpoint["palette"], sorted(occur))
-        save_figure(out / "sheet.png", figure)
-    print(f"{out}: {len(paths) - skipped} masks and overlays, sheet.png" + (f"; {skipped} file(s) skipped" if skipped else ""))
-    return skipped
-
-
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     parser.add_argument("--ckpt", type=pathlib.Path, required=True, help="checkpoint of train_teacher.py or distill.py")
@@ -343,31 +360,42 @@ def parse_args(argv=None):
     parser.add_argument("--panel-rows", type=int, default=6, help="images in the picture, evenly spread over val")
     parser.add_argument("--confusion", type=pathlib.Path, help="write a picture of the first checkpoint's confusion matrix")
     parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
-    parser.add_argument("--images", type=pathlib.Path, help="predict the images of this folder instead")
-    parser.add_argument("--out", type=pathlib.Path, help="where their masks and overlays go")
-    parser.add_argument("--window", type=datasets.window_size, help=f"{datasets.WINDOW_HELP}; by default as in training")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="average over these sizes")
-    parser.add_argument("--flip", action="store_true", help="average over mirrored images too")
-    parser.add_argument("--device", help="cuda, cpu, ...; by default cuda where there is one")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], help="by default that of the training")
+    add_protocol_arguments(parser)
     args = parser.parse_args(argv)
     if not 1 <= args.panel_rows <= 100:
         raise UserError(f"--panel-rows {args.panel_rows}: must be from 1 to 100")
-    if not min(args.scales) > 0:
-        raise UserError(f"--scales {min(args.scales)}: must be above 0")
+    check_protocol_arguments(args)
     outputs = (("--json", args.json, ".json"), ("--panels", args.panels, ".png"), ("--confusion", args.confusion, ".png"))
     for flag, path, suffix in outputs:
         if path and (path.is_dir() or path.suffix.lower() != suffix):
             raise UserError(f"{flag} {path}: give a file's name that ends in {suffix}")
     refuse_outputs([(flag, path) for flag, path, _ in outputs], [args.ckpt, *args.compare], args.overwrite)
-    if (args.images is None) != (args.out is None):
-        raise UserError("--images DIR and --out DIR belong together")
-    for flag, given in (("--compare", args.compare), *((flag, path) for flag, path, _ in outputs)):
-        if args.images and given:
-            raise UserError(f"{flag}: is for val; leave it out with --images, which predicts with --ckpt alone")
-    if args.images and args.images.resolve() == args.out.resolve():
-        raise UserError(f"--out {args.out}: is the folder of the images; give another")
     return args
+
+
+def open_model(path: pathlib.Path, args, device) -> tuple[dict, models.DeepLabV3Plus, str, Protocol]:
+    """A checkpoint, its network, its precision on `device` and its protocol, as changed by --window, --scales, --flip and
+    --precision of the command line."""
+    checkpoint = load_checkpoint(path)
+    protocol = protocol_of(checkpoint["args"])._replace(scales=tuple(args.scales), flip=args.flip)
+    if args.window is not None:
+        protocol = protocol._replace(window=args.window or None)
+    precision = pick_precision(args.precision or checkpoint["args"]["precision"], device)
+    return checkpoint, models.model_from_checkpoint(checkpoint).to(device), precision, protocol
+
+
+def add_protocol_arguments(parser):
+    """How a checkpoint sees images, in evaluation and prediction."""
+    parser.add_argument("--window", type=datasets.window_size, help=f"{datasets.WINDOW_HELP}; by default as in training")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="average over these sizes")
+    parser.add_argument("--flip", action="store_true", help="average over mirrored images too")
+    parser.add_argument("--device", help="cuda, cpu, ...; by default cuda where there is one")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="by default that of the training")
+
+
+def check_protocol_arguments(args):
+    if not min(args.scales) > 0:
+        raise UserError(f"--scales {min(args.scales)}: must be above 0")
 
 
 def main(argv=None):
@@ -376,21 +404,6 @@ def main(argv=None):
     device = start_ranks(args.device)
     main_rank = rank_and_size()[0] == 0
 
-    def open_model(path):
-        """A checkpoint, its network, its precision here and its protocol, as changed by the command line."""
-        checkpoint = load_checkpoint(path)
-        protocol = protocol_of(checkpoint["args"])._replace(scales=tuple(args.scales), flip=args.flip)
-        if args.window is not None:
-            protocol = protocol._replace(window=args.window or None)
-        precision = pick_precision(args.precision or checkpoint["args"]["precision"], device)
-        return checkpoint, models.model_from_checkpoint(checkpoint).to(device), precision, protocol
-
-    if args.images:
-        if rank_and_size()[1] > 1:
-            raise UserError("--images: runs in one process; leave torchrun out")
-        checkpoint, model, precision, protocol = open_model(args.ckpt)
-        sys.exit(1 if predict_folder(model, checkpoint, args.images, args.out, device, precision, protocol) else 0)
-
     paths = [args.ckpt, *args.compare]
     trained = load_checkpoint(args.ckpt)["args"]
     dataset = datasets.open_dataset(trained["dataset"], args.data or trained["data"])
@@ -398,7 +411,7 @@ def main(argv=None):
     rows, panels = [], []
     shown = dataset.val[:: max(1, len(dataset.val) // args.panel_rows)][: args.panel_rows]
     for path in paths:
-        checkpoint, model, precision, protocol = open_model(path)
+        checkpoint, model, precision, protocol = open_model(path, args, device)
         if checkpoint["classes"] != dataset.classes:
             raise UserError(f"{path}: was trained on the classes {', '.join(checkpoint['classes'])}, but the data set has "
                             f"{', '.join(dataset.classes)}; give the data set of the training with --data")  # fmt: skip

@@ -1,0 +1,269 @@
+r"""Predict images with a checkpoint: masks of class indices, overlays, and a sheet to look at. No masks are needed.
+
+    python predict.py --ckpt runs/shapes/1-8/mgd-r18/last.pt --images photos --out predictions
+    python predict.py --ckpt runs/mine/1/mgd-r18/last.pt --images photo.jpg --out predictions \
+        --window 512 --scales 0.75 1 1.25 --flip
+
+--images is a folder or one image. Every file in a folder is predicted or named, whatever its suffix: an image is what
+Pillow opens, and of an animation its first frame. Files whose names begin with a dot are ignored, and subfolders are not
+looked into. Files that are no images are named together in one line. A file that has an image's suffix or first bytes but
+cannot be read is named with the reason, and so is one whose prediction fails, such as for lack of memory. The others are
+still predicted, and the exit code is 1. With MGD_DEBUG=1 the traceback is shown too.
+
+OUT/masks/NAME.png holds class indices with the palette of the classes, OUT/overlays/NAME.png the image half covered by
+their colours, and OUT/sheet.png the first sixty overlays. Images are seen as in the training's validation unless told
+otherwise. With sliding windows (--window SIDE), one scale and no --flip the memory grows with an image's width, and not
+with its area.
+"""
+
+import copy
+import os
+import pathlib
+import sys
+import traceback
+import weakref
+from collections import Counter
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+import datasets
+from common import ArgumentParser, UserError, free_memory, make_folder, pick_device, printable, run
+from evaluate import Protocol, add_legend, add_protocol_arguments, check_protocol_arguments, open_model, predict
+from result_files import drawable, refuse_foreign, save_figure, save_png
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# A file claims to be an image by one of these suffixes or first bytes. Pillow's own list of suffixes is added, without what it
+# knows but cannot open as an image.
+NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib"}
+STUBS = {"MPEG", "HDF5", "BUFR", "GRIB"}  # formats that Pillow only recognises
+SUFFIXES = {".heic", ".heif", ".hif", ".avif", ".jxl", ".jxr", ".webp", ".svg", ".exr", ".hdr", ".raw", ".dng"}
+SUFFIXES |= {".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".srw", ".orf", ".rw2", ".raf", ".pef", ".iiq"}
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ")
+BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")  # after `ftyp`
+TILES = 60  # of the sheet
+
+
+def is_image(path: pathlib.Path) -> bool:
+    """Whether a file is an image or claims to be one: Pillow opens it, or knows its suffix, or its first bytes are those of an
+    image. Its pixels are not decoded."""
+    try:
+        with Image.open(path) as file:
+            return file.format not in STUBS
+    except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            start = file.read(16)
+    except Exception:  # a plugin recognised it, or it cannot be opened at all: reading it will tell why
+        return True
+    suffix = path.suffix.lower()
+    by_suffix = suffix in SUFFIXES or (suffix in Image.registered_extensions() and suffix not in NO_IMAGES)
+    riff = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    return by_suffix or start.startswith(MAGIC) or riff or (start[4:8] == b"ftyp" and start[8:12] in BRANDS)
+
+
+def find_images(images: pathlib.Path) -> list[pathlib.Path]:
+    """The images of a folder, sorted; what else is there is named on stderr. Raises UserError where there is none."""
+    if images.is_file():
+        return [images]
+    try:
+        entries = sorted(path for path in images.iterdir() if not path.name.startswith("."))
+    except FileNotFoundError:
+        raise UserError(f"--images {printable(images)}: no such folder or image") from None
+    except OSError as error:
+        raise UserError(f"--images {printable(images)}: cannot be read as a folder ({error.strerror})") from None
+    folders = [path for path in entries if path.is_dir()]
+    # a link to nothing is left to the reader, which says so; a pipe or a device is never opened
+    paths = [path for path in entries if (path.is_file() and is_image(path)) or (path.is_symlink() and not path.exists())]
+    others = [path for path in entries if path not in {*folders, *paths}]
+    for what, rest in (("no images, left out", others), ("subfolders, not looked into", folders)):
+        if rest:
+            print(f"note: {images}: {what}: {names_of(rest)}", file=sys.stderr)
+    if not paths:
+        raise UserError(f"--images {printable(images)}: holds no image")
+    return paths
+
+
+def names_of(paths: list[pathlib.Path], most: int = 20) -> str:
+    return ", ".join(printable(path.name) for path in paths[:most]) + (
+        f" and {len(paths) - most} more" if len(paths) > most else ""
+    )
+
+
+def output_names(paths: list[pathlib.Path]) -> list[str]:
+    """NAME.png of each image, no two alike: its name without the suffix, or with it where another image needs the same."""
+    stems = Counter(path.stem.casefold() for path in paths)  # some disks do not tell upper case from lower
+    full = {path.name.casefold() for path in paths}
+    return [
+        f"{path.stem if stems[path.stem.casefold()] == 1 and path.stem.casefold() not in full else path.name}.png"
+        for path in paths
+    ]
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that the tensors made under this mode hold at once, as on the meta device, where nothing is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self.known = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.known:
+                self.known[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, size: int):
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
+def bytes_per_pixel(model, precision: str) -> float:
+    """Memory of one forward pass over a whole image, per pixel, counted on the meta device; an estimate on the low side."""
+    side = 512
+    meta = copy.deepcopy(model).to("meta")
+    with torch.no_grad(), PeakBytes() as mode:
+        meta(torch.empty(1, 3, side, side, device="meta"))
+    return mode.peak / side**2 / (2 if precision == "bf16" else 1)
+
+
+def check_memory(path: pathlib.Path, size: tuple[int, int], classes: int, whole: float, device, protocol: Protocol):
+    """Raise UserError where the prediction of an image of `size` (H, W) cannot fit into the free memory; `whole` is the memory
+    of the network per pixel. With sliding windows, one scale and no mirroring there is little that grows."""
+    views = len(protocol.scales) * (1 + protocol.flip)
+    pixels = size[0] * size[1]
+    probabilities = 4 * classes * pixels if views > 1 else 0
+    network = whole * pixels * (protocol.image_scale * max(protocol.scales)) ** 2 if protocol.window is None else 0
+    free = free_memory(device)
+    if network + probabilities > free:
+        fix = "give --window 512" if network > probabilities else "leave out --scales and --flip"
+        raise UserError(f"{printable(path)}: needs {(network + probabilities) / 1e9:.1f} GB for {size[1]}x{size[0]} pixels "
+                        f"at once, but {device} has {free / 1e9:.1f} GB free; {fix}")  # fmt: skip
+
+
+def reason_of(error: Exception, path: pathlib.Path, protocol: Protocol) -> str:
+    """One line for whatever went wrong with one file."""
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, UserError):  # names the file
+        return text.split("; replace it")[0]
+    # a CPU has no exception of its own for it
+    signs = ("not enough memory: you tried to allocate", "DefaultCPUAllocator")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text for sign in signs):
+        fix = "--window 512" if protocol.window is None else "a smaller --window, and no --scales or --flip"
+        return f"{path}: out of memory ({kind}); give {fix}"
+    return f"{path}: {kind}: {text}" if text else f"{path}: {kind}"
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """image (H, W, 3) uint8, half covered by the colours of labels (H, W). A black class, such as VOC's background, leaves it
+    as it is."""
+    out = np.empty_like(image)
+    for row, pixels, colours in zip(out, image, (palette[line] for line in labels), strict=True):  # rows, to save memory
+        row[:] = np.where(colours.any(1, keepdims=True), (pixels.astype(np.uint16) + colours) // 2, pixels)
+    return out
+
+
+def tile_of(image: Image.Image, side: int = 320) -> Image.Image:
+    """The image in the size of the sheet; an image of one row or column keeps it."""
+    scale = side / max(image.size)
+    return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
+
+
+def draw_sheet(path: pathlib.Path, tiles: list[tuple[str, Image.Image]], checkpoint: dict, shown: list[int]):
+    """A PNG of the overlays with their files' names, and a legend of the classes `shown`."""
+    columns = min(6, len(tiles))
+    rows = -(-len(tiles) // columns)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(2.2 * columns, 2 * rows), layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    able = drawable([name for name, _ in tiles])
+    for i, (axis, (name, tile)) in enumerate(zip(axes.flat, tiles, strict=False)):
+        thin = max(tile.size) > 8 * min(tile.size)  # such as one row of pixels, which would be a hairline
+        axis.imshow(tile, aspect="auto" if thin else "equal")
+        axis.set_title(name if able[i] else f"image {i + 1}", fontsize=6, parse_math=False)
+    add_legend(figure, checkpoint["classes"], checkpoint["palette"], shown)
+    save_figure(path, figure)
+
+
+def predict_files(model, checkpoint: dict, paths: list[pathlib.Path], out: pathlib.Path, device, precision, protocol) -> int:
+    """Predict images into the folders masks and overlays of OUT and a sheet. What goes wrong with a file is reported on stderr;
+    returns the number of those."""
+    palette, classes = datasets.colour_table(checkpoint["palette"]), len(checkpoint["classes"])
+    whole = bytes_per_pixel(model, precision) if protocol.window is None else 0.0
+    tiles, failed, shown = [], 0, np.zeros(256, bool)
+    for path, name in zip(tqdm(paths, "predict", disable=None), output_names(paths), strict=True):
+        try:
+            image = np.asarray(datasets.open_image(path))
+            check_memory(path, image.shape[:2], classes, whole, device, protocol)
+            labels = predict(model, image, device, precision, protocol).cpu().numpy()
+        except Exception as error:  # whatever it is, it is this file's
+            if os.environ.get("MGD_DEBUG") == "1":
+                traceback.print_exc()
+            print(f"skipped {printable(reason_of(error, path, protocol))}", file=sys.stderr)
+            failed += 1
+            continue
+        shown[np.unique(labels)] = True
+        mask = Image.fromarray(labels)
+        mask.putpalette(palette.ravel().tolist())
+        save_png(out / "masks" / name, mask)
+        picture = Image.fromarray(overlay(image, labels, palette))
+        save_png(out / "overlays" / name, picture)
+        if len(tiles) < TILES:
+            tiles.append((printable(path.name), tile_of(picture)))
+        del image, labels, mask, picture  # before the next is read
+    if tiles:
+        draw_sheet(out / "sheet.png", tiles, checkpoint, np.flatnonzero(shown[:classes]).tolist())
+    done = f"{len(paths) - failed} masks and overlays" + (", sheet.png" if tiles else "")
+    print(f"{printable(out)}: {done}" + (f"; {failed} file(s) skipped" if failed else ""))
+    return failed
+
+
+def check_outputs(paths: list[pathlib.Path], images: pathlib.Path, out: pathlib.Path, overwrite: bool):
+    """Make OUT and its folders. Raises UserError, before any work, where they cannot be written to or a file would be lost."""
+    folders = [out, out / "masks", out / "overlays"]
+    if images.is_dir() and os.path.realpath(images) in map(os.path.realpath, folders):
+        raise UserError(f"--out {printable(out)}: would write among the images of --images; give another")
+    targets = [folder / name for folder in folders[1:] for name in output_names(paths)] + [out / "sheet.png"]
+    lost = {os.path.realpath(path) for path in paths} & {os.path.realpath(target) for target in targets}
+    if lost:
+        raise UserError(f"--out {printable(out)}: would replace the image {printable(min(lost))}; give another")
+    refuse_foreign(targets, overwrite, f"--out {printable(out)}")
+    for folder in folders:
+        make_folder("--out", folder)
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--ckpt", type=pathlib.Path, required=True, help="checkpoint of train_teacher.py or distill.py")
+    parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of images, or one image")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder where masks, overlays and sheet.png go")
+    parser.add_argument("--overwrite", action="store_true", help="replace files in OUT that this project did not write")
+    add_protocol_arguments(parser)
+    args = parser.parse_args(argv)
+    check_protocol_arguments(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("predict.py runs in one process; leave torchrun out")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    paths = find_images(args.images)
+    check_outputs(paths, args.images, args.out, args.overwrite)
+    device = pick_device(args.device)
+    checkpoint, model, precision, protocol = open_model(args.ckpt, args, device)
+    sys.exit(1 if predict_files(model, checkpoint, paths, args.out, device, precision, protocol) else 0)
+
+
+if __name__ == "__main__":
+    run(main)
