@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -487,6 +487,8 @@ def reading(path, problem: str, fix: str):
         raise UserError(f"{path}: no such {problem.split()[-1]}") from None
     except Exception as error:
         kind, text = type(error).__name__, " ".join(str(error).split())
+        if isinstance(error, UnidentifiedImageError):
+            text = "of no format that Pillow opens"
         reason = f"{kind}: {text}" if text else kind
         raise UserError(f"{path}: {problem} ({reason}); {fix}") from error
 

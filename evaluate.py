@@ -145,9 +145,9 @@ def upsampled_strips(strips: Iterator[torch.Tensor], size: tuple[int, int], targ
             weight = share[part, None].to(kept.device)
             upper, lower = (kept[:, :, (index[part] - first).to(kept.device)] for index in (above, below))
             yield torch.addcmul(lower * weight, upper, 1 - weight)
-        if done := ready:
-            keep = int(above[min(done, rows - 1)])
-            kept, first = kept[:, :, keep - first :].clone(), keep
+        done, end = ready, first + kept.shape[2]
+        keep = min(int(above[min(done, rows - 1)]), end)  # the next output row can lie below all that is there
+        kept, first = kept[:, :, keep - first :].clone(), keep
 
 
 @torch.inference_mode()

@@ -72,6 +72,21 @@ class FewShapes(datasets.Shapes):
         super().__init__(train, val)
 
 
+@pytest.fixture
+def ckpt(tmp_path):
+    """A checkpoint of a network that was not trained."""
+    args = {"dataset": "shapes", "data": None, "backbone": "resnet18", "scales": [1.0], "stem": "standard", "head_width": 16,
+            "separable_head": False, "precision": "fp32", "image_scale": 1.0, "window": None}  # fmt: skip
+    data = datasets.Shapes()
+    torch.manual_seed(0)
+    model = models.build_model("r18", 6, head_width=16)
+    row = {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1/8", "labeled": 64, "steps": 0, "seed": 0,
+           "gmacs_model": 1.0, "mgd_ops": "torch"}  # fmt: skip
+    common.save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict(), "args": args, "classes": data.classes,
+                                                  "palette": data.palette, "row": row})  # fmt: skip
+    return tmp_path / "last.pt"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def small_few_threads_and_no_gpu():
     """Eight val images of the embedded data set, the threads of the smallest machine that tests run on, and, where a stage is

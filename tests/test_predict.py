@@ -1,0 +1,554 @@
+"""Predictions of images: the same labels as without strips, and every file of a folder predicted or named."""
+
+import io
+import math
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+from conftest import python
+from PIL import Image
+
+import common
+import datasets
+import evaluate
+import models
+import predict
+from common import UserError
+from evaluate import Protocol
+
+CPU = torch.device("cpu")
+
+
+# ---- strips ----
+
+
+class Convolves(torch.nn.Module):
+    """Five classes; every logit depends on the pixels around it, and on the whole window."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Conv2d(3, 5, 5, padding=2)
+
+    def forward(self, images):
+        logits = self.layer(images)
+        return models.Output(logits - images.mean((2, 3), keepdim=True)[:, :1] * torch.linspace(0, 1, images.shape[-1]), logits)
+
+
+def labels_of_the_whole(model, image, protocol):
+    """All logits of the image are held: what strips must equal."""
+    size, total, views = image.shape[:2], 0, len(protocol.scales) * (1 + protocol.flip)
+    for scale in protocol.scales:
+        scaled = [max(1, round(side * protocol.image_scale * scale)) for side in size]
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+        if scaled != list(size):
+            pixels = evaluate.v2.functional.resize(pixels, scaled, antialias=True)
+        for mirrored in (False, True)[: 1 + protocol.flip]:
+            x = datasets.normalize(pixels, CPU)
+            x = x.flip(-1) if mirrored else x
+            logits = windows_of_the_whole(model, x, protocol.window) if protocol.window else model(x).logits
+            logits = logits.flip(-1) if mirrored else logits
+            if list(size) != scaled:
+                logits = torch.nn.functional.interpolate(logits, size, mode="bilinear", align_corners=True)
+            total = logits if views == 1 else total + logits.softmax(1)
+    return total[0].argmax(0)
+
+
+def windows_of_the_whole(model, x, window):
+    (height, width), (h, w) = x.shape[2:], window
+    x = torch.nn.functional.pad(x, (0, max(0, w - width), 0, max(0, h - height)))
+    total, count = torch.zeros(1, 5, *x.shape[2:]), torch.zeros(x.shape[2:])
+    for top in range(0, x.shape[2], math.ceil(h * 2 / 3)):
+        for left in range(0, x.shape[3], math.ceil(w * 2 / 3)):
+            y0, x0 = min(top, x.shape[2] - h), min(left, x.shape[3] - w)
+            total[..., y0 : y0 + h, x0 : x0 + w] += model(x[..., y0 : y0 + h, x0 : x0 + w]).logits
+            count[y0 : y0 + h, x0 : x0 + w] += 1
+            if left + w >= x.shape[3]:
+                break
+        if top + h >= x.shape[2]:
+            break
+    return (total / count)[..., :height, :width]
+
+
+@pytest.mark.parametrize("size", [(131, 40), (50, 70), (24, 32), (90, 20), (5, 7), (1, 45), (45, 1), (1, 1)])
+@pytest.mark.parametrize("window", [(24, 32), (9, 11), (7, 50), None])
+@pytest.mark.parametrize("image_scale", [1.0, 0.5, 0.37, 1.6, 2.0])
+def test_strips_give_the_labels_of_the_whole(monkeypatch, size, window, image_scale):
+    image, model = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8), Convolves()
+    for more in ({}, {"flip": True}, {"scales": (0.75, 1.3)}):
+        if more and window and min(window) < 9:
+            continue  # many windows
+        protocol = Protocol(image_scale, window, **more)
+        with torch.inference_mode():
+            expected = labels_of_the_whole(model, image, protocol)
+        for strip_bytes in (0, 20_000, evaluate.STRIP_BYTES):
+            monkeypatch.setattr(evaluate, "STRIP_BYTES", strip_bytes)
+            labels = evaluate.predict(model, image, CPU, "fp32", protocol)
+            assert labels.dtype == torch.uint8 and np.array_equal(labels, expected), (more, strip_bytes)
+
+
+def test_windows_come_in_strips(monkeypatch):
+    """Without this the test above could compare the whole with the whole."""
+    monkeypatch.setattr(evaluate, "STRIP_BYTES", 0)
+    x = torch.zeros(1, 3, 100, 20)
+    strips = list(evaluate.window_strips(lambda x: x, lambda top, bottom: x[:, :, top:bottom], (100, 20), (30, 20)))
+    assert [s.shape[2] for s in strips] == [20, 20, 20, 10, 30]
+    rows = [s.shape[2] for s in evaluate.upsampled_strips(iter(strips), (100, 20), (250, 30))]
+    assert sum(rows) == 250 and max(rows) == 1
+
+
+def test_strips_of_bfloat16_windows_too():
+    image, model = (
+        np.random.default_rng(0).integers(0, 256, (80, 40, 3), np.uint8),
+        models.build_model("mbv2", 4, head_width=16).eval(),
+    )
+    whole = evaluate.predict(model, image, CPU, "bf16", Protocol(window=(32, 32)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "STRIP_BYTES", 0)
+        assert torch.equal(evaluate.predict(model, image, CPU, "bf16", Protocol(window=(32, 32))), whole)
+
+
+PEAK = """
+import resource, sys
+import numpy as np, torch
+import evaluate, models
+class Model(torch.nn.Module):
+    def forward(self, images):
+        logits = images[:, :1] * torch.arange(64.).view(-1, 1, 1)
+        return models.Output(logits, logits)
+image = np.zeros((int(sys.argv[1]), 1000, 3), np.uint8)
+evaluate.predict(Model(), image, torch.device("cpu"), "fp32", evaluate.Protocol(float(sys.argv[2]), (128, 128)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_scale", [1.0, 0.5])
+def test_memory_does_not_grow_with_the_height(image_scale):
+    """64 classes: the logits of 4000x1000 pixels are 1 GB, those of a strip 33 MB; STRIP_BYTES are collected."""
+    peaks = [int(python(PEAK, rows, str(image_scale), MGD_OPS="torch").stdout) for rows in ("1000", "4000")]
+    assert peaks[1] - peaks[0] < 150, peaks  # the image and its labels grow by 12 MB
+
+
+# ---- reading images ----
+
+
+def saved(array, path, **more):
+    Image.fromarray(array).save(path, **more)
+    return path
+
+
+def read(path):
+    return np.asarray(datasets.open_image(path))
+
+
+RAMP = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+DEEP, WORDS, FLOATS = (RAMP.astype(dtype) for dtype in (np.uint16, np.int32, np.float32))
+
+
+@pytest.mark.parametrize("values,suffix,tags", [
+    (RAMP, "png", {}), (DEEP * 257, "png", {}), (DEEP * 257, "tif", {}), (DEEP * 257, "pgm", {}), (DEEP, "tif", {}),
+    (DEEP * 16 + 15, "png", {}), (DEEP * 16 + 15, "tif", {}), (DEEP * 4, "tif", {281: 1023}), (DEEP * 64, "tif", {281: 16383}),
+    (WORDS, "tif", {}), (WORDS * 257, "tif", {}), (WORDS * 16, "tif", {}), (WORDS * 0x01010101, "tif", {339: 1}),
+    (FLOATS / 255, "tif", {}), (FLOATS, "tif", {}), (FLOATS * 257, "tif", {}), (FLOATS * 4, "tif", {341: 1020.0}),
+    ((RAMP > 127), "png", {}), ((RAMP > 127), "tif", {}),
+])  # fmt: skip
+def test_grey_values_have_their_brightness(tmp_path, values, suffix, tags):
+    path = saved(values, tmp_path / f"a.{suffix}", **({"tiffinfo": tags} if tags else {}))
+    expected = RAMP if values.dtype != bool else np.where(values, 255, 0)
+    image = read(path)
+    assert image.shape == (4, 256, 3) and np.abs(image - expected[..., None].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("values,tags,expected", [
+    (FLOATS - 5, {}, "from -5 to 250"), (FLOATS / 100, {}, "up to 2.55"),
+    (FLOATS * 1e6, {}, "up to 2.55e\\+08"), (np.full((3, 3), np.nan, np.float32), {}, "not finite"),
+    (np.full((3, 3), np.inf, np.float32), {}, "not finite"), (WORDS * 9999, {}, "up to 2.54975e\\+06"),
+    (WORDS - 7, {339: 2}, "from -7 to 248"),
+])  # fmt: skip
+def test_grey_values_without_a_white_are_refused(tmp_path, values, tags, expected):
+    path = saved(values, tmp_path / "a.tif", **({"tiffinfo": tags} if tags else {}))
+    with pytest.raises(UserError, match=f"a.tif: holds .*{expected}.*; save it with") as error:
+        datasets.open_image(path)
+    assert "\n" not in str(error.value)
+
+
+def png_of_16_bits(values):
+    """An RGB PNG of (H, W, 3) uint16; Pillow writes none."""
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_colours_of_16_bits(tmp_path):
+    values = np.stack([DEEP, DEEP[:, ::-1], DEEP // 2], 2)
+    (tmp_path / "a.png").write_bytes(png_of_16_bits(values * 257))
+    assert np.abs(read(tmp_path / "a.png") - values.astype(int)).max() <= 1
+    (tmp_path / "b.png").write_bytes(png_of_16_bits(values * 16))  # 12 bits, of which Pillow keeps 4
+    with pytest.raises(UserError, match=r"b.png: holds 16-bit colours.*12-bit"):
+        datasets.open_image(tmp_path / "b.png")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "CMYK", "YCbCr", "P", "PA"])
+def test_other_forms_have_their_colours(tmp_path, mode):
+    colours = np.zeros((4, 256, 3), np.uint8)
+    colours[:, 128:] = 200
+    image = Image.fromarray(colours).convert(mode if mode != "PA" else "P")
+    suffix = "tif" if mode in ("CMYK", "YCbCr") else "png"
+    more = {"transparency": bytes([0] * 3 + [255] * 253)} if mode == "PA" else {}
+    image.save(tmp_path / f"a.{suffix}", **more)
+    assert np.abs(read(tmp_path / f"a.{suffix}") - colours.astype(int)).max() <= 2
+
+
+def exif_bytes(orientation, entries=()):
+    """An EXIF entry that begins with the orientation; more entries are (tag, type, count, 4 bytes)."""
+    packed = struct.pack("<HHIHH", 0x112, 3, 1, orientation, 0) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1 + len(entries)) + packed + struct.pack("<I", 0)
+
+
+UNWRITABLE = (0x111, 9, 1, struct.pack("<i", -3))  # a signed number in a tag that has none
+BROKEN = [b"Exif\0\0II*\0" + bytes(2), b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
+TURNED = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: np.swapaxes(a, 0, 1),
+          6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2), 8: np.rot90}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_images_and_masks_are_turned_by_their_orientation_alone(tmp_path, suffix, orientation):
+    """Also where the rest of the entry cannot be written back."""
+    array = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+    plain, turned = io.BytesIO(), tmp_path / f"a.{suffix}"
+    format = {"jpg": "JPEG"}.get(suffix, suffix)
+    Image.fromarray(array).save(plain, format=format)
+    Image.fromarray(array).save(turned, exif=exif_bytes(orientation, [UNWRITABLE]))
+    expected = TURNED[orientation](np.asarray(Image.open(plain).convert("RGB")))
+    assert np.array_equal(read(turned), expected)
+    assert datasets.upright_size(turned) == expected.shape[1::-1]
+    if suffix == "png":
+        mask = array[..., 0] % 3
+        Image.fromarray(mask).save(turned, exif=exif_bytes(orientation, [UNWRITABLE]))
+        assert np.array_equal(datasets.open_mask(turned), TURNED[orientation](mask))
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, which says that the entry is broken
+@pytest.mark.parametrize("exif", [*BROKEN, exif_bytes(77), exif_bytes(6)[:-9]])
+def test_a_broken_exif_entry_turns_nothing(tmp_path, exif):
+    array = np.random.default_rng(0).integers(0, 3, (6, 9), np.uint8)
+    path = saved(array, tmp_path / "a.png", exif=exif)
+    if exif not in (exif_bytes(6)[:-9],):  # cut after the orientation, it may be read
+        assert np.array_equal(datasets.open_mask(path), array) and datasets.upright_size(path) == (9, 6)
+    assert (
+        np.array_equal(read(path)[..., 0], datasets.open_mask(path)) and datasets.upright_size(path) == read(path).shape[1::-1]
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), struct.error("short\nread"), MemoryError(), RecursionError("deep"), OSError("cut")]
+)
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_whatever_is_raised_while_a_file_is_read_is_one_line_with_its_name(folder, monkeypatch, error, kind):
+    def broken(path, *args, **more):
+        if path == folder / kind / "im03.png":
+            raise error
+        return opened(path, *args, **more)
+
+    opened = Image.open
+    monkeypatch.setattr(Image, "open", broken)
+    dataset = datasets.Folder(folder)
+    for call in (lambda: dataset.check(dataset.train[:5], masks=True), lambda: (dataset.image("im03"), dataset.mask("im03"))):
+        with pytest.raises(UserError, match=rf"im03.png: .*{type(error).__name__}.*; replace it") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_images_need_no_warning_and_larger_ones_are_refused(tmp_path):
+    Image.new("1", (12000, 8000)).save(tmp_path / "large.png")
+    assert datasets.upright_size(tmp_path / "large.png") == (12000, 8000)
+    Image.new("1", (40000, 8000)).save(tmp_path / "huge.png")
+    for read in (datasets.upright_size, datasets.open_image, datasets.open_mask):
+        with pytest.raises(UserError, match=r"huge\.png: has 40000x8000 pixels, more than"):
+            read(tmp_path / "huge.png")
+
+
+# ---- folders of images ----
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    saved(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8), folder / "a.png")
+    return folder
+
+
+def test_overlays_leave_black_classes_out(script, ckpt, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photos" / "a.png")
+    checkpoint = common.load_checkpoint(ckpt)
+    labels = evaluate.predict(models.model_from_checkpoint(checkpoint), photo, torch.device("cpu"), "fp32").numpy()
+    checkpoint["palette"][np.bincount(labels.ravel()).argmax()] = (0, 0, 0)
+    common.save_checkpoint(ckpt, checkpoint)
+    assert script(predict, "--ckpt", ckpt, "--images", tmp_path / "photos", "--out", tmp_path / "out")[0] == 0
+    colours = np.asarray(checkpoint["palette"])[labels]
+    black = colours.max(2, keepdims=True) == 0
+    expected = np.where(black, photo, (photo.astype(float) + colours) / 2)
+    assert np.abs(np.asarray(Image.open(tmp_path / "out" / "overlays" / "a.png")) - expected).max() <= 1
+    assert 0 < black.mean() < 1
+
+
+def test_prediction_of_any_images(script, ckpt, tmp_path):
+    images, out, rng = tmp_path / "photos", tmp_path / "out", np.random.default_rng(0)
+    images.mkdir()
+    for name, size in (("wide.jpg", (30, 90)), ("dot.png", (1, 1)), ("tall.webp", (71, 33)), ("wide.png", (20, 20))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(images / name)
+    Image.fromarray(rng.integers(0, 2**16, (20, 24)).astype(np.uint16)).save(images / "deep.png")
+    (images / "notes.txt").write_text("not an image")
+    code, text, err = script(predict, "--ckpt", ckpt, "--images", images, "--out", out)
+    assert code == 0 and "5 masks" in text, err
+    assert {p.name for p in (out / "masks").iterdir()} == {"wide.jpg.png", "wide.png.png", "dot.png", "tall.png", "deep.png"}
+    mask = Image.open(out / "masks" / "tall.png")
+    assert (
+        mask.mode == "P"
+        and mask.size == (33, 71)
+        and mask.getpalette()[:18] == [v for c in datasets.Shapes().palette for v in c]
+    )
+    model = models.model_from_checkpoint(common.load_checkpoint(ckpt))
+    expected = evaluate.predict(model, np.asarray(datasets.open_image(images / "tall.webp")), torch.device("cpu"), "fp32")
+    assert np.array_equal(np.asarray(mask), expected.numpy())
+    assert Image.open(out / "overlays" / "wide.jpg.png").size == (90, 30) and (out / "sheet.png").exists()
+
+    (images / "broken.jpg").write_bytes(b"junk")
+    stray = images / os.fsdecode(b"k\xfche.png")
+    stray.write_bytes((images / "dot.png").read_bytes())
+    code, text, err = script(predict, "--ckpt", ckpt, "--images", images, "--out", out, "--window", "32", "--flip")
+    assert code == 1 and "6 masks" in text and "broken.jpg: cannot be read" in err and "Traceback" not in err
+
+
+def lines(text):
+    return [line for line in text.splitlines() if "predict:" not in line]  # without the progress bar
+
+
+def test_every_file_is_predicted_or_named(script, ckpt, photos, tmp_path):
+    photo = Image.open(photos / "a.png")
+    for name, more in (
+        ("b.jfif", {"format": "JPEG"}),
+        ("c", {"format": "PNG"}),
+        ("d.AVIF", {}),
+        ("e.JPG", {}),
+        ("f.xyz", {"format": "BMP"}),
+    ):
+        photo.save(photos / name, **more)
+    black = Image.new("RGB", photo.size)
+    photo.save(photos / "g.gif", save_all=True, append_images=[black])
+    (photos / "notes.txt").write_text("words")
+    (photos / "table.csv").write_text("1,2")
+    (photos / "clip.mpg").write_bytes(b"\0\0\1\xb3\x14\0\xf0\x15")  # Pillow recognises it
+    (photos / ".hidden").write_text("words")
+    (photos / ".hidden.png").write_bytes(b"junk")
+    (photos / "more").mkdir()
+    photo.save(photos / "more" / "x.png")
+    os.mkfifo(photos / "pipe")
+    out = tmp_path / "out"
+    code, text, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", out)
+    assert code == 0, err
+    assert sorted(p.stem for p in (out / "masks").iterdir()) == list("abcdefg") and "7 masks" in text
+    # the first frame of the animation
+    model = models.model_from_checkpoint(common.load_checkpoint(ckpt))
+    first = evaluate.predict(model, np.asarray(Image.open(photos / "g.gif").convert("RGB")), CPU, "fp32")
+    assert np.array_equal(np.asarray(Image.open(out / "masks" / "g.png")), first)
+    no_images, folders = lines(err)
+    assert no_images.endswith("no images, left out: clip.mpg, notes.txt, pipe, table.csv") and folders.endswith(
+        "not looked into: more"
+    )
+    assert "hidden" not in err
+
+    (photos / "h.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (photos / "i").write_bytes(b"\0\0\0\x18ftypheic")
+    photo.save(photos / "j.jpg")
+    (photos / "j.jpg").write_bytes((photos / "j.jpg").read_bytes()[:700])
+    (photos / "k.png").write_bytes(b"")
+    (photos / "l.tif").write_bytes(b"II*\0junk")
+    (photos / "m.webp").symlink_to("nowhere")
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(photos / "n.tif")
+    (photos / "o.cr2").write_bytes(b"raw")
+    code, text, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", out)  # again
+    assert code == 1 and "7 masks" in text and "8 file(s) skipped" in text
+    skipped = [line for line in lines(err) if line.startswith("skipped")]
+    assert [line.split(": ")[0].rsplit("/")[-1] for line in skipped] == [
+        "h.HEIC",
+        "i",
+        "j.jpg",
+        "k.png",
+        "l.tif",
+        "m.webp",
+        "n.tif",
+        "o.cr2",
+    ]
+    assert "no format that Pillow opens" in skipped[0] and "truncated" in skipped[2] and "not finite" in skipped[6]
+    assert "Traceback" not in err
+
+
+def test_a_folder_without_images_and_a_single_image(script, ckpt, photos, tmp_path):
+    empty = tmp_path / "empty"
+    (empty / "more").mkdir(parents=True)
+    (empty / "notes.txt").write_text("words")
+    code, _, err = script(predict, "--ckpt", ckpt, "--images", empty, "--out", tmp_path / "out")
+    assert code == 2 and err.splitlines()[-1].endswith(f"--images {empty}: holds no image") and not (tmp_path / "out").exists()
+    code, text, err = script(predict, "--ckpt", ckpt, "--images", photos / "a.png", "--out", tmp_path / "out")
+    assert code == 0 and "1 masks" in text and (tmp_path / "out" / "masks" / "a.png").exists(), err
+
+
+ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+)
+
+
+@pytest.mark.parametrize("error,expected", [
+    (RuntimeError(ALLOCATOR), "out of memory (RuntimeError); give --window 512"), (AssertionError(), "AssertionError"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory (OutOfMemoryError)"), (KeyError("x"), "KeyError: 'x'"),
+    (RuntimeError("two\nlines"), "RuntimeError: two lines"), (MemoryError(), "out of memory (MemoryError)"),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["read", "predict"])
+def test_an_exception_belongs_to_its_file(script, ckpt, photos, tmp_path, monkeypatch, where, error, expected):
+    for name in "bc":
+        saved(np.full((3, 9 if name == "b" else 8, 3), 99, np.uint8), photos / f"{name}.png")
+
+    def fails(argument):
+        if (argument.name == "b.png") if where == "read" else (argument.shape[1] == 9):
+            raise error
+
+    open_image, run = datasets.open_image, evaluate.predict
+    if where == "read":
+        monkeypatch.setattr(datasets, "open_image", lambda path: fails(path) or open_image(path))
+    else:
+        monkeypatch.setattr(predict, "predict", lambda model, image, *more: fails(image) or run(model, image, *more))
+    code, text, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")
+    assert code == 1 and "2 masks" in text and "1 file(s) skipped" in text
+    assert sorted(p.name for p in (tmp_path / "out" / "masks").iterdir()) == ["a.png", "c.png"]
+    (line,) = lines(err)
+    assert line.startswith(f"skipped {photos / 'b.png'}: {expected}")
+    monkeypatch.setenv("MGD_DEBUG", "1")
+    assert "Traceback" in script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")[2]
+
+
+def test_an_image_too_large_as_a_whole_is_refused(script, ckpt, photos, tmp_path, monkeypatch):
+    saved(np.zeros((600, 700, 3), np.uint8), photos / "large.png")
+    monkeypatch.setattr(predict, "free_memory", lambda device: 20e6)
+    arguments = ("--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")
+    code, text, err = script(predict, *arguments, "--window", "whole")
+    (line,) = lines(err)
+    assert code == 1 and "1 masks" in text and "large.png: needs 0.1 GB for 700x600 pixels" in line and "--window 512" in line
+    code, text, err = script(predict, *arguments, "--window", "64")
+    assert code == 0 and "2 masks" in text, err
+    monkeypatch.setattr(predict, "free_memory", lambda device: 1e6)
+    code, text, err = script(predict, *arguments, "--window", "64", "--flip")
+    assert code == 1 and "leave out --scales and --flip" in err
+
+
+@pytest.mark.slow
+def test_the_estimate_of_the_memory_is_about_right():
+    code = """
+import resource, torch, models, predict
+model = models.build_model("mbv2", 11, head_width=64).eval()
+print(predict.bytes_per_pixel(model, "fp32") * 1500 * 2000 / 1e6)
+with torch.inference_mode():
+    for side in 64, None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        model(torch.zeros(1, 3, side or 1500, side or 2000).contiguous(memory_format=torch.channels_last))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+"""
+    estimate, true = map(float, python(code, MGD_OPS="torch").stdout.split())
+    assert 0.6 < estimate / true < 1.2, (estimate, true)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--window", "16"), ("--window", "1"), ("--window", "16", "--scales", "0.3", "2", "--flip")]
+)
+def test_images_of_one_row_or_column(script, ckpt, tmp_path, arguments):
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for name, size in (("row", (1, 70)), ("column", (70, 1)), ("dot", (1, 1))):
+        saved(rng.integers(0, 256, (*size, 3), np.uint8), photos / f"{name}.png")
+    code, text, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out", *arguments)
+    assert code == 0 and "3 masks and overlays, sheet.png" in text, err
+    for kind in ("masks", "overlays"):
+        assert Image.open(tmp_path / "out" / kind / "row.png").size == (70, 1)
+        assert Image.open(tmp_path / "out" / kind / "column.png").size == (1, 70)
+
+
+def test_outputs_have_names_of_their_own(tmp_path):
+    names = ["a.jpg", "a.png", "a.jpg.gif", "b.png", "B.jpg", "c.tif", "a.jpg.png.tif", "d"]
+    outputs = predict.output_names([tmp_path / name for name in names])
+    assert outputs[5] == "c.png" and outputs[7] == "d.png"
+    assert len({output.casefold() for output in outputs}) == len(names)
+
+
+def test_nothing_of_the_users_is_replaced(script, ckpt, folder, tmp_path):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    arguments = ("--ckpt", ckpt, "--images", folder / "images", "--out")
+    for more in ((folder,), (folder, "--window", "16")):
+        code, _, err = script(predict, *arguments, *more)
+        assert code == 2 and "im00.png exists and was not written by this project" in err and "--overwrite" in err
+    for out in (folder / "images", folder / "images" / ".." / "images"):
+        code, _, err = script(predict, *arguments, out, "--overwrite")
+        assert code == 2 and "would write among the images" in err
+    code, _, err = script(predict, "--ckpt", ckpt, "--images", folder / "masks", "--out", folder, "--overwrite")
+    assert code == 2 and "would write among the images" in err
+    code, _, err = script(predict, "--ckpt", ckpt, "--images", folder / "masks" / "im00.png", "--out", folder, "--overwrite")
+    assert code == 2 and "would replace the image" in err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    for _ in range(2):  # repeating works
+        assert script(predict, *arguments, tmp_path / "out")[0] == 0
+    (tmp_path / "out" / "sheet.png").write_bytes(b"mine")
+    assert script(predict, *arguments, tmp_path / "out")[0] == 2 and (tmp_path / "out" / "sheet.png").read_bytes() == b"mine"
+    assert script(predict, *arguments, tmp_path / "out", "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize("arguments,expected", [
+    (["--images", "absent", "--out", "x"], "absent: no such folder"), (["--images", "photos", "--out", "file"], "--out file"),
+    (["--images", "photos", "--out", "file/x"], "--out file/x"), (["--images", "photos"], "--out"), (["--out", "x"], "--images"),
+    (["--images", "photos", "--out", "x", "--scales", "0"], "--scales"),
+    (["--images", "photos", "--out", "x", "--window", "0"], "--window"),
+    (["--images", "photos", "--out", "photos"], "--out photos: would write among the images"),
+])  # fmt: skip
+def test_wrong_arguments_are_one_line(script, ckpt, photos, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict, "predict_files", None)  # no work begins
+    (tmp_path / "file").write_text("")
+    code, _, err = script(predict, "--ckpt", ckpt, *arguments)
+    assert code == 2 and expected in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line_before_any_work(script, ckpt, photos, tmp_path, monkeypatch):
+    def refuse(*arguments, **more):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(common.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(predict, "open_model", None)
+    code, _, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")
+    assert code == 2 and len(lines(err)) == 1 and f"--out {tmp_path / 'out'}: cannot be written to" in err
+
+
+def test_one_process_predicts(script, ckpt, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")
+    assert code == 2 and "leave torchrun out" in err
+
+
+def test_the_legend_shows_the_classes_that_occur(script, ckpt, photos, tmp_path, monkeypatch):
+    legends = []
+    monkeypatch.setattr(predict, "add_legend", lambda figure, classes, palette, shown: legends.append(list(shown)))
+    assert script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")[0] == 0
+    assert legends == [np.unique(np.asarray(Image.open(tmp_path / "out" / "masks" / "a.png"))).tolist()]
