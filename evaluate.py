@@ -139,7 +139,7 @@ def upsampled_strips(strips: Iterator[torch.Tensor], size: tuple[int, int], targ
         below = (above + 1).clamp(max=height - 1)
         share = (position - above).clamp(0, 1)
         ready = int((below < first + kept.shape[2]).sum())
-        block = max(1, STRIP_BYTES // (4 * strip.shape[1] * width))
+        block = max(1, STRIP_BYTES // 16 // (4 * strip.shape[1] * width))  # several tensors of this size are made
         for top in range(done, ready, block):
             part = slice(top, min(top + block, ready))
             weight = share[part, None].to(kept.device)
