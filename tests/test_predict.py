@@ -78,7 +78,10 @@ def windows_of_the_whole(model, x, window):
     return (total / count)[..., :height, :width]
 
 
-@pytest.mark.parametrize("size", [(131, 40), (50, 70), (24, 32), (90, 20), (5, 7), (1, 45), (45, 1), (1, 1)])
+SLOW_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in ((131, 40), (50, 70), (90, 20))]
+
+
+@pytest.mark.parametrize("size", [*SLOW_SIZES, (24, 32), (5, 7), (1, 45), (45, 1), (1, 1)])
 @pytest.mark.parametrize("window", [(24, 32), (9, 11), (7, 50), None])
 @pytest.mark.parametrize("image_scale", [1.0, 0.5, 0.37, 1.6, 2.0])
 def test_strips_give_the_labels_of_the_whole(monkeypatch, size, window, image_scale):
@@ -260,15 +263,12 @@ def test_images_and_masks_are_turned_by_their_orientation_alone(tmp_path, suffix
 
 
 @pytest.mark.filterwarnings("ignore")  # of Pillow, which says that the entry is broken
-@pytest.mark.parametrize("exif", [*BROKEN, exif_bytes(77), exif_bytes(6)[:-9]])
+@pytest.mark.parametrize("exif", [*BROKEN, exif_bytes(77), exif_bytes(6)[:20]], ids=range(len(BROKEN) + 2))
 def test_a_broken_exif_entry_turns_nothing(tmp_path, exif):
     array = np.random.default_rng(0).integers(0, 3, (6, 9), np.uint8)
     path = saved(array, tmp_path / "a.png", exif=exif)
-    if exif not in (exif_bytes(6)[:-9],):  # cut after the orientation, it may be read
-        assert np.array_equal(datasets.open_mask(path), array) and datasets.upright_size(path) == (9, 6)
-    assert (
-        np.array_equal(read(path)[..., 0], datasets.open_mask(path)) and datasets.upright_size(path) == read(path).shape[1::-1]
-    )
+    assert np.array_equal(datasets.open_mask(path), array) and datasets.upright_size(path) == (9, 6)
+    assert np.array_equal(read(path)[..., 0], array)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +327,7 @@ def test_overlays_leave_black_classes_out(script, ckpt, tmp_path):
     assert 0 < black.mean() < 1
 
 
+@pytest.mark.slow
 def test_prediction_of_any_images(script, ckpt, tmp_path):
     images, out, rng = tmp_path / "photos", tmp_path / "out", np.random.default_rng(0)
     images.mkdir()
@@ -359,6 +360,7 @@ def lines(text):
     return [line for line in text.splitlines() if "predict:" not in line]  # without the progress bar
 
 
+@pytest.mark.slow
 def test_every_file_is_predicted_or_named(script, ckpt, photos, tmp_path):
     photo = Image.open(photos / "a.png")
     for name, more in (
@@ -398,7 +400,7 @@ def test_every_file_is_predicted_or_named(script, ckpt, photos, tmp_path):
     photo.save(photos / "j.jpg")
     (photos / "j.jpg").write_bytes((photos / "j.jpg").read_bytes()[:700])
     (photos / "k.png").write_bytes(b"")
-    (photos / "l.tif").write_bytes(b"II*\0junk")
+    (photos / "l.tif").write_bytes(b"II*\0")
     (photos / "m.webp").symlink_to("nowhere")
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(photos / "n.tif")
     (photos / "o.cr2").write_bytes(b"raw")
@@ -444,6 +446,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["read", "predict"])
 def test_an_exception_belongs_to_its_file(script, ckpt, photos, tmp_path, monkeypatch, where):
     """Raised for every file but the first and the last."""
@@ -472,6 +475,7 @@ def test_an_exception_belongs_to_its_file(script, ckpt, photos, tmp_path, monkey
     assert "Traceback" in script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")[2]
 
 
+@pytest.mark.slow
 def test_an_image_too_large_as_a_whole_is_refused(script, ckpt, photos, tmp_path, monkeypatch):
     saved(np.zeros((600, 700, 3), np.uint8), photos / "large.png")
     monkeypatch.setattr(predict, "free_memory", lambda device: 20e6)
@@ -495,19 +499,18 @@ def test_the_estimate_of_the_memory_is_about_right(backbone):
     assert 0.7 < predict.bytes_per_pixel(model, "fp32") * 320 * 480 / 1e6 / true < 1.1
 
 
-@pytest.mark.parametrize(
-    "arguments", [(), ("--window", "16"), ("--window", "1"), ("--window", "16", "--scales", "0.3", "2", "--flip")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [(), ("--window", "16"), ("--window", "16", "--scales", "0.3", "2", "--flip")])
 def test_images_of_one_row_or_column(script, ckpt, tmp_path, arguments):
     photos, rng = tmp_path / "photos", np.random.default_rng(0)
     photos.mkdir()
-    for name, size in (("row", (1, 70)), ("column", (70, 1)), ("dot", (1, 1))):
+    for name, size in (("row", (1, 700)), ("column", (700, 1)), ("dot", (1, 1))):
         saved(rng.integers(0, 256, (*size, 3), np.uint8), photos / f"{name}.png")
     code, text, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out", *arguments)
     assert code == 0 and "3 masks and overlays, sheet.png" in text, err
     for kind in ("masks", "overlays"):
-        assert Image.open(tmp_path / "out" / kind / "row.png").size == (70, 1)
-        assert Image.open(tmp_path / "out" / kind / "column.png").size == (1, 70)
+        assert Image.open(tmp_path / "out" / kind / "row.png").size == (700, 1)
+        assert Image.open(tmp_path / "out" / kind / "column.png").size == (1, 700)
 
 
 def test_outputs_have_names_of_their_own(tmp_path):
@@ -517,6 +520,7 @@ def test_outputs_have_names_of_their_own(tmp_path):
     assert len({output.casefold() for output in outputs}) == len(names)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_users_is_replaced(script, ckpt, folder, tmp_path):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     arguments = ("--ckpt", ckpt, "--images", folder / "images", "--out")
