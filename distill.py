@@ -358,7 +358,8 @@ def main():
 
     row = evaluate.result_row(
         args, dataset, partition, device, role="student", losses=args.losses,
-        teachers=[{"teacher_deep": "T_D", "teacher_wide": "T_W"}.get(row["role"], role) for role, row in teacher_rows.items()],
+        teachers=[*teacher_rows],
+        teacher_roles=[row["role"] for row in teacher_rows.values()],
         teacher_backbones=[row["backbone"] for row in teacher_rows.values()],
         teacher_methods=[row["method"] for row in teacher_rows.values()],
         teacher_steps=[row["steps"] for row in teacher_rows.values()],

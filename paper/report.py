@@ -1,7 +1,7 @@
 """Result files -> the paper's tables and figures with ours beside the paper's, and loss curves of runs.
 
-    python report.py results/*.json --out results/tables                      (make tables)
-    python report.py --curves runs/camvid/1-8/*/log.jsonl --out curves.png
+    python -m paper.report results/*.json --out results/tables              (make tables)
+    python -m paper.report --curves runs/camvid/1-8/*/log.jsonl --out curves.png
 
 Reads what `evaluate.py --json` wrote and the paper's figures in results/paper.json, nothing else. A table is written as
 Markdown and as CSV, which has one line a cell, all settings, and every digit. Only runs that agree in all settings but the
@@ -38,7 +38,7 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
 # Its rows have the keys of ours.
-PAPER = json.loads((pathlib.Path(__file__).parent / "results" / "paper.json").read_text(encoding="utf-8"))
+PAPER = json.loads((pathlib.Path(__file__).resolve().parent.parent / "results" / "paper.json").read_text(encoding="utf-8"))
 TITLES = PAPER["titles"]
 
 HEAD = ("head_width", "separable_head")
@@ -97,7 +97,16 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
     rows = [row for _, rows in sorted(files, key=lambda file: file[0]) for row in rows]
     if not rows:
         raise UserError("no result file has rows with an mIoU; make some with evaluate.py --json (or make compare)")
-    return [tuples(row) for row in rows]
+    return [tuples({**row, "teachers": kinds_of(row)}) for row in rows]
+
+
+def kinds_of(row: dict) -> list[str]:
+    """The teachers of a row as Table 4 has them. A row names each by the flag that it was given under; two of one backbone of
+    which one was trained as a deep or as a wide one are of that kind, both of them."""
+    backbones, kinds = row["teacher_backbones"], {"teacher_deep": "T_D", "teacher_wide": "T_W"}
+    known = {kinds[role] for role in row.get("teacher_roles") or () if role in kinds}
+    alike = len(row["teachers"]) == 2 and backbones and len(set(backbones)) == 1
+    return [*known] * 2 if alike and len(known) == 1 else row["teachers"]
 
 
 def tuples(row: dict) -> dict:
@@ -424,7 +433,7 @@ def parse_args(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
     args = parser.parse_args(argv)
     if bool(args.results) == bool(args.curves):
-        raise UserError("give result files, or --curves with logs: python report.py results/*.json")
+        raise UserError("give result files, or --curves with logs: python -m paper.report results/*.json")
     args.out = args.out or pathlib.Path("curves.png" if args.curves else "results/tables")
     if args.curves and (args.out.suffix.lower() != ".png" or args.out.is_dir()):
         raise UserError(f"--out {args.out}: with --curves, give a file's name that ends in .png")

@@ -1,0 +1,357 @@
+"""Train the runs that tables of the paper need, one after the other, and evaluate them (`make matrix`).
+
+    python -m paper.matrix --tables 1 4 --dataset voc --data data/voc --dry-run
+    python -m paper.matrix --tables 1 4 --dataset voc --data data/voc \\
+        --part 1/8 --seeds 0 1 2 --mt-args="--mt-weight 50"
+
+Teachers are trained before their students, and all students share them. A
+finished run (last.pt) is never retrained, and an interrupted one continues at
+its last resume.pt: give the same command again. All commands are checked before
+the first one runs. A run that fails is named at the end, and the others go on;
+a student whose teacher failed fails too. What is finished is then evaluated into
+one result file. The exit code is 1 if runs failed.
+
+--dry-run prints the plan and estimates its time. It counts the multiply-
+accumulates of each run, and measures the speed of this machine.
+"""
+
+import argparse
+import datetime
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+
+import datasets
+import distill
+import models
+import train_teacher
+from common import ArgumentParser, UserError, autocast, load_checkpoint, pick_device, pick_precision, run
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SCRIPTS = {"train_teacher.py": train_teacher, "distill.py": distill}
+
+
+class Row(NamedTuple):
+    """A student of a table: the script, the method, its flags, and the teachers for --deep and --wide."""
+
+    script: str
+    method: str
+    flags: str = ""
+    teachers: tuple[str | None, ...] = ()
+
+
+def trained(method: str, flags: str = "") -> Row:
+    return Row("train_teacher.py", method, flags)
+
+
+def distilled(flags: str = "", method: str = "mgd", teachers: tuple = ("deep", "wide")) -> Row:
+    return Row("distill.py", method, flags, teachers)
+
+
+# By the name of the run's folder. "deep 2" is the second deep teacher, of another seed.
+ROWS = {
+    "sup": trained("sup"),
+    "sup-x2": trained("sup", "--schedule 2"),
+    "sup-x3": trained("sup", "--schedule 3"),
+    "mt": trained("mt"),
+    "cps": trained("cps"),
+    "kd": distilled(method="kd"),
+    "cwd": distilled(method="cwd"),
+    "mgd": distilled(),
+    "one-deep": distilled(teachers=("deep", None)),
+    "one-wide": distilled(teachers=(None, "wide")),
+    "two-deep": distilled(teachers=("deep", "deep 2")),
+    "two-wide": distilled(teachers=("wide", "wide 2")),
+    "pixel": distilled("--losses sup pixel"),
+    "pixel-image": distilled("--losses sup pixel image:T_D"),
+    "pixel-region": distilled("--losses sup pixel region:T_W"),
+    "both-levels": distilled("--losses sup pixel image:T_D image:T_W region:T_D region:T_W"),
+    "labeled": distilled("--losses sup pixel:labeled"),
+    "unlabeled": distilled("--losses sup pixel:unlabeled image:T_D region:T_W"),
+    **{f"regions-{n}": distilled(f"--regions {n}") for n in (3, 5, 9, 11)},
+    **{f"head-{n}": distilled(f"--head-width {n}") for n in (256, 128, 64)},
+    **{f"separable-{n}": distilled(f"--head-width {n} --separable-head") for n in (256, 128, 64)},
+}
+METHODS = ["sup", "sup-x2", "sup-x3", "mt", "cps", "kd", "cwd", "mgd"]
+LEVELS = ["sup", "pixel", "pixel-image", "pixel-region", "both-levels"]
+HALVES = ["labeled", "unlabeled", "mgd"]
+TABLES = {
+    "1": METHODS,
+    "2": METHODS,
+    "3": METHODS,
+    "4": ["one-deep", "one-wide", "two-deep", "two-wide", "mgd"],
+    "5": [*LEVELS, *HALVES],
+    "5a": [*LEVELS, "mgd"],
+    "5b": HALVES,
+    "6": ["regions-3", "regions-5", "mgd", "regions-9", "regions-11"],
+    "heads": ["head-256", "head-128", "head-64", "separable-256", "separable-128", "separable-64"],
+}
+DATASET_OF = {"2": "voc-few", "3": "cityscapes"}  # Table 1 for another data set
+METHOD_ARGS = ("mt", "cps", "kd", "cwd", "mgd")
+
+
+# ---- which runs ----
+
+
+def rows_of(args) -> list[str]:
+    return list(dict.fromkeys(args.rows or [row for table in args.tables for row in TABLES[table]]))
+
+
+def seed_tag(seed: int) -> str:
+    return f"-s{seed}" if seed else ""
+
+
+def teacher_seed(args, teacher: str, seed: int) -> int:
+    """Of a teacher of the student of `seed`. `deep 2` is of seed 10 beside that of seed 0, of 11 beside 1, and so on."""
+    seed = seed if args.teacher_seed is None else args.teacher_seed
+    return int(f"1{seed}") if teacher.endswith("2") else seed
+
+
+def teacher_folder(args, teacher: str, seed: int) -> pathlib.Path:
+    return args.teacher_run / f"teacher-{teacher.split()[0]}{seed_tag(teacher_seed(args, teacher, seed))}"
+
+
+def teacher_file(args, teacher: str, seed: int) -> pathlib.Path:
+    named = {"deep": args.deep_ckpt, "wide": args.wide_ckpt}.get(teacher)
+    return named or teacher_folder(args, teacher, seed) / "last.pt"
+
+
+def student_folder(args, row: str, seed: int) -> pathlib.Path:
+    """Students of teachers other than those of the same labels and seed say so in their folder's name."""
+    of = ""
+    if ROWS[row].teachers:
+        if args.teacher_part != args.part:
+            of += f"-of-{args.teacher_part.replace('/', '-')}"
+        if args.teacher_seed is not None:
+            of += f"-t{args.teacher_seed}"
+        for path in (args.deep_ckpt, args.wide_ckpt):
+            if path:
+                of += "-of-" + str(path).removesuffix("/last.pt").removeprefix("runs/").replace("/", "-")
+    return args.run / f"{row}-{args.student}{of}{seed_tag(seed)}"
+
+
+def plan(args) -> dict[pathlib.Path, list[str]]:
+    """{folder of a run: its script and arguments}, each teacher before its students."""
+    data = ["--dataset", args.dataset, *(["--data", args.data] if args.data else [])]
+    runs = {}
+
+    def add(out: pathlib.Path, script: str, networks: list[str], seed: int, part: str, *flags: str):
+        common = ["--seed", str(seed), *data, "--part", part, "--resume"]
+        runs.setdefault(out, [script, "--out", str(out), *networks, *common, *shlex.split(" ".join([args.every_args, *flags]))])
+
+    for row in rows_of(args):
+        script, method, flags, teachers = ROWS[row]
+        for seed in args.seeds:
+            networks = ["--student" if teachers else "--backbone", args.student]
+            for flag, teacher in zip(("--deep", "--wide"), teachers, strict=False):
+                if not teacher:
+                    continue
+                path, folder = teacher_file(args, teacher, seed), teacher_folder(args, teacher, seed)
+                networks += [flag, str(path)]
+                if path == folder / "last.pt":
+                    kind = teacher.split()[0]
+                    backbone = getattr(args, kind)
+                    teacher_network = ["--role", f"teacher_{kind}", *(["--backbone", backbone] if backbone else [])]
+                    of_seed = teacher_seed(args, teacher, seed)
+                    add(folder, "train_teacher.py", teacher_network, of_seed, args.teacher_part, args.teacher_args)
+            method_flags = [
+                f"--method {method}" if method != "mgd" else "",
+                getattr(args, f"{method}_args", ""),
+            ]  # sup has none
+            add(student_folder(args, row, seed), script, networks, seed, args.part, args.student_args, *method_flags, flags)
+    return runs
+
+
+def to_evaluate(args) -> list[str]:
+    """The finished checkpoints among the students and the first two teachers of all seeds."""
+    wanted = [student_folder(args, row, seed) / "last.pt" for row in rows_of(args) for seed in args.seeds]
+    wanted += [teacher_file(args, kind, seed) for kind in ("deep", "wide") for seed in args.seeds]
+    return sorted({str(path) for path in wanted if path.exists()})
+
+
+def arguments_of(command: list[str]) -> argparse.Namespace:
+    """What the script of a command makes of its arguments. Raises UserError for those that it would refuse."""
+    out = command[command.index("--out") + 1]
+    try:
+        args = SCRIPTS[command[0]].parse_args(command[1:])
+    except UserError as error:
+        raise UserError(f"{out}: {error}") from None
+    if str(args.out) != out:
+        raise UserError(f"{out}: --out is set by the plan; give --run DIR for another folder")
+    return args
+
+
+# ---- how long they take ----
+
+
+def gmacs(args: argparse.Namespace) -> float:
+    """Of one forward of one crop by the network of a run."""
+    cost = models.measure(args.backbone, args.stem, args.head_width, args.separable_head)["model_gmacs_512"]
+    return cost * args.crop[0] * args.crop[1] / 512**2
+
+
+def cost_of(args: argparse.Namespace, runs: dict[pathlib.Path, argparse.Namespace]) -> float:
+    """GMACs of a whole run; `runs` has the arguments of its teachers, by their checkpoint. A backward costs two forwards."""
+    own, views = gmacs(args), 2 if args.cutmix else 1
+    if args.method in ("sup", "mt", "cps"):
+        # mt: network and average on labeled and unlabeled images; cps: both networks, with the pseudo labels' forward
+        alone = {"sup": 3, "mt": 3, "cps": 6}[args.method]
+        full = {"sup": 3, "mt": 6 + 1 + views, "cps": 2 * (6 + views)}[args.method]
+        fraction = args.sup_only if args.method != "sup" else 0.0
+        return args.steps * args.batch * own * (fraction * alone + (1 - fraction) * full)
+    total = 0.0
+    for role, path in (("T_D", args.deep), ("T_W", args.wide)):
+        if path:
+            labeled, clean, mixed = distill.inputs_of(distill.wanted(args, role), args.cutmix, args.mixed_terms)
+            forwards = labeled + clean * views + mixed
+            teacher = runs.get(path) or argparse.Namespace(**load_checkpoint(path)["args"])
+            total += forwards * gmacs(argparse.Namespace(**{**vars(teacher), "crop": args.crop}))
+    return args.steps * args.batch * (total + 3 * own * (1 + distill.uses_views(args)))
+
+
+def seconds_per_gmac(args: argparse.Namespace) -> float:
+    """Measured, by one process: a training step of the network of `args` on one batch."""
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    model = models.build_model(args.backbone, 8, "none", args.stem, args.head_width, args.separable_head).to(device).train()
+    images = torch.randn(args.batch, 3, *args.crop, device=device).contiguous(memory_format=torch.channels_last)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        with autocast(device, precision):
+            loss = model(images, upsample=False).logits.square().mean()
+        loss.backward()
+        float(loss.detach())  # waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times) / (3 * args.batch * gmacs(args))
+
+
+def print_plan(trainings: list[argparse.Namespace]):
+    """Each run with an estimate of its time."""
+    runs = {args.out / "last.pt": args for args in trainings}
+    rate = seconds_per_gmac(min(trainings, key=gmacs)) if trainings else 0.0
+    total = 0.0
+    for args in trainings:
+        seconds = rate * cost_of(args, runs)
+        total += seconds
+        print(
+            f"{args.out!s:48} {args.method:4} {args.backbone:14} {args.steps:7d} steps  about "
+            f"{datetime.timedelta(seconds=round(seconds))}"
+        )
+    print(
+        f"{len(trainings)} runs, about {datetime.timedelta(seconds=round(total))} in one process, validation not included; "
+        "finished runs are not listed"
+    )
+
+
+# ---- command line ----
+
+
+def fraction(text: str) -> str:
+    if not re.fullmatch(r"1(/[1-9]\d*)?", text):
+        raise argparse.ArgumentTypeError(f"expected 1/K with a whole number K, such as 1/8, or 1, not '{text}'")
+    return text
+
+
+def whole_number(text: str) -> int:
+    if not re.fullmatch(r"0|[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number such as 0, not '{text}'; separate several with spaces")
+    return int(text)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=["1"],
+                        help="tables of the paper, or heads; 2 and 3 are Table 1 for voc-few and cityscapes")  # fmt: skip
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW",
+                        help=f"single rows instead of tables: {', '.join(ROWS)}")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with an estimate of its time, and run nothing")
+    parser.add_argument("--json", type=pathlib.Path, help="result file (default: RUN/matrix-TABLES-STUDENT.json)")
+    group = parser.add_argument_group("runs")
+    group.add_argument("--dataset", default="shapes", choices=list(datasets.RECIPES))
+    group.add_argument("--data", help="folder of the data set")
+    group.add_argument("--part", type=fraction, default="1/8", help="fraction of the training images that is labeled")
+    group.add_argument("--student", default="r18", choices=list(models.ALIASES), help="backbone of the students")
+    group.add_argument("--seeds", type=whole_number, nargs="+", default=[0], help="every run is made once per seed")
+    group.add_argument("--run", type=pathlib.Path, help="folder of the students (default: runs/DATASET/PART)")
+    group.add_argument("--nproc", type=int, default=1, help="processes (GPUs) per run; more than 1 run under torchrun")
+    group = parser.add_argument_group("teachers")
+    for kind in ("deep", "wide"):
+        group.add_argument(
+            f"--{kind}", choices=list(models.ALIASES), help=f"backbone of the {kind} one (default: by --dataset)"
+        )
+        group.add_argument(f"--{kind}-ckpt", type=pathlib.Path, metavar="FILE", help=f"use this checkpoint as the {kind} one")
+    group.add_argument("--teacher-part", type=fraction, help="partition of the teachers (default: --part)")
+    group.add_argument("--teacher-seed", type=whole_number, help="seed of the teachers (default: that of each student)")
+    group = parser.add_argument_group("flags to pass on, as --args='--lr 0.02'")
+    group.add_argument("--args", dest="every_args", default="", metavar="FLAGS", help="to every training")
+    group.add_argument("--teacher-args", default="", metavar="FLAGS", help="to the teachers")
+    group.add_argument("--student-args", default="", metavar="FLAGS", help="to all students")
+    for method in METHOD_ARGS:
+        group.add_argument(f"--{method}-args", default="", metavar="FLAGS", help=f"to the students of {method}")
+    args = parser.parse_args(argv)
+
+    if (args.dataset == "shapes") != (args.data is None):
+        fix = "--dataset folder" if args.data else "--data DIR"
+        raise UserError(f"--dataset {args.dataset}: give {fix} too; only shapes, which is embedded, needs no --data")
+    for table in args.tables:
+        if DATASET_OF.get(table, args.dataset) != args.dataset:
+            raise UserError(
+                f"--tables {table}: is that of {DATASET_OF[table]}; give --dataset {DATASET_OF[table]} or --tables 1"
+            )
+    if args.nproc < 1:
+        raise UserError(f"--nproc {args.nproc}: must be at least 1")
+    for flag, path in (("--deep-ckpt", args.deep_ckpt), ("--wide-ckpt", args.wide_ckpt)):
+        if path and not path.is_file():
+            raise UserError(f"{flag} {path}: no such file; give the last.pt of a finished run")
+    name = os.path.basename(os.path.abspath(args.data)) if args.dataset == "folder" else args.dataset
+    if not name:
+        raise UserError(f"--data {args.data}: has no name for a folder in runs/; give the folder of the data set")
+    args.teacher_part = args.teacher_part or args.part
+    args.teacher_run = pathlib.Path("runs", name, args.teacher_part.replace("/", "-"))
+    args.run = args.run or pathlib.Path("runs", name, args.part.replace("/", "-"))
+    args.json = args.json or args.run / f"matrix-{'-'.join(args.rows or args.tables)}-{args.student}.json"
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    for path in filter(None, (args.deep_ckpt, args.wide_ckpt)):
+        load_checkpoint(path)  # raises UserError if it is none
+    runs = {out: command for out, command in plan(args).items() if not (out / "last.pt").exists()}
+    trainings = [arguments_of(command) for command in runs.values()]
+    if args.dry_run:
+        return print_plan(trainings)
+
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)] if args.nproc > 1 else []
+    failed = []
+
+    def start(command: list[str]) -> int:
+        done = subprocess.run([sys.executable, *several, str(ROOT / command[0]), *command[1:]], stdin=subprocess.DEVNULL)
+        return done.returncode
+
+    for i, (out, command) in enumerate(runs.items(), 1):
+        print(f"[{i}/{len(runs)}] {shlex.join(command)}", flush=True)
+        if start(command):
+            failed.append(str(out))
+    found = to_evaluate(args)
+    if found:
+        code = start(
+            ["evaluate.py", "--ckpt", found[0], *(["--compare", *found[1:]] if found[1:] else []), "--json", str(args.json)]
+        )
+        if code:
+            sys.exit(code)
+    if failed:
+        sys.exit(f"paper.matrix: {len(failed)} of {len(runs)} runs failed, the others are done: {', '.join(failed)}; fix the "
+                 "errors above and run the same command again")  # exit code 1  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)
