@@ -1,205 +1,176 @@
-# make demo                                     teachers, Sup, MGD, table and panels on the embedded data set
-# make teachers                                 both teachers of DATASET and PART
-# make distill PART=1/8 STUDENT=mbv2            the student; trains the teachers first where they are missing
-# make compare                                  Sup at two schedules, MGD and the teachers side by side
-# make matrix TABLE="1 4 5 6"                   every run of those tables of the paper, then a result file; DRY=1 prints the plan
-# make tables                                   results/*.json as the paper's tables and figures, in results/tables
-# make install · make test · make lint · make ext · make bench · make clean
+# `make help` lists the targets and the variables.
 #
-# Every target sets up $(VENV) where it is missing (VENV= uses $(PYTHON) as it is). Runs go to runs/DATASET/PART/; a run
-# that was interrupted goes on where it stopped, and a run that has its last.pt is not made again: remove it to repeat it.
+# Runs go to runs/DATASET/PART/. An interrupted run continues where it stopped; a finished run (last.pt) is never retrained.
+# Every target sets up $(VENV) where it is missing. Variables of the environment are not read.
 
-DATASET ?= shapes
-DATA ?=
-PART ?= 1/8
-STUDENT ?= r18
-# Every run is made once for each of these.
-SEEDS ?= 0
-# Backbones of the teachers; empty takes the data set's recipe.
-DEEP ?=
-WIDE ?=
-# Students may learn from the teachers of another partition (1: of all labels), or all from those of one seed.
-TEACHER_PART ?= $(PART)
-TEACHER_SEED ?=
-# Of `make matrix`: tables of the paper (1 is also that of Tables 2 and 3, on other data sets), or heads.
-TABLE ?= 1
-DRY ?=
-# Processes that share each training's batch, one a GPU; more than one run under torchrun.
-NPROC ?= 1
-# Passed on: to every training, to the teachers' alone, to that of all methods' students, to one method's.
-ARGS ?=
-TEACHER_ARGS ?=
-STUDENT_ARGS ?=
-MT_ARGS ?=
-CPS_ARGS ?=
-KD_ARGS ?=
-CWD_ARGS ?=
-MGD_ARGS ?=
-VENV ?= .venv
-PYTHON ?= python3
-# Where `make compare` writes, $(REPORT).json and $(REPORT).png, and `make matrix`, $(REPORT).json.
-REPORT ?= $(RUN)/$(if $(filter matrix,$(MAKECMDGOALS)),matrix-$(subst $() ,-,$(TABLE)),compare)-$(STUDENT)
-# What `make tables` reads.
-REPORT_FILES ?= $(wildcard results/*.json)
+DATASET = shapes##	shapes (embedded), folder (your own data), voc, voc-few or cityscapes
+DATA =##	folder of the data set
+PART = 1/8##	fraction of the training images that is labeled: 1/K, or 1 for all that have a mask
+STUDENT = r18##	backbone of the students: r18, mbv2, or r34, r50, r101, wr34
+SEEDS = 0##	every run is made once per seed, as SEEDS="0 1 2"
+DEEP =##	backbone of the deep teacher (by DATASET)
+WIDE =##	backbone of the wide teacher (by DATASET)
+DEEP_CKPT =##	a checkpoint to use as the deep teacher
+WIDE_CKPT =##	a checkpoint to use as the wide teacher
+TEACHER_PART =##	teachers of another partition, as 1 for all labels (PART)
+TEACHER_SEED =##	teachers of one seed for the students of all SEEDS
+RUN =##	another folder for the students, as runs/mine/short
+REPORT =##	what compare and matrix write, without .json and .png (in RUN)
+REPORT_FILES = $(wildcard results/*.json)##	what tables reads
+TABLES = 1##	of matrix: tables 1 2 3 4 5 5a 5b 6 of the paper, or heads
+DRY =##	DRY=1: matrix prints its plan and the time it takes
+NPROC = 1##	processes (GPUs) per training
+ARGS =##	flags for every training, as ARGS="--lr 0.02 --steps 500"
+TEACHER_ARGS =##	flags for the teachers
+STUDENT_ARGS =##	flags for the students; those of one method:
+MT_ARGS =##
+CPS_ARGS =##
+KD_ARGS =##
+CWD_ARGS =##
+MGD_ARGS =##
+VENV = .venv##	virtual environment; VENV= uses PYTHON as it is
+PYTHON = python3##	the interpreter
+EXTRAS = voc test lint##	optional dependencies to install
 
-ifeq ($(filter $(STUDENT),r18 r34 r50 r101 wr34 mbv2 resnet18 resnet34 resnet50 resnet101 wide_resnet34 mobilenetv2),)
-$(error STUDENT=$(STUDENT): unknown backbone; take r18 or mbv2)
-endif
+# ---- guards, for the targets that use a variable ----
 
-ifneq ($(word 2,$(DATA)),)
-$(error DATA=$(DATA): make cannot handle paths with spaces; give a link to that folder)
-endif
-ifeq ($(DATASET)$(DATA),folder)
-$(error DATASET=folder: give its folder, DATA=data/mine)
-endif
+FLAGS := ARGS TEACHER_ARGS STUDENT_ARGS MT_ARGS CPS_ARGS KD_ARGS CWD_ARGS MGD_ARGS
+NAMES := DATASET DATA PART STUDENT DEEP WIDE DEEP_CKPT WIDE_CKPT TEACHER_PART TEACHER_SEED RUN REPORT DRY NPROC
+KNOWN := $(NAMES) $(FLAGS) SEEDS TABLES REPORT_FILES VENV PYTHON EXTRAS
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(v)))),$(v)))
+$(if $(filter-out $(KNOWN),$(GIVEN)),$(error $(filter-out $(KNOWN),$(GIVEN)): no such variable; there are $(KNOWN)))
 
-DATASET_RUNS := runs/$(if $(filter folder,$(DATASET)),$(notdir $(patsubst %/,%,$(DATA))),$(DATASET))
-# Of the students; give another to train some by other settings, RUN=runs/mine/short.
-RUN := $(DATASET_RUNS)/$(subst /,-,$(PART))
-TEACHER_RUN := $(DATASET_RUNS)/$(subst /,-,$(TEACHER_PART))
-# What students of another partition's teachers, or of one seed's, have in their folder's name.
-OF_PART := $(if $(filter-out $(PART),$(TEACHER_PART)),-of-$(subst /,-,$(TEACHER_PART)))$(addprefix -t,$(TEACHER_SEED))
+GOALS := $(or $(MAKECMDGOALS),help)
+INSTALLS := $(filter-out help clean,$(GOALS))
+TRAINS := $(filter-out install tables test test-fast lint ext bench,$(INSTALLS))
+USED := $(if $(INSTALLS),VENV PYTHON EXTRAS) $(if $(TRAINS),$(NAMES) $(FLAGS) SEEDS TABLES)
+USED += $(if $(filter tables,$(GOALS)),REPORT_FILES)
+refuse = $(error $(1)=$(value $(1)): $(2))
+META := ; & | < > ( ) { } [ ] * ? ! ~ ^ ' " ` % \ \# $$
+$(foreach v,$(filter $(USED),$(GIVEN)),\
+    $(foreach c,$(META),$(if $(findstring $(c),$(value $(v))),$(call refuse,$(v),leave $(c) out)))\
+    $(eval override $(v) := $(strip $(value $(v)))))
+$(foreach v,$(filter $(USED),$(NAMES) VENV PYTHON),\
+    $(if $(word 2,$($(v))),$(call refuse,$(v),leave the spaces out (a path: give a link to it))))
+$(foreach v,$(filter $(USED),DATASET PART STUDENT SEEDS TABLES NPROC PYTHON),\
+    $(if $(strip $($(v))),,$(call refuse,$(v),is empty; leave it out)))
+# $(call each_is,VARIABLE,REGEX,FIX) refuses words that do not match.
+each_is = $(if $(filter $(1),$(USED)),\
+    $(foreach w,$($(1)),$(if $(shell echo '$(w)' | grep -xE '$(2)'),,$(call refuse,$(1),take $(3)))))
+BACKBONE := r18 (resnet18) r34 r50 r101 wr34 (wide_resnet34) or mbv2 (mobilenetv2)
+$(call each_is,DATASET,shapes|folder|voc|voc-few|cityscapes,\
+    shapes voc voc-few or cityscapes; your own data: DATASET=folder DATA=data/$(DATASET))
+$(foreach v,STUDENT DEEP WIDE,$(call each_is,$(v),r18|r34|r50|r101|wr34|mbv2,$(BACKBONE)))
+$(foreach v,PART TEACHER_PART,$(call each_is,$(v),1(/[1-9][0-9]*)?,1/K with a whole number K such as 1/8; or 1 for all))
+$(foreach v,SEEDS TEACHER_SEED,$(call each_is,$(v),0|[1-9][0-9]*,whole numbers; several with spaces: SEEDS="0 1 2"))
+$(call each_is,NPROC,[1-9][0-9]*,the number of processes; such as 4)
+$(call each_is,TABLES,[1-6]|5[ab]|heads,some of 1 2 3 4 5 5a 5b 6 heads)
+$(call each_is,DRY,1,DRY=1; or leave it out)
+$(call each_is,EXTRAS,voc|test|lint,some of voc test lint)
+, := ,
+PY = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+INSTALLED := $(if $(INSTALLS),$(if $(VENV),$(VENV)/.installed$(subst $() ,,$(addprefix -,$(sort $(EXTRAS))))))
 
-# The runs of the paper's tables, by the name of their folder.
-TRAINED := sup sup-x2 sup-x3 mt cps
-ROWS_1 := $(TRAINED) kd cwd mgd
-ROWS_4 := one-deep one-wide two-deep two-wide mgd
-ROWS_5 := sup pixel pixel-image pixel-region both-levels labeled unlabeled mgd
-ROWS_6 := regions-3 regions-5 mgd regions-9 regions-11
-ROWS_heads := head-256 head-128 head-64 separable-256 separable-128 separable-64
+ifneq ($(TRAINS),)
+$(foreach v,DEEP_CKPT WIDE_CKPT,$(if $(filter-out $(wildcard $($(v))),$($(v))),$(call refuse,$(v),no such file; give a last.pt)))
+$(if $(filter shapes,$(DATASET)),$(if $(DATA),$(call refuse,DATA,shapes is embedded; give DATASET=folder too for your own)))
+$(if $(filter shapes,$(DATASET))$(DATA),,$(call refuse,DATASET,give its folder too: DATA=data/mine))
 
-# $(call checkpoints,NAME): the last.pt of the runs called NAME, one a seed; $(call teacher,deep,SEED): that of a teacher.
-seed_tag = $(if $(filter-out 0,$(1)),-s$(1))
-of_part = $(if $(filter-out $(TRAINED),$(1)),$(OF_PART))
-checkpoints = $(foreach seed,$(SEEDS),$(RUN)/$(1)-$(STUDENT)$(call of_part,$(1))$(call seed_tag,$(seed))/last.pt)
-teacher = $(TEACHER_RUN)/teacher-$(1)$(call seed_tag,$(2))/last.pt
-# Two teachers of one kind (Table 4) are those of seed 0 and of seed 10, of seed 1 and of seed 11, and so on.
-TEACHER_SEEDS := $(or $(TEACHER_SEED),$(SEEDS))
-T_D := $(foreach seed,$(TEACHER_SEEDS),$(call teacher,deep,$(seed)))
-T_W := $(foreach seed,$(TEACHER_SEEDS),$(call teacher,wide,$(seed)))
-SUP := $(call checkpoints,sup)
-SUP_LONG := $(call checkpoints,sup-x3)
-MGD := $(call checkpoints,mgd)
-$(foreach table,$(TABLE),$(if $(ROWS_$(table)),,$(error TABLE=$(table): unknown; take some of 1 4 5 6 heads)))
-MATRIX := $(foreach row,$(foreach table,$(TABLE),$(ROWS_$(table))),$(call checkpoints,$(row)))
+# ---- runs ----
+
+NAME := $(if $(filter folder,$(DATASET)),$(notdir $(abspath $(DATA))),$(DATASET))
+$(if $(NAME),,$(call refuse,DATA,give the folder of the data set))
+TEACHERS := runs/$(NAME)/$(subst /,-,$(or $(TEACHER_PART),$(PART)))
+STUDENTS := $(or $(RUN),runs/$(NAME)/$(subst /,-,$(PART)))
+# Students of teachers other than those of their labels and seed say so in their folder's name.
+NAMED := $(patsubst runs/%,%,$(patsubst %/last.pt,%,$(DEEP_CKPT) $(WIDE_CKPT)))
+OF := $(addprefix -of-,$(filter-out $(PART),$(TEACHER_PART))) $(addprefix -t,$(TEACHER_SEED)) $(addprefix -of-,$(NAMED))
+OF := $(subst $() ,,$(subst /,-,$(OF)))
+
+# $(call each,FOLDER,SEEDS): the checkpoints of a run, one per seed; $(seed) is that of the present target.
+each = $(foreach s,$(2),$(1)$(if $(filter-out 0,$(s)),-s$(s))/last.pt)
+seed = $(or $(patsubst -s%/,%,$(filter-out /,$*)),0)
+SUP := $(call each,$(STUDENTS)/sup-$(STUDENT),$(SEEDS))
+SUP_LONG := $(call each,$(STUDENTS)/sup-x3-$(STUDENT),$(SEEDS))
+MGD := $(call each,$(STUDENTS)/mgd-$(STUDENT)$(OF),$(SEEDS))
+T_D := $(call each,$(TEACHERS)/teacher-deep,$(or $(TEACHER_SEED),$(SEEDS)))
+T_W := $(call each,$(TEACHERS)/teacher-wide,$(or $(TEACHER_SEED),$(SEEDS)))
+# The teachers of a student, where % stands for its seed.
+DEEP_OF := $(or $(DEEP_CKPT),$(if $(TEACHER_SEED),$(T_D),$(TEACHERS)/teacher-deep%last.pt))
+WIDE_OF := $(or $(WIDE_CKPT),$(if $(TEACHER_SEED),$(T_W),$(TEACHERS)/teacher-wide%last.pt))
+BOTH := $(or $(DEEP_CKPT),$(T_D)) $(or $(WIDE_CKPT),$(T_W))
+COMPARED := $(or $(REPORT),$(STUDENTS)/compare-$(STUDENT))
+FOUND := $(wildcard $(SUP) $(MGD) $(BOTH))
+finished = $(foreach f,$(filter $(FOUND),$(1)),echo "$(f): finished, never retrained; delete it to repeat the run$(2)";)
+
+LAUNCH = $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 DATA_FLAGS = --dataset $(DATASET) $(if $(DATA),--data $(DATA))
-COMMON = $(DATA_FLAGS) --part $(PART) --resume $(ARGS)
+teacher = $(LAUNCH) train_teacher.py --out $(@D) --role teacher_$(1) $(addprefix --backbone ,$(2)) --seed $(seed) $(DATA_FLAGS) \
+    --part $(or $(TEACHER_PART),$(PART)) --resume $(ARGS) $(TEACHER_ARGS)
+student = $(LAUNCH) $(1) --seed $(seed) $(DATA_FLAGS) --part $(PART) --resume $(ARGS) $(STUDENT_ARGS)
+sup = $(call student,train_teacher.py --out $(@D) --backbone $(STUDENT)) --method sup
+# --teacher-args='...' for TEACHER_ARGS, and so on.
+options = $(foreach v,$(1),$(if $($(v)),--$(shell echo $(v) | tr A-Z_ a-z-)='$($(v))'))
 
-ifeq ($(strip $(VENV)),)
-PY := $(PYTHON)
-else
-PY := $(VENV)/bin/python
-INSTALLED := $(VENV)/.installed
+.PRECIOUS: $(T_D) $(T_W) $(SUP) $(SUP_LONG) $(MGD)
+$(T_D): $(TEACHERS)/teacher-deep%last.pt: | $(INSTALLED)
+	$(call teacher,deep,$(DEEP))
+$(T_W): $(TEACHERS)/teacher-wide%last.pt: | $(INSTALLED)
+	$(call teacher,wide,$(WIDE))
+$(SUP): $(STUDENTS)/sup-$(STUDENT)%last.pt: | $(INSTALLED)
+	$(sup)
+$(SUP_LONG): $(STUDENTS)/sup-x3-$(STUDENT)%last.pt: | $(INSTALLED)
+	$(sup) --schedule 3
+$(MGD): $(STUDENTS)/mgd-$(STUDENT)$(OF)%last.pt: | $(DEEP_OF) $(WIDE_OF) $(INSTALLED)
+	$(call student,distill.py --out $(@D) --student $(STUDENT) --deep $(subst %,$*,$(DEEP_OF)) \
+    --wide $(subst %,$*,$(WIDE_OF))) $(MGD_ARGS)
 endif
 
-RUN_SCRIPT = $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
+# ---- targets ----
 
-.PHONY: install demo compare matrix teachers distill sup tables test lint ext bench clean
+.PHONY: help demo teachers distill sup compare matrix tables install test test-fast lint ext bench clean
+.DEFAULT_GOAL := help
 
-install: | $(INSTALLED)
-
-demo:
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo; echo "Variables and their defaults:"
+	@awk -F ' = ?|##\t?' '/^[A-Z_]+ =.*##/ {printf "%-24s  %s\n", $$1 "=" $$2, $$3}' $(firstword $(MAKEFILE_LIST))
+demo: ## teachers, Sup and MGD on the embedded data set; table and picture (10 minutes on two cores)
 	@$(MAKE) --no-print-directory compare DATASET=shapes DATA= PART=1/32
-
-compare: $(SUP) $(SUP_LONG) $(T_D) $(T_W) $(MGD)
-	$(RUN_SCRIPT) evaluate.py --ckpt $(firstword $(SUP)) --compare $(wordlist 2,99,$(SUP)) $(SUP_LONG) $(MGD) $(T_D) $(T_W) \
-	    --json $(REPORT).json --panels $(REPORT).png
-
-teachers: $(T_D) $(T_W)
-
-distill: $(MGD)
-
-sup: $(SUP)
-
-# By another name, since a line with $(MAKE) itself is run by `make -n` too.
-COMMANDS_OF = $(MAKE) --no-print-directory -n
-
-# What is finished is evaluated also where runs failed (exit code 1), but not after wrong flags or an interruption.
-matrix: | $(INSTALLED)
-	@commands=$$($(COMMANDS_OF) $(MATRIX)) || exit; printf '%s\n' "$$commands" | $(PY) matrix.py $(if $(DRY),--dry-run); failed=$$?; \
-	[ $$failed -le 1 ] || exit $$failed; set -- $(if $(DRY),,$$(ls $(sort $(MATRIX) $(T_D) $(T_W)) 2> /dev/null)); first=$$1; \
-	if [ "$$first" ]; then shift; $(RUN_SCRIPT) evaluate.py --ckpt $$first $${1+--compare "$$@"} --json $(REPORT).json || exit; fi; exit $$failed
-
-# The teachers of one seed; $(1) is the seed, $(2) the suffix of the folders. A last.pt is whole from the moment it is there, so
-# make must not remove it when it is interrupted.
-define TEACHERS
-.PRECIOUS: $(TEACHER_RUN)/teacher-deep$(2)/last.pt $(TEACHER_RUN)/teacher-wide$(2)/last.pt
-$(TEACHER_RUN)/teacher-deep$(2)/last.pt: | $(INSTALLED)
-	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --role teacher_deep $(if $(DEEP),--backbone $(DEEP)) --seed $(1) $$(DATA_FLAGS) --part $(TEACHER_PART) --resume $$(ARGS) $$(TEACHER_ARGS)
-
-$(TEACHER_RUN)/teacher-wide$(2)/last.pt: | $(INSTALLED)
-	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --role teacher_wide $(if $(WIDE),--backbone $(WIDE)) --seed $(1) $$(DATA_FLAGS) --part $(TEACHER_PART) --resume $$(ARGS) $$(TEACHER_ARGS)
-endef
-
-# A student trained without teachers: $(1) the row, $(2) its flags, $(3) the seed.
-define TRAIN
-.PRECIOUS: $(RUN)/$(1)-$(STUDENT)$(call seed_tag,$(3))/last.pt
-$(RUN)/$(1)-$(STUDENT)$(call seed_tag,$(3))/last.pt: | $(INSTALLED)
-	$$(RUN_SCRIPT) train_teacher.py --out $$(@D) --backbone $(STUDENT) --seed $(3) $$(COMMON) $$(STUDENT_ARGS) $(2)
-endef
-
-# A distilled student: $(1) the row, $(2) its flags, $(3) the seed, $(4) and $(5) the first and the second teacher's checkpoint.
-define DISTILL
-.PRECIOUS: $(RUN)/$(1)-$(STUDENT)$(OF_PART)$(call seed_tag,$(3))/last.pt
-$(RUN)/$(1)-$(STUDENT)$(OF_PART)$(call seed_tag,$(3))/last.pt: | $(4) $(5) $(INSTALLED)
-	$$(RUN_SCRIPT) distill.py --out $$(@D) --student $(STUDENT) $(if $(4),--deep $(4)) $(if $(5),--wide $(5)) --seed $(3) $$(COMMON) $$(STUDENT_ARGS) $(2)
-endef
-
-# All students of one seed; $(1) is the seed, $(2) and $(3) are the deep and the wide teacher, $(4) and $(5) others of their kind.
-define STUDENTS
-$(call TRAIN,sup,--method sup,$(1))
-$(call TRAIN,sup-x2,--method sup --schedule 2,$(1))
-$(call TRAIN,sup-x3,--method sup --schedule 3,$(1))
-$(call TRAIN,mt,--method mt $(MT_ARGS),$(1))
-$(call TRAIN,cps,--method cps $(CPS_ARGS),$(1))
-$(call DISTILL,kd,--method kd $(KD_ARGS),$(1),$(2),$(3))
-$(call DISTILL,cwd,--method cwd $(CWD_ARGS),$(1),$(2),$(3))
-$(call DISTILL,mgd,$(MGD_ARGS),$(1),$(2),$(3))
-$(call DISTILL,one-deep,$(MGD_ARGS),$(1),$(2),)
-$(call DISTILL,one-wide,$(MGD_ARGS),$(1),,$(3))
-$(call DISTILL,two-deep,$(MGD_ARGS),$(1),$(2),$(4))
-$(call DISTILL,two-wide,$(MGD_ARGS),$(1),$(3),$(5))
-$(call DISTILL,pixel,$(MGD_ARGS) --losses sup pixel,$(1),$(2),$(3))
-$(call DISTILL,pixel-image,$(MGD_ARGS) --losses sup pixel image:T_D,$(1),$(2),$(3))
-$(call DISTILL,pixel-region,$(MGD_ARGS) --losses sup pixel region:T_W,$(1),$(2),$(3))
-$(call DISTILL,both-levels,$(MGD_ARGS) --losses sup pixel image:T_D image:T_W region:T_D region:T_W,$(1),$(2),$(3))
-$(call DISTILL,labeled,$(MGD_ARGS) --losses sup pixel:labeled,$(1),$(2),$(3))
-$(call DISTILL,unlabeled,$(MGD_ARGS) --losses sup pixel:unlabeled image:T_D region:T_W,$(1),$(2),$(3))
-$(foreach regions,3 5 9 11,
-$(call DISTILL,regions-$(regions),$(MGD_ARGS) --regions $(regions),$(1),$(2),$(3)))
-$(foreach width,256 128 64,
-$(call DISTILL,head-$(width),$(MGD_ARGS) --head-width $(width),$(1),$(2),$(3))
-$(call DISTILL,separable-$(width),$(MGD_ARGS) --head-width $(width) --separable-head,$(1),$(2),$(3)))
-endef
-
-$(foreach seed,$(sort $(TEACHER_SEEDS) $(addprefix 1,$(TEACHER_SEEDS))),$(eval $(call TEACHERS,$(seed),$(call seed_tag,$(seed)))))
-$(foreach seed,$(SEEDS),$(foreach t,$(or $(TEACHER_SEED),$(seed)),$(eval $(call STUDENTS,$(seed),$(call teacher,deep,$(t)),$(call teacher,wide,$(t)),$(call teacher,deep,1$(t)),$(call teacher,wide,1$(t))))))
-
-tables: | $(INSTALLED)
-	$(PY) report.py $(REPORT_FILES) --out results/tables
-
-test: | $(INSTALLED)
+teachers: $(BOTH) ## both teachers
+	@$(call finished,$(BOTH))
+distill: $(MGD) ## the student (MGD); trains missing teachers first
+	@$(call finished,$(MGD), or set RUN=DIR)
+sup: $(SUP) ## the same network on the labeled images alone
+	@$(call finished,$(SUP), or set RUN=DIR)
+compare: $(SUP) $(SUP_LONG) $(BOTH) $(MGD) ## Sup at two lengths, MGD and the teachers: a table and a picture
+	$(LAUNCH) evaluate.py --ckpt $< --compare $(filter-out $<,$(SUP) $(SUP_LONG) $(MGD) $(BOTH)) \
+	    --json $(COMPARED).json --panels $(COMPARED).png
+matrix: | $(INSTALLED) ## all runs of the paper's TABLES, then one result file
+	$(PY) -m paper.matrix --tables $(TABLES) --seeds $(SEEDS) $(call options,$(filter-out REPORT DRY,$(NAMES)) $(FLAGS)) \
+	    $(if $(REPORT),--json $(REPORT).json) $(if $(DRY),--dry-run)
+tables: | $(INSTALLED) ## result files as the paper's tables and figures, in results/tables
+	$(PY) -m paper.report $(REPORT_FILES) --out results/tables
+install: | $(INSTALLED) ## set up VENV
+test: | $(INSTALLED) ## all tests
 	$(PY) -m pytest -q tests
-
-lint: | $(INSTALLED)
+test-fast: | $(INSTALLED) ## the tests that take less than a minute together
+	MGD_OPS=torch $(PY) -m pytest -q -m "not slow" tests
+lint: | $(INSTALLED) ## ruff and a type checker
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m pyrefly check --python-interpreter-path "$$($(PY) -c 'import sys; print(sys.executable)')"
+ext: | $(INSTALLED) ## build the native kernels ahead, and say what was built
+	$(PY) kernels.py
+bench: | $(INSTALLED) ## all benchmarks, into results/
+	for name in region_loss upsample_loss loading step heads; do $(PY) benchmarks/bench_$$name.py || exit; done
+clean: ## remove caches; runs/ and data/ stay
+	rm -rf .pytest_cache .ruff_cache build *.egg-info __pycache__ */__pycache__
 
-ext: | $(INSTALLED)
-	$(PY) mgd_ops.py
-
-bench: | $(INSTALLED)
-	$(PY) benchmarks/bench_region_loss.py
-	$(PY) benchmarks/bench_upsample_loss.py
-	$(PY) benchmarks/bench_loading.py
-	$(PY) benchmarks/bench_step.py
-	$(PY) benchmarks/bench_heads.py
-
-# What is made again by itself; runs/ and data/ stay.
-clean:
-	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__
-
-$(VENV)/.installed: requirements.txt constraints.txt
+ifneq ($(INSTALLED),)
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt \
+	    '.$(addprefix [,$(addsuffix ],$(subst $() ,$(,),$(EXTRAS))))'
 	touch $@
+endif
