@@ -72,7 +72,7 @@ PY = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 INSTALLED := $(if $(INSTALLS),$(if $(VENV),$(VENV)/.installed$(subst $() ,,$(addprefix -,$(sort $(EXTRAS))))))
 
 ifneq ($(TRAINS),)
-$(foreach v,DEEP_CKPT WIDE_CKPT,$(if $(filter-out $(wildcard $($(v))),$($(v))),$(call refuse,$(v),no such file; give a last.pt)))
+$(foreach v,DEEP_CKPT WIDE_CKPT,$(if $(filter-out $(wildcard $($(v))),$($(v))),$(call refuse,$(v),no such file)))
 $(if $(filter shapes,$(DATASET)),$(if $(DATA),$(call refuse,DATA,shapes is embedded; give DATASET=folder too for your own)))
 $(if $(filter shapes,$(DATASET))$(DATA),,$(call refuse,DATASET,give its folder too: DATA=data/mine))
 
@@ -83,8 +83,9 @@ $(if $(NAME),,$(call refuse,DATA,give the folder of the data set))
 TEACHERS := runs/$(NAME)/$(subst /,-,$(or $(TEACHER_PART),$(PART)))
 STUDENTS := $(or $(RUN),runs/$(NAME)/$(subst /,-,$(PART)))
 # Students of teachers other than those of their labels and seed say so in their folder's name.
-NAMED := $(patsubst runs/%,%,$(patsubst %/last.pt,%,$(DEEP_CKPT) $(WIDE_CKPT)))
-OF := $(addprefix -of-,$(filter-out $(PART),$(TEACHER_PART))) $(addprefix -t,$(TEACHER_SEED)) $(addprefix -of-,$(NAMED))
+named = $(patsubst runs/%,%,$(patsubst %/last.pt,%,$(1)))
+OF := $(addprefix -of-,$(filter-out $(PART),$(TEACHER_PART))) $(addprefix -t,$(TEACHER_SEED))
+OF += $(addprefix -deep-,$(call named,$(DEEP_CKPT))) $(addprefix -wide-,$(call named,$(WIDE_CKPT)))
 OF := $(subst $() ,,$(subst /,-,$(OF)))
 
 # $(call each,FOLDER,SEEDS): the checkpoints of a run, one per seed; $(seed) is that of the present target.
@@ -105,8 +106,8 @@ finished = $(foreach f,$(filter $(FOUND),$(1)),echo "$(f): finished, never retra
 
 LAUNCH = $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 DATA_FLAGS = --dataset $(DATASET) $(if $(DATA),--data $(DATA))
-teacher = $(LAUNCH) train_teacher.py --out $(@D) --role teacher_$(1) $(addprefix --backbone ,$(2)) --seed $(seed) $(DATA_FLAGS) \
-    --part $(or $(TEACHER_PART),$(PART)) --resume $(ARGS) $(TEACHER_ARGS)
+teacher = $(LAUNCH) train_teacher.py --out $(@D) --role teacher_$(1) $(addprefix --backbone ,$(2)) --seed $(seed) \
+    $(DATA_FLAGS) --part $(or $(TEACHER_PART),$(PART)) --resume $(ARGS) $(TEACHER_ARGS)
 student = $(LAUNCH) $(1) --seed $(seed) $(DATA_FLAGS) --part $(PART) --resume $(ARGS) $(STUDENT_ARGS)
 sup = $(call student,train_teacher.py --out $(@D) --backbone $(STUDENT)) --method sup
 # --teacher-args='...' for TEACHER_ARGS, and so on.
@@ -136,7 +137,7 @@ help: ## this list
 	@echo; echo "Variables and their defaults:"
 	@awk -F ' = ?|##\t?' '/^[A-Z_]+ =.*##/ {printf "%-24s  %s\n", $$1 "=" $$2, $$3}' $(firstword $(MAKEFILE_LIST))
 demo: ## teachers, Sup and MGD on the embedded data set; table and picture (10 minutes on two cores)
-	@$(MAKE) --no-print-directory compare DATASET=shapes DATA= PART=1/32
+	@$(MAKE) --no-print-directory -f $(firstword $(MAKEFILE_LIST)) compare DATASET=shapes DATA= PART=1/32
 teachers: $(BOTH) ## both teachers
 	@$(call finished,$(BOTH))
 distill: $(MGD) ## the student (MGD); trains missing teachers first

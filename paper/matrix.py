@@ -131,9 +131,9 @@ def student_folder(args, row: str, seed: int) -> pathlib.Path:
             of += f"-of-{args.teacher_part.replace('/', '-')}"
         if args.teacher_seed is not None:
             of += f"-t{args.teacher_seed}"
-        for path in (args.deep_ckpt, args.wide_ckpt):
+        for kind, path in (("deep", args.deep_ckpt), ("wide", args.wide_ckpt)):
             if path:
-                of += "-of-" + str(path).removesuffix("/last.pt").removeprefix("runs/").replace("/", "-")
+                of += f"-{kind}-" + str(path).removesuffix("/last.pt").removeprefix("runs/").replace("/", "-")
     return args.run / f"{row}-{args.student}{of}{seed_tag(seed)}"
 
 
@@ -142,9 +142,9 @@ def plan(args) -> dict[pathlib.Path, list[str]]:
     data = ["--dataset", args.dataset, *(["--data", args.data] if args.data else [])]
     runs = {}
 
-    def add(out: pathlib.Path, script: str, networks: list[str], seed: int, part: str, *flags: str):
+    def add(out: pathlib.Path, script: str, networks: list[str], seed: int, part: str, flags: list[str]):
         common = ["--seed", str(seed), *data, "--part", part, "--resume"]
-        runs.setdefault(out, [script, "--out", str(out), *networks, *common, *shlex.split(" ".join([args.every_args, *flags]))])
+        runs.setdefault(out, [script, "--out", str(out), *networks, *common, *args.every_args, *flags])
 
     for row in rows_of(args):
         script, method, flags, teachers = ROWS[row]
@@ -161,11 +161,9 @@ def plan(args) -> dict[pathlib.Path, list[str]]:
                     teacher_network = ["--role", f"teacher_{kind}", *(["--backbone", backbone] if backbone else [])]
                     of_seed = teacher_seed(args, teacher, seed)
                     add(folder, "train_teacher.py", teacher_network, of_seed, args.teacher_part, args.teacher_args)
-            method_flags = [
-                f"--method {method}" if method != "mgd" else "",
-                getattr(args, f"{method}_args", ""),
-            ]  # sup has none
-            add(student_folder(args, row, seed), script, networks, seed, args.part, args.student_args, *method_flags, flags)
+            own = [*(["--method", method] if method != "mgd" else []), *getattr(args, f"{method}_args", [])]  # sup has none
+            more = [*args.student_args, *own, *flags.split()]
+            add(student_folder(args, row, seed), script, networks, seed, args.part, more)
     return runs
 
 
@@ -266,6 +264,13 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}".lower()) from None
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=["1"],
@@ -291,11 +296,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--teacher-part", type=fraction, help="partition of the teachers (default: --part)")
     group.add_argument("--teacher-seed", type=whole_number, help="seed of the teachers (default: that of each student)")
     group = parser.add_argument_group("flags to pass on, as --args='--lr 0.02'")
-    group.add_argument("--args", dest="every_args", default="", metavar="FLAGS", help="to every training")
-    group.add_argument("--teacher-args", default="", metavar="FLAGS", help="to the teachers")
-    group.add_argument("--student-args", default="", metavar="FLAGS", help="to all students")
+    group.add_argument("--args", dest="every_args", type=words, default="", metavar="FLAGS", help="to every training")
+    group.add_argument("--teacher-args", type=words, default="", metavar="FLAGS", help="to the teachers")
+    group.add_argument("--student-args", type=words, default="", metavar="FLAGS", help="to all students")
     for method in METHOD_ARGS:
-        group.add_argument(f"--{method}-args", default="", metavar="FLAGS", help=f"to the students of {method}")
+        group.add_argument(f"--{method}-args", type=words, default="", metavar="FLAGS", help=f"to the students of {method}")
     args = parser.parse_args(argv)
 
     if (args.dataset == "shapes") != (args.data is None):
