@@ -1,0 +1,284 @@
+"""The Makefile: what `make -n` plans, what it refuses before anything is installed or trained, and what it says."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+import datasets
+import models
+from paper import matrix
+
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+PHONY = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M)[1].split()
+VARIABLES = dict(re.findall(r"^([A-Z_]+) =(.*?)##", MAKEFILE, re.M))
+TRAINING = ("demo", "teachers", "distill", "sup", "compare", "matrix")
+
+
+@pytest.fixture(autouse=True)
+def no_runs_yet(monkeypatch, tmp_path):
+    """make leaves finished runs out, those in the project's own folder too."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):  # older than any environment made of them
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1, 1))
+
+
+def call_make(*arguments, **environment):
+    command = ["make", "-f", str(ROOT / "Makefile"), "--no-print-directory", *arguments]
+    env = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    return subprocess.run(command, capture_output=True, text=True, env=env | environment, stdin=subprocess.DEVNULL)
+
+
+def plan(*arguments, **environment) -> list[list[str]]:
+    """The words of each command that would be run."""
+    done = call_make("-n", "VENV=", "PYTHON=python", *arguments, **environment)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
+
+
+def after(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def scripts(commands) -> list[str]:
+    return [next(word for word in command if word.endswith(".py")) for command in commands]
+
+
+def stand_in(tmp_path, script: str) -> list[str]:
+    """A program in the place of python."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "python").chmod(0o755)
+    return ["VENV=", "PYTHON=./python"]
+
+
+def finish(tmp_path, *names):
+    for name in names:
+        (tmp_path / "runs/shapes/1-8" / name).mkdir(parents=True)
+        (tmp_path / "runs/shapes/1-8" / name / "last.pt").touch()
+
+
+# ---- what is planned ----
+
+
+def test_distill_trains_missing_teachers_first():
+    lines = plan("distill", "PART=1/8", "STUDENT=mbv2", "DATA=data/mine", "DATASET=folder", "SEEDS=2")
+    run = "runs/mine/1-8"
+    assert scripts(lines) == ["train_teacher.py", "train_teacher.py", "distill.py"]
+    assert [after(line, "--out") for line in lines] == [
+        f"{run}/teacher-deep-s2",
+        f"{run}/teacher-wide-s2",
+        f"{run}/mgd-mbv2-s2",
+    ]
+    assert after(lines[0], "--role") == "teacher_deep" and after(lines[1], "--role") == "teacher_wide"
+    assert {after(line, "--seed") for line in lines} == {"2"} and after(lines[2], "--student") == "mbv2"
+    assert {(after(line, "--part"), after(line, "--data"), after(line, "--dataset")) for line in lines} == {
+        ("1/8", "data/mine", "folder")
+    }
+    assert after(lines[2], "--deep") == f"{run}/teacher-deep-s2/last.pt"
+    assert after(lines[2], "--wide") == f"{run}/teacher-wide-s2/last.pt"
+
+
+def test_arguments_are_passed_on_and_runs_repeated_for_each_seed():
+    more = ("ARGS=--lr 1", "TEACHER_ARGS=--sup-only 0", "MGD_ARGS=--regions 3", "STUDENT_ARGS=--val-every 9", "SEEDS=0 1 2")
+    *train, evaluation = plan("compare", "DATA=data/mine", "DATASET=folder", *more)
+    assert len(train) == 15 and all(after(line, "--lr") == "1" for line in train)
+    assert sum("--sup-only" in line for line in train) == 6 == sum("--role" in line for line in train)
+    assert sum("--val-every" in line for line in train) == 9  # two Sup and one MGD per seed
+    assert [line for line in train if "--regions" in line] == [line for line in train if "distill.py" in line] != []
+    assert sum(word.endswith("last.pt") for word in evaluation) == 15
+    assert after(evaluation, "--json") == "runs/mine/1-8/compare-r18.json"
+    assert after(evaluation, "--panels") == "runs/mine/1-8/compare-r18.png"
+
+
+def test_several_processes():
+    lines = plan("compare", "NPROC=4", "SEEDS=3", "PART=1/2")
+    assert len(lines) == 6
+    assert all(line[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"] for line in lines)
+
+
+def test_demo_is_compare_on_the_embedded_data_set():
+    _, *demo = plan("demo", "SEEDS=0 1", "REPORT=results/demo")
+    assert demo == plan("compare", "PART=1/32", "SEEDS=0 1", "REPORT=results/demo")
+    assert after(demo[-1], "--json") == "results/demo.json" and len(demo) == 11
+
+
+@pytest.mark.parametrize("more", [
+    [], ["SEEDS=0 2 10", "STUDENT=mbv2"], ["TEACHER_PART=1", "DATASET=voc", "DATA=x", "SEEDS=1"], ["RUN=runs/short/x"],
+    ["TEACHER_SEED=3", "SEEDS=0 1", "DEEP=r34", "WIDE=r18", "ARGS=--lr 1 --steps 9", "TEACHER_ARGS=--method sup"],
+    ["WIDE_CKPT=good/a.pt", "MGD_ARGS=--regions 3"], ["DEEP_CKPT=runs/good/last.pt", "WIDE_CKPT=good/a.pt", "SEEDS=0 1"],
+    ["DATASET=folder", "DATA=data/mine/", "PART=1/16", "STUDENT_ARGS=--steps 5 --scales 0.75 1"],
+])  # fmt: skip
+def test_rules_and_matrix_make_the_same_runs(tmp_path, more):
+    """What `make distill` and `make sup` train is what the same rows of a table are, file for file."""
+    for path in ("good/a.pt", "runs/good/last.pt"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    (command,) = plan("matrix", *more)
+    assert command[:3] == ["python", "-m", "paper.matrix"]
+    args = matrix.parse_args([*command[3:], "--rows", "sup", "sup-x3", "mgd"])
+    expected = {tuple(command) for command in matrix.plan(args).values()}
+    *made, evaluation = plan("compare", *more)
+    named = sum(variable.startswith(("DEEP_CKPT", "WIDE_CKPT")) for variable in more)
+    assert {tuple(line[1:]) for line in made} == expected and len(made) == len(expected) == len({*expected})
+    assert named == sum(
+        after(line, kind).startswith(("good", "runs/good")) for line in made[-1:] for kind in ("--deep", "--wide")
+    )
+    for path in map(pathlib.Path, [word for word in evaluation if word.endswith(".pt")]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert {word for word in evaluation if word.endswith(".pt")} == {*matrix.to_evaluate(args)}
+
+
+def test_matrix_hands_every_variable_on(tmp_path):
+    (tmp_path / "a.pt").touch()
+    flags = {f"{name}_ARGS": f"--{name.lower()} 1 2" for name in ("TEACHER", "STUDENT", "MT", "CPS", "KD", "CWD", "MGD")}
+    given = {
+        "DATASET": "folder", "DATA": "data/mine", "PART": "1/4", "STUDENT": "mbv2", "SEEDS": "1 2", "DEEP": "r34",
+        "WIDE": "r50", "DEEP_CKPT": "a.pt", "WIDE_CKPT": "a.pt", "TEACHER_PART": "1", "TEACHER_SEED": "0", "TABLES": "1 5a",
+        "RUN": "runs/x", "REPORT": "results/y", "NPROC": "2", "DRY": "1", "ARGS": "--lr 1", **flags,
+    }  # fmt: skip
+    (command,) = plan("matrix", *(f"{name}={value}" for name, value in given.items()))
+    args = vars(matrix.parse_args(command[3:]))
+    for name, value in given.items():
+        key = {"ARGS": "every_args", "REPORT": "json", "DRY": "dry_run"}.get(name, name.lower())
+        found = args[key]
+        text = " ".join(map(str, found)) if isinstance(found, list) else str(found)
+        assert text == {"REPORT": "results/y.json", "DRY": "True"}.get(name, value), name
+    unused = {*VARIABLES} - {*given} - {"REPORT_FILES", "VENV", "PYTHON", "EXTRAS"}
+    assert not unused  # a new variable is handed on too, or named here
+
+
+def test_the_environment_is_not_read():
+    given = dict.fromkeys(VARIABLES, "my data")
+    for target in PHONY:
+        found = call_make("-n", target, **given)
+        assert found.returncode == 0 and found.stdout == call_make("-n", target).stdout, target
+
+
+def test_venv_is_made_where_it_is_missing():
+    made = call_make("-n", "test", "EXTRAS=test voc").stdout.splitlines()
+    assert made[0] == "python3 -m venv .venv" and "'.[test,voc]'" in "".join(made[1:3])
+    assert made[-1] == ".venv/bin/python -m pytest -q tests"
+    assert plan("test", "VENV=") == [["python", "-m", "pytest", "-q", "tests"]]  # as it is
+    pathlib.Path("venv/bin").mkdir(parents=True)
+    pathlib.Path("venv/.installed-lint-test-voc").touch()
+    assert call_make("-n", "test", "VENV=venv").stdout.splitlines() == ["venv/bin/python -m pytest -q tests"]
+    assert "-m pip install" in call_make("-n", "install", "VENV=venv", "EXTRAS=voc").stdout  # others than there are
+
+
+def test_ci_runs_what_a_contributor_runs():
+    assert re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.M) == ["lint", "test"]
+
+
+# ---- what is said ----
+
+
+def test_help_names_every_target_and_variable():
+    text = call_make("help").stdout
+    assert text == call_make().stdout and {"distill", "test-fast"} <= {*PHONY} and "DEEP_CKPT" in VARIABLES
+    for target in PHONY:
+        assert re.search(rf"^make {target} +\S.*$", text, re.M), target
+    for name, value in VARIABLES.items():
+        assert f"{name}={value.strip()}" in text, name
+    used = {*re.findall(r"\b[A-Z_]+\b", re.search(r"^NAMES := .*|^FLAGS := .*", MAKEFILE, re.M)[0])}
+    assert used - {"NAMES", "FLAGS"} <= {*VARIABLES}
+
+
+@pytest.mark.parametrize("target,name,fix", [
+    ("distill", "mgd-r18", "RUN="), ("sup", "sup-r18", "RUN="), ("teachers", "teacher-wide", "delete it"),
+])  # fmt: skip
+def test_a_finished_run_is_named_and_never_retrained(tmp_path, target, name, fix):
+    finish(tmp_path, "teacher-deep", "teacher-wide", "mgd-r18", "sup-r18")
+    done = call_make(target, *stand_in(tmp_path, "exit 1"), "ARGS=--steps 999")
+    assert done.returncode == 0 and "Nothing to be done" not in done.stdout
+    assert re.search(rf"^runs/shapes/1-8/{name}/last.pt: finished, never retrained; .*{fix}", done.stdout, re.M), done.stdout
+    assert "never retrained" not in call_make("-n", target, "SEEDS=1", "VENV=").stdout
+
+
+@pytest.mark.parametrize("target", ["teacher-wide", "sup-r18", "mgd-r18"])
+def test_a_finished_run_stays_when_make_is_interrupted(tmp_path, target):
+    """With a stand-in for python, which finishes its run and then ends make: by SIGTERM, as SIGINT may be ignored here."""
+    finish(tmp_path, *{"teacher-deep", "teacher-wide"} - {target})
+    last = f"runs/shapes/1-8/{target}/last.pt"
+    python = stand_in(tmp_path, "mkdir -p $3\necho done > $3/last.pt\nkill -TERM $PPID\nsleep 5")
+    done = call_make(last, *python)
+    assert done.returncode != 0 and (tmp_path / last).read_text() == "done\n", done.stderr
+
+
+# ---- what is refused ----
+
+WRONG = [
+    ("STUDENT=vgg", "r18"), ("STUDENT=resnet18", "r18 (resnet18)"), ("DEEP=foo", "r101"), ("WIDE=wide_resnet34", "wr34 ("),
+    ("DATASET=camvid", "DATASET=folder DATA=data/camvid"), ("DATASET=folder", "DATA="), ("DATASET=voc", "DATA="),
+    ("DATA=data/mine", "DATASET=folder"), ("DATA=my data", "link"), ("PART=0.125", "1/8"), ("PART=1 / 8", "spaces"),
+    ("PART=1/0", "1/8"), ("PART=1/", "1/8"), ("PART=/", "1/8"), ("PART=2/3", "1/8"), ("PART=", "empty"),
+    ("TEACHER_PART=all", "1 for all"), ("SEEDS=0,1", "SEEDS=\"0 1 2\""), ("SEEDS=", "empty"), ("SEEDS=01", "whole"),
+    ("TEACHER_SEED=-1", "whole"), ("NPROC=0", "4"), ("NPROC=two", "4"), ("TABLES=1 7", "5a"), ("DRY=yes", "DRY=1"),
+    ("DEEP_CKPT=absent.pt", "no such file"), ("WIDE_CKPT=a b.pt", "spaces"), ("RUN=my runs", "spaces"),
+    ("REPORT=a b", "spaces"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given,fix", WRONG)
+def test_wrong_values_are_refused_where_they_are_used(given, fix):
+    for target in ("distill", "matrix"):
+        done = call_make("-n", target, given)
+        assert done.returncode == 2 and not done.stdout  # before anything is installed
+        name = "DATASET" if given in ("DATASET=folder", "DATASET=voc") else given.split("=")[0]
+        assert f"*** {name}=" in done.stderr and fix in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    for target in ("test", "clean", "help"):
+        assert call_make("-n", target, given).returncode == 0
+
+
+def test_an_unknown_variable_is_refused_everywhere():
+    for target in PHONY:
+        done = call_make("-n", target, "STUDNET=mbv2")
+        assert done.returncode == 2 and not done.stdout
+        assert "STUDNET: no such variable; there are DATASET DATA PART STUDENT" in done.stderr
+
+
+@pytest.mark.parametrize("given", [
+    "PART=1/8 ", "PART= 1/8", " STUDENT=r18", "STUDENT=r18 ", "DATASET=shapes ", "SEEDS= 0 ", "RUN= ", "RUN=", "TEACHER_PART= ",
+    "TEACHER_PART=1/8 ", "DEEP= ", "DATA= ", "NPROC= 1 ", "REPORT= ", "TEACHER_SEED=", "ARGS= ", "DEEP_CKPT= ",
+])  # fmt: skip
+def test_spaces_around_a_value_change_nothing(given):
+    name, value = given.split("=")
+    assert plan("compare", f"{name.strip()}={value}") == plan("compare")
+
+
+def test_runs_of_folders_with_odd_names_stay_below_runs(tmp_path):
+    here = tmp_path.name
+    for data, name in (("data/mine/", "mine"), (".", here), ("x/..", here), ("/a//b//", "b"), ("../" + here, here)):
+        outs = {after(line, "--out") for line in plan("distill", "DATASET=folder", f"DATA={data}")}
+        assert all(out.startswith(f"runs/{name}/1-8/") for out in outs), (data, outs)
+    assert call_make("-n", "distill", "DATASET=folder", "DATA=/").returncode == 2
+
+
+@pytest.mark.parametrize("text", [
+    "; touch bad", "$(shell touch bad)", "`touch bad`", "$$(touch bad)", "| touch bad", "& touch bad", "> bad", "\n touch bad",
+    "' ; touch bad '", '" ; touch bad "', "x # y", "*", "~",
+])  # fmt: skip
+def test_no_variable_is_run_by_the_shell(tmp_path, text):
+    python = stand_in(tmp_path, "exit 0")
+    for name in VARIABLES:
+        target = "tables" if name == "REPORT_FILES" else "matrix"
+        done = call_make(target, *(x for x in python if not x.startswith(f"{name}=")), f"{name}={text}")
+        assert not (tmp_path / "bad").exists(), (name, text)
+        if "\n" not in text:
+            assert done.returncode == 2 and f"{name}=" in done.stderr, (name, done.stderr)
+
+
+def test_what_scripts_take_make_takes():
+    """Their lists stand in the Makefile once more, since it checks before there is a Python with torch."""
+    for name in models.ALIASES:
+        plan("distill", f"STUDENT={name}", f"DEEP={name}", f"WIDE={name}")
+    for name in datasets.RECIPES:
+        plan("distill", f"DATASET={name}", *([] if name == "shapes" else ["DATA=x"]))
+    plan("matrix", f"TABLES={' '.join(matrix.TABLES)}")
+    extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.S)[1]
+    plan("test", "EXTRAS=" + " ".join(re.findall(r"^(\w+) =", extras, re.M)))
