@@ -338,6 +338,13 @@ def test_a_student_does_not_go_on_with_teachers_trained_anew(script, teachers, t
     assert (tmp_path / "x" / "resume.pt").exists()
 
 
+def test_a_teacher_is_called_by_the_flag_it_is_given_under(script, teachers, tmp_path):
+    """Whatever it was trained as."""
+    assert script(distill, *distill_args(tmp_path / "x", teachers[::-1], "--steps", "1"))[0] == 0
+    row = common.load_checkpoint(tmp_path / "x" / "last.pt")["row"]
+    assert row["teachers"] == ["T_D", "T_W"] and row["teacher_roles"] == ["teacher_wide", "teacher_deep"]
+
+
 def test_the_same_seed_gives_the_same_losses_twice_and_workers_change_nothing(script, teachers, tmp_path):
     for name, more in (("a", []), ("b", ["--workers", "1"]), ("c", ["--seed", "1"])):
         assert script(distill, *distill_args(tmp_path / name, teachers, *more))[0] == 0

@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import report
 import result_files
+from paper import report
 from result_files import METHODS_OF, TRAINING_SETTINGS
 
 PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
@@ -192,9 +192,26 @@ def test_ablations_beside_the_paper(tables, dataset):
     assert {r["miou"] for r in methods} == {"40.0", "50.0"}  # of MGD, the full method alone
 
 
+@pytest.mark.parametrize("roles,backbones,kinds", [
+    ("teacher_deep teacher_wide", "resnet101 wide_resnet34", "T_D T_W"), ("teacher_deep teacher_deep", "r34 r34", "T_D T_D"),
+    ("teacher_wide teacher_wide", "r18 r18", "T_W T_W"), ("student teacher_wide", "resnet34 resnet18", "T_D T_W"),
+    ("student teacher_wide", "resnet18 resnet18", "T_W T_W"), ("teacher_wide teacher_deep", "resnet18 resnet34", "T_D T_W"),
+    ("teacher_deep teacher_wide", "resnet18 resnet18", "T_D T_W"), ("student student", "resnet18 resnet18", "T_D T_W"),
+])  # fmt: skip
+def test_two_teachers_of_one_kind_are_no_full_mgd(tables, roles, backbones, kinds):
+    """Rows name teachers by the flag they were given under, also where both are of one kind."""
+    both = {"teachers": ["T_D", "T_W"], "teacher_roles": roles.split(), "teacher_backbones": backbones.split()}
+    out = tables([row(), row("mgd", miou=44.0, **both), row("mgd", miou=46.0, teachers=["T_D"])])
+    (line,) = [line for line in markdown(out / "table4-voc.md") if line["1/8"] == "44.00"]
+    assert line["teachers"] == kinds.replace(" ", " + ")
+    in_full = [line for line in markdown(out / "table1.md") if line["1/8"] == "44.00"]
+    assert len(in_full) == (kinds == "T_D T_W")
+
+
 # ---- pictures, and as a user runs it ----
 
 
+@pytest.mark.slow
 def test_heads_and_pictures(tables):
     heads = [row("mgd", miou=50 - i, head_width=256 >> i, gmacs_model=40.0 / (i + 1), separable_head=separable)
              for i in range(3) for separable in (False, True)]  # fmt: skip
@@ -239,6 +256,7 @@ def test_curves(script, tmp_path, monkeypatch):
     assert np.array(drawn["mIoU on val, %"]).tolist() == [[[180], [40]]] * 2
 
 
+@pytest.mark.slow
 def test_committed_results_are_read(script, tmp_path):
     code, _, err = script(report, *sorted((ROOT / "results").glob("*.json")), "--out", tmp_path)
     assert code == 0, err
