@@ -4,7 +4,7 @@
 
 A 256-channel head costs more than the backbones it sits on. For both students and each head: parameters, GMACs of the whole
 model, and the latency of one 512x512 image up to the classifier, in float32 and with batch norm folded. The models take turns,
-round by round, so that drift meets all alike. Their mIoU is `make matrix TABLE=heads`.
+round by round, so that drift meets all alike. Their mIoU is `make matrix TABLES=heads`.
 """
 
 import os
