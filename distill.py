@@ -23,6 +23,7 @@ import torch
 
 import datasets
 import evaluate
+import kernels
 import mgd_ops
 import models
 from common import (
@@ -307,7 +308,7 @@ def main():
     device = start_ranks(args.device)
     torch.backends.cudnn.benchmark = True  # crops are of one size
     args.precision = pick_precision(args.precision, device)
-    mgd_ops.load_kernels()
+    kernels.load_kernels()
     on_views = uses_views(args)
     dataset, partition = datasets.open_training_data(args, unlabeled=on_views)
     resumed = load_for_resume(args, partition)
@@ -342,7 +343,7 @@ def main():
     activations = models.activation_bytes(student, shares_of(args)[1], args.crop, args.precision, whole=args.ohem)
     weights = 4 * sum(p.numel() for p in student.parameters())
     images = f"{len(partition.labeled)} labeled and {len(partition.unlabeled) if on_views else 'no'} unlabeled images"
-    say_plan(args, device, f"{images}, {' + '.join(args.losses)}, ops {mgd_ops.backend(device.type)}",
+    say_plan(args, device, f"{images}, {' + '.join(args.losses)}, ops {kernels.backend(device.type)}",
              needed=3 * weights + (1 + on_views) * activations)  # gradients, momentum; the student's forwards  # fmt: skip
     start, seconds = 0, 0.0
     if resumed:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 
 import datasets
+import kernels
 import mgd_ops
 import models
 from common import (
@@ -248,7 +249,7 @@ def result_row(args, dataset, partition, device, **fields) -> dict:
         "labeled": len(partition.labeled), "method": args.method, "backbone": args.backbone, "head_width": args.head_width,
         "weights": args.weights, "crop": list(args.crop), "seed": args.seed, "steps": args.steps, "seconds": 0.0,
         "gmacs_backbone": cost["gmacs_512"], "gmacs_model": cost["model_gmacs_512"],
-        "mgd_ops": mgd_ops.backend(device.type), "code": git_commit(), **fields,
+        "mgd_ops": kernels.backend(device.type), "code": git_commit(), **fields,
     }  # fmt: skip
 
 

@@ -1,29 +1,25 @@
 """The losses of multi-granularity distillation: pixel (Eqs. 1, 2), image (Eq. 4) and region level (Eqs. 5, 6).
 
-    python mgd_ops.py     # build the native kernels ahead, and say what was built (make ext)
+The region level and the pixel level are custom ops. Schema, PyTorch default, fake and gradient are defined here, once; `csrc/`
+adds kernels for the CPU and for CUDA, which `kernels.py` builds and loads. So the default and the kernels share all but the
+arithmetic. Everything is computed in float32 at least, whatever the dtype of the inputs and under autocast, gradients too.
 
-The region level and the pixel level are custom ops. Schema, PyTorch default, fake and gradient stand here, once; `csrc/` adds
-kernels for the CPU and for CUDA, which `load_kernels` builds and loads. So the fallback and the kernels share all but the
-arithmetic. MGD_OPS=auto (the default) falls back to PyTorch with one line that says why, MGD_OPS=native raises instead,
-MGD_OPS=torch does not try. Everything is computed in float32 at least, whatever the dtype of the inputs and under autocast.
+The ops have a first derivative. A second one raises NotImplementedError. Forward-mode automatic differentiation is not
+supported: as for every custom op of PyTorch, torch.func.jvp gives tangents of 0 and torch.func.grad is refused.
+
+An input that is NaN gives a loss of NaN where it counts. At the pixel level, pixels of label 255 do not count, nor do coarse
+logits without weight in any pixel that has a label. The gradient is unspecified where the loss is not finite, and where the
+logits of a pixel of label 255 are not.
 """
 
-import contextlib
-import hashlib
-import logging
+import functools
 import math
-import os
-import pathlib
-import platform
-import shutil
-import sys
-import time
 
-import filelock  # of torch's own requirements
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import IGNORE_INDEX, UserError, run
+from common import IGNORE_INDEX
 
 MIN_NORM = 1e-6  # a pooled region below this norm has no direction: its correlations are 0 and it takes no gradient
 
@@ -38,10 +34,28 @@ def upsample(logits: torch.Tensor, size) -> torch.Tensor:
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=True)
 
 
+def upsample_any(logits: torch.Tensor, size) -> torch.Tensor:
+    """`upsample` for logits that may be infinite or NaN, which the gradient does not reach. F.interpolate multiplies also those
+    of weight 0, where they do not count; so what is finite is interpolated without them, and they are added where they count.
+
+    Under torch.compile and in a CUDA graph, which cannot look at values, it is `upsample`.
+    """
+    blind = torch.compiler.is_compiling() or (logits.is_cuda and torch.cuda.is_current_stream_capturing())
+    if blind or logits.shape[2:] == torch.Size(size) or logits.isfinite().all():
+        return upsample(logits, size)
+    finite = logits.isfinite()
+    other = logits.detach().masked_fill(finite, 0.0)
+    for dim, target in zip((2, 3), size, strict=True):
+        place, steps = torch.arange(target, device=logits.device) * (logits.shape[dim] - 1), max(target - 1, 1)
+        first, last = place // steps, -(place // -steps)  # the same where a pixel lies on a coarse one
+        other = other.index_select(dim, first) + other.index_select(dim, last)
+    return upsample(torch.where(finite, logits, 0.0), size) + other
+
+
 def pixel_cross_entropies_reference(logits: torch.Tensor, labels: list[torch.Tensor], counts=None) -> list[torch.Tensor]:
     """`pixel_cross_entropies` in plain PyTorch, differentiable by autograd; it holds the full-size logits several times."""
     with torch.autocast(logits.device.type, enabled=False):
-        log_probabilities = upsample(logits, labels[0].shape[1:]).log_softmax(1)
+        log_probabilities = upsample_any(logits, labels[0].shape[1:]).log_softmax(1)
         sums = [F.nll_loss(log_probabilities, label, ignore_index=IGNORE_INDEX, reduction="sum") for label in labels]
     return divide(sums, labels, counts)
 
@@ -49,7 +63,7 @@ def pixel_cross_entropies_reference(logits: torch.Tensor, labels: list[torch.Ten
 def upsampled_argmax_reference(logits: torch.Tensor, size: tuple[int, int], threshold: float = 0.0) -> torch.Tensor:
     """`upsampled_argmax` in plain PyTorch."""
     with torch.autocast(logits.device.type, enabled=False):
-        logits = upsample(logits, size)
+        logits = upsample_any(logits, size)
         label = logits.argmax(1)
         if threshold > 0:
             label[logits.softmax(1).amax(1) < threshold] = IGNORE_INDEX
@@ -63,26 +77,22 @@ def pixel_cross_entropies(logits: torch.Tensor, labels: list[torch.Tensor], coun
     """Cross entropies of the same logits against several label maps, each the mean over its pixels that are not 255 (Eq. 1);
     0 where all are.
 
-    logits (B, N, h, w) in float64, float32, float16 or bfloat16, as if they were first brought to the labels' size by bilinear
-    interpolation with aligned corners; labels (B, H, W) int64 each -> scalars, float32 or float64. `counts`, a scalar tensor
-    each, are divided by instead of the number of valid pixels: where this is one of several shares of a batch, their mean
-    number, so that the mean over the shares is the loss of the batch.
+    logits (B, N, h, w) in float64, float32, float16 or bfloat16, N at most 255, as if they were first brought to the labels'
+    size by bilinear interpolation with aligned corners; labels (B, H, W) int64 each -> scalars, float32 or float64. `counts`, a
+    scalar tensor each, are divided by instead of the number of valid pixels: where this is one of several shares of a batch,
+    their mean number, so that the mean over the shares is the loss of the batch.
 
-    The large logits are never held whole. The gradient reaches the logits once (no second derivative). Raises ValueError where
-    shapes, dtypes or devices do not fit; a label that is neither 255 nor a class raises too, or fails an assertion on a GPU.
+    The large logits are never held whole. The gradient reaches the logits once (no second derivative). Infinite logits are as
+    in F.cross_entropy, also between others; NaN and the gradient where the loss is not finite: see the top of this file. Raises
+    ValueError where shapes, dtypes or devices do not fit; a label that is neither 255 nor a class raises too, or fails an
+    assertion on a GPU. The CUDA kernels take up to 16 label maps, 65,535 images, and maps of under 2^31 logits per image, and
+    raise RuntimeError for more.
     """
     if not labels:
         return []
     check_logits("pixel_cross_entropies", logits, labels[0].shape[1:])
-    for label in labels:
-        if label.dtype != torch.int64 or label.shape != (logits.shape[0], *labels[0].shape[1:]):
-            raise ValueError(f"pixel_cross_entropies: labels are (B, H, W) of int64 for logits (B, N, h, w), not "
-                             f"{tuple(label.shape)} of {label.dtype} for {tuple(logits.shape)}")  # fmt: skip
-        if label.device != logits.device:
-            raise ValueError(f"pixel_cross_entropies: the logits are on {logits.device}, a label on {label.device}")
-    with torch.autocast(logits.device.type, enabled=False):
-        sums = torch.ops.mgd.upsampled_cross_entropy(logits, list(labels))
-    return divide(sums.unbind(), labels, counts)
+    check_labels("pixel_cross_entropies", logits, labels)
+    return divide(torch.ops.mgd.upsampled_cross_entropy(logits, list(labels)).unbind(), labels, counts)
 
 
 def divide(sums, labels, counts):
@@ -101,20 +111,40 @@ def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int], threshold: flo
     """Pseudo labels: the class of the largest logit at each pixel of `size`, the first of equals; 255 where its softmax
     probability is below `threshold`.
 
-    logits (B, N, h, w) in float64, float32, float16 or bfloat16, as if they were first brought to `size` by bilinear
-    interpolation with aligned corners, -> (B, *size) int64, without gradient. The large logits are never held whole. Raises
-    ValueError for anything but a map of floats.
+    logits (B, N, h, w) in float64, float32, float16 or bfloat16, N at most 255, as if they were first brought to `size` by
+    bilinear interpolation with aligned corners, -> (B, *size) int64, without gradient. The large logits are never held whole.
+    As in torch.argmax, NaN counts as the largest logit; a probability that is NaN is not below the threshold. Raises ValueError
+    for anything but a map of floats. The CUDA kernels take up to 65,535 images, and maps of under 2^31 logits per image, and
+    raise RuntimeError for more.
     """
     check_logits("upsampled_argmax", logits, size)
-    with torch.autocast(logits.device.type, enabled=False):
-        return torch.ops.mgd.upsampled_argmax(logits.detach(), *size, threshold)
+    return torch.ops.mgd.upsampled_argmax(logits.detach(), *size, threshold)
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_map(op: str, what: str, tensor: torch.Tensor):
+    if tensor.ndim != 4 or 0 in tensor.shape[1:] or tensor.dtype not in FLOATS:
+        raise ValueError(f"{op}: {what} of float64, float32, float16 or bfloat16, not {tuple(tensor.shape)} of {tensor.dtype}")
 
 
 def check_logits(op: str, logits: torch.Tensor, size):
-    if logits.ndim != 4 or logits.shape[1:].numel() == 0 or not logits.is_floating_point():
-        raise ValueError(f"{op}: logits are (B, N, h, w) of floats, not {tuple(logits.shape)} of {logits.dtype}")
+    check_map(op, "logits are (B, N, h, w)", logits)
+    if logits.shape[1] > IGNORE_INDEX:
+        raise ValueError(f"{op}: there are {logits.shape[1]} classes; {IGNORE_INDEX} is the label of ignored pixels, "
+                         f"so that there can be at most {IGNORE_INDEX}")  # fmt: skip
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"{op}: logits cannot be brought to the size {tuple(size)}; it takes a height and a width")
+
+
+def check_labels(op: str, logits: torch.Tensor, labels: list[torch.Tensor]):
+    for label in labels:
+        if label.dtype != torch.int64 or label.shape != (logits.shape[0], *labels[0].shape[1:]):
+            raise ValueError(f"{op}: labels are (B, H, W) of int64 for logits (B, N, h, w), not "
+                             f"{tuple(label.shape)} of {label.dtype} for {tuple(logits.shape)}")  # fmt: skip
+        if label.device != logits.device:
+            raise ValueError(f"{op}: the logits are on {logits.device}, a label on {label.device}")
 
 
 def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, count=None, threshold=0.7, keep=0.08) -> torch.Tensor:
@@ -123,12 +153,14 @@ def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, count=None, th
     keeps 50,000 of 800x800). `count` is there for `pixel_cross_entropy`'s sake: each share has its own hard pixels.
 
     logits (B, N, h, w) floating, brought to the label's size as there, but held whole, since it is single pixels' losses that
-    are sorted; label (B, H, W) int64, 255 = ignore -> scalar, float32 or float64.
+    are sorted; label (B, H, W) int64, 255 = ignore -> scalar, float32 or float64; 0 for an empty batch.
     """
     logits = upsample(logits, label.shape[1:])
     losses = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="none").flatten()
+    if losses.numel() == 0:
+        return losses.sum()
     valid = label.flatten() != IGNORE_INDEX
-    hardest = losses.detach().masked_fill(~valid, 0.0).topk(max(1, int(keep * label.numel()))).values
+    hardest = losses.detach().masked_fill(~valid, 0.0).topk(torch.sym_max(1, torch.sym_int(keep * label.numel()))).values
     hard = valid & (losses >= hardest[-1].clamp(max=-math.log(threshold)))
     return (losses * hard).sum() / hard.sum().clamp(min=1)
 
@@ -144,7 +176,7 @@ def global_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     weights = [interpolation(*lengths, logits).mean(1) for lengths in zip(logits.shape[2:], size, strict=True)]
-    return torch.einsum("bnhw,h,w->bn", logits, *weights)
+    return (logits * (weights[0][:, None] * weights[1])).sum((2, 3))  # not einsum, which autocast would round
 
 
 def interpolation(length: int, target: int, like: torch.Tensor) -> torch.Tensor:
@@ -157,12 +189,13 @@ def image_loss(student: torch.Tensor, teacher: torch.Tensor, size: tuple[int, in
     """Image-level semantic-sensitive loss (Eqs. 3 and 4): L1 distance of the globally averaged logits, of which `size` is the
     resolution they are averaged at.
 
-    student and teacher (B, N, h, w) floating, of equal batch and classes -> scalar, float32 or float64, the batch's mean.
+    student and teacher (B, N, h, w) floating, of equal batch and classes -> scalar, float32 or float64, the batch's mean, 0 for
+    an empty batch.
     reduction: `sum` over the classes, or `mean`, which is Eq. 4 to the letter and N times weaker.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        difference = (global_logits(student, size) - global_logits(teacher, size)).abs()  # (B, N)
-    return (difference.sum(1) if reduction == "sum" else difference.mean(1)).mean()
+    difference = (global_logits(student, size) - global_logits(teacher, size)).abs()  # (B, N)
+    per_image = difference.sum(1) if reduction == "sum" else difference.mean(1)
+    return per_image.sum() / torch.sym_max(1, per_image.shape[0])
 
 
 # ---- region level: the references ----
@@ -174,7 +207,7 @@ def pooled_correlation_reference(feat: torch.Tensor, regions: int | tuple[int, i
         feat = feat if feat.dtype == torch.float64 else feat.float()
         vectors = F.adaptive_avg_pool2d(feat, regions).flatten(2)  # (B, C, R)
         squared = vectors.square().sum(1, keepdim=True)
-        alive = squared >= MIN_NORM**2
+        alive = ~(squared < MIN_NORM**2)  # also where it is NaN, so that NaN reaches the loss
         # both branches of the where stay finite, so that no 0 · inf reaches the gradient
         unit = torch.where(alive, vectors * torch.where(alive, squared, 1.0).rsqrt(), 0.0)
         return unit.transpose(1, 2) @ unit
@@ -183,7 +216,8 @@ def pooled_correlation_reference(feat: torch.Tensor, regions: int | tuple[int, i
 def region_loss_reference(student: torch.Tensor, teacher: torch.Tensor, regions: int | tuple[int, int] = 7) -> torch.Tensor:
     """`region_loss` in plain PyTorch, differentiable by autograd."""
     ours, theirs = (pooled_correlation_reference(f, regions) for f in (student, teacher))
-    return (ours - theirs).square().mean()
+    difference = ours - theirs
+    return difference.square().sum() / max(difference.numel(), 1)
 
 
 # ---- region level: the public functions ----
@@ -193,12 +227,14 @@ def pooled_correlation(feat: torch.Tensor, regions: int | tuple[int, int] = 7) -
     """Self-correlation of pooled regions (Eq. 5): feat (B, C, H, W) -> (B, R, R), R = regions².
 
     Each region is an adaptive average over its bin, as in `F.adaptive_avg_pool2d`; entry ij is the cosine of the vectors of
-    regions i and j, and 0 where either has a norm below 1e-6. float32, or float64 for float64 features; differentiable.
-    `regions` is a number a side, or (rows, columns). Raises ValueError for anything but a map of floats.
+    regions i and j, and 0 where either has a norm below 1e-6, or one whose square overflows (1.8e19 in float32). float32, or
+    float64 for float64 features; differentiable once. `regions` is a number per side, or (rows, columns). Raises ValueError for
+    anything but a map of floats. The CUDA kernels take up to 3,000 regions and maps of under 2^31 pixels per image, and raise
+    RuntimeError for more.
     """
-    rows, cols = check_features("pooled_correlation", regions, feat)
-    with torch.autocast(feat.device.type, enabled=False):
-        return torch.ops.mgd.pooled_correlation(feat, rows, cols)[0]
+    rows, cols = region_counts("pooled_correlation", regions)
+    check_map("pooled_correlation", FEATURES, feat)
+    return torch.ops.mgd.pooled_correlation(feat, rows, cols)[0]
 
 
 def region_loss(student: torch.Tensor, teacher: torch.Tensor, regions: int | tuple[int, int] = 7) -> torch.Tensor:
@@ -206,26 +242,35 @@ def region_loss(student: torch.Tensor, teacher: torch.Tensor, regions: int | tup
 
     student (B, C, H, W) and teacher (B, C', H', W') in float64, float32, float16 or bfloat16 -> scalar, float32 or float64.
     Channels, sizes and dtypes may differ. The gradient reaches the student alone, once (no second derivative). An empty batch
-    gives 0. Raises ValueError where the teacher asks for a gradient, or batches or devices differ.
+    gives 0. Raises ValueError where the teacher asks for a gradient, or batches or devices differ. The limits of the CUDA
+    kernels are those of `pooled_correlation`.
     """
-    rows, cols = check_features("region_loss", regions, student, teacher)
+    rows, cols = region_counts("region_loss", regions)
+    check_features("region_loss", student, teacher)
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError("region_loss: the teacher is frozen; detach its features")
+    return torch.ops.mgd.region_loss(student, teacher, rows, cols)[0]
+
+
+FEATURES = "features are (B, C, H, W)"
+
+
+def check_features(op: str, student: torch.Tensor, teacher: torch.Tensor):
+    check_map(op, FEATURES, student)
+    check_map(op, FEATURES, teacher)
     if student.shape[0] != teacher.shape[0]:
-        raise ValueError(f"region_loss: batches of {student.shape[0]} and {teacher.shape[0]} differ")
+        raise ValueError(f"{op}: batches of {student.shape[0]} and {teacher.shape[0]} differ")
     if student.device != teacher.device:
-        raise ValueError(f"region_loss: the student is on {student.device}, the teacher on {teacher.device}")
-    with torch.autocast(student.device.type, enabled=False):
-        return torch.ops.mgd.region_loss(student, teacher, rows, cols)[0]
+        raise ValueError(f"{op}: the student is on {student.device}, the teacher on {teacher.device}")
 
 
-def check_features(op: str, regions: int | tuple[int, int], *features: torch.Tensor) -> tuple[int, int]:
-    rows, cols = (regions, regions) if isinstance(regions, int) else regions
-    if rows < 1 or cols < 1:
-        raise ValueError(f"{op}: regions must be at least 1 a side, not {regions}")
-    for feat in features:
-        if feat.ndim != 4 or feat.shape[1:].numel() == 0 or not feat.is_floating_point():
-            raise ValueError(f"{op}: features are (B, C, H, W) of floats, not {tuple(feat.shape)} of {feat.dtype}")
+def region_counts(op: str, regions: int | tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of regions."""
+    pair = tuple(regions) if isinstance(regions, (tuple, list)) else (regions, regions)
+    for count in pair:
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer, torch.SymInt)) or count < 1 or len(pair) != 2:
+            raise ValueError(f"{op}: regions must be an integer per side, or (rows, columns), of at least 1, not {regions}")
+    rows, cols = (int(count) if isinstance(count, np.integer) else count for count in pair)
     return rows, cols
 
 
@@ -238,9 +283,24 @@ library.define("pooled_correlation(Tensor feat, int rows, int cols) -> (Tensor, 
 library.define("upsampled_cross_entropy(Tensor logits, Tensor[] labels) -> Tensor")
 library.define("upsampled_cross_entropy_backward(Tensor grad, Tensor logits, Tensor[] labels) -> Tensor")
 library.define("upsampled_argmax(Tensor logits, SymInt height, SymInt width, float threshold) -> Tensor")
-scatter = "SymInt height, SymInt width, int rows, int cols, ScalarType dtype, bool channels_last) -> Tensor"
-library.define(f"region_loss_backward(Tensor grad_loss, Tensor grad_pooled, {scatter}")
-library.define(f"pooled_correlation_backward(Tensor grad, Tensor pooled, {scatter}")
+LIKE = "SymInt height, SymInt width, int rows, int cols, ScalarType dtype, bool channels_last"  # of the features
+library.define(f"region_loss_backward(Tensor grad_loss, Tensor grad_pooled, {LIKE}) -> Tensor")
+library.define(f"pooled_correlation_backward(Tensor grad, Tensor pooled, {LIKE}) -> Tensor")
+
+
+def default(function):
+    """The PyTorch default of the op mgd::NAME, where `function` is NAME_default. Autocast would round its matrix products.
+
+    CompositeExplicitAutograd is the default of every device; a kernel registered for CPU or CUDA goes before it.
+    """
+
+    @functools.wraps(function)
+    def in_full_precision(tensor, *arguments):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *arguments)
+
+    library.impl(function.__name__.removesuffix("_default"), in_full_precision, "CompositeExplicitAutograd")
+    return in_full_precision
 
 
 def bins(size: int, count: int, like: torch.Tensor) -> torch.Tensor:
@@ -267,7 +327,7 @@ def unpool(grad_pooled, height, width, rows, cols, dtype, channels_last):
 def normalize(pooled):
     """(B, R, C) -> unit vectors (B, R, C) and norms (B, R, 1), 0 and infinity for a region without direction."""
     squared = pooled.square().sum(2, keepdim=True)
-    norm = torch.where(squared >= MIN_NORM**2, squared.sqrt(), math.inf)
+    norm = torch.where(squared < MIN_NORM**2, math.inf, squared.sqrt())
     return pooled / norm, norm
 
 
@@ -285,7 +345,10 @@ def is_channels_last(feat) -> bool:
     return feat.stride(1) == 1 and feat.stride(3) != 1
 
 
+@default
 def region_loss_default(student, teacher, rows, cols):
+    check_features("mgd::region_loss", student, teacher)
+    region_counts("mgd::region_loss", (rows, cols))
     (unit, norm), (unit_t, _) = (normalize(pool(feat, rows, cols)) for feat in (student, teacher))
     difference = unit @ unit.transpose(1, 2) - unit_t @ unit_t.transpose(1, 2)  # (B, R, R)
     count = max(difference.numel(), 1)
@@ -293,38 +356,64 @@ def region_loss_default(student, teacher, rows, cols):
     return difference.square().sum() / count, grad_pooled
 
 
+@default
 def region_loss_backward_default(grad_loss, grad_pooled, height, width, rows, cols, dtype, channels_last):
+    check_pooled("mgd::region_loss_backward", grad_pooled, grad_loss, (), height, width, rows, cols, dtype)
     return unpool(grad_loss * grad_pooled, height, width, rows, cols, dtype, channels_last)
 
 
+@default
 def pooled_correlation_default(feat, rows, cols):
+    check_map("mgd::pooled_correlation", FEATURES, feat)
+    region_counts("mgd::pooled_correlation", (rows, cols))
     pooled = pool(feat, rows, cols)
     unit, _ = normalize(pooled)
     return unit @ unit.transpose(1, 2), pooled
 
 
+@default
 def pooled_correlation_backward_default(grad, pooled, height, width, rows, cols, dtype, channels_last):
+    size = (pooled.shape[0], rows * cols, rows * cols)
+    check_pooled("mgd::pooled_correlation_backward", pooled, grad, size, height, width, rows, cols, dtype)
+    grad, pooled = (each.to(accumulation_dtype(dtype)) for each in (grad, pooled))
     return unpool(correlation_gradient(grad, *normalize(pooled)), height, width, rows, cols, dtype, channels_last)
+
+
+def check_pooled(op, pooled, grad, size, height, width, rows, cols, dtype):
+    region_counts(op, (rows, cols))
+    if pooled.ndim != 3 or pooled.shape[1] != rows * cols or pooled.shape[2] < 1 or grad.shape != size:
+        raise ValueError(f"{op}: {tuple(pooled.shape)} and a gradient of {tuple(grad.shape)} do not fit {rows}x{cols} regions")
+    if pooled.dtype not in FLOATS or grad.dtype not in FLOATS or dtype not in FLOATS or min(height, width) < 1:
+        raise ValueError(f"{op}: {pooled.dtype} and {grad.dtype} cannot become {height}x{width} features of {dtype}")
+    if pooled.device != grad.device:
+        raise ValueError(f"{op}: a gradient on {grad.device} does not fit a tensor on {pooled.device}")
 
 
 # One image at a time, so that the large logits of one image alone exist at once.
 
 
+@default
 def upsampled_cross_entropy_default(logits, labels):
-    sums = [logits.new_zeros(len(labels), dtype=accumulation_dtype(logits))]
+    check_label_maps("mgd::upsampled_cross_entropy", logits, labels)
+    sums = [logits.new_zeros(len(labels), dtype=accumulation_dtype(logits.dtype))]
     for image, *maps in zip(logits, *labels, strict=True):
-        log_probabilities = upsample(image[None], maps[0].shape).log_softmax(1)  # (1, N, H, W)
+        log_probabilities = upsample_any(image[None], maps[0].shape).log_softmax(1)  # (1, N, H, W)
         losses = [F.nll_loss(log_probabilities, m[None], ignore_index=IGNORE_INDEX, reduction="sum") for m in maps]
         sums.append(torch.stack(losses))
     return torch.stack(sums).sum(0)
 
 
+@default
 def upsampled_cross_entropy_backward_default(grad, logits, labels):
-    grad = grad.to(accumulation_dtype(logits))
+    check_label_maps("mgd::upsampled_cross_entropy_backward", logits, labels)
+    if grad.shape != (len(labels),) or grad.dtype not in FLOATS or grad.device != logits.device:
+        raise ValueError(f"mgd::upsampled_cross_entropy_backward: the gradient of {len(labels)} losses on {logits.device} is not "
+                         f"{tuple(grad.shape)} of {grad.dtype} on {grad.device}")  # fmt: skip
+    grad = grad.to(accumulation_dtype(logits.dtype))
     vertical, horizontal = (interpolation(logits.shape[i + 1], labels[0].shape[i], grad) for i in (1, 2))
     out = empty_gradient(logits)
     for b, maps in enumerate(zip(*labels, strict=True)):
-        full = upsample(logits[b, None], maps[0].shape).softmax(1)[0]  # (N, H, W)
+        full = upsample_any(logits[b, None], maps[0].shape).softmax(1)[0]  # (N, H, W)
         weights = [g * (label != IGNORE_INDEX) for g, label in zip(grad, maps, strict=True)]
         full *= sum(weights)
         for weight, label in zip(weights, maps, strict=True):
@@ -333,7 +422,16 @@ def upsampled_cross_entropy_backward_default(grad, logits, labels):
     return out
 
 
+def check_label_maps(op, logits, labels):
+    if not labels:
+        raise ValueError(f"{op}: there is no label map")
+    check_logits(op, logits, labels[0].shape[1:])
+    check_labels(op, logits, labels)
+
+
+@default
 def upsampled_argmax_default(logits, height, width, threshold):
+    check_logits("mgd::upsampled_argmax", logits, (height, width))
     labels = logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
     for image, label in zip(logits, labels, strict=True):
         label.copy_(upsampled_argmax_reference(image[None], (height, width), threshold)[0])
@@ -347,19 +445,19 @@ def empty_gradient(logits):
     )
 
 
-def accumulation_dtype(*features):
-    return torch.float64 if any(feat.dtype == torch.float64 for feat in features) else torch.float32
+def accumulation_dtype(*dtypes):
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def region_loss_fake(student, teacher, rows, cols):
-    dtype = accumulation_dtype(student, teacher)
+    dtype = accumulation_dtype(student.dtype, teacher.dtype)
     loss = student.new_empty((), dtype=dtype)
     return loss, student.new_empty((student.shape[0], rows * cols, student.shape[1]), dtype=dtype)
 
 
 def pooled_correlation_fake(feat, rows, cols):
     batch, channels = feat.shape[:2]
-    dtype = accumulation_dtype(feat)
+    dtype = accumulation_dtype(feat.dtype)
     correlation = feat.new_empty((batch, rows * cols, rows * cols), dtype=dtype)
     return correlation, feat.new_empty((batch, rows * cols, channels), dtype=dtype)
 
@@ -370,7 +468,7 @@ def backward_fake(grad, pooled, height, width, rows, cols, dtype, channels_last)
 
 
 def upsampled_cross_entropy_fake(logits, labels):
-    return logits.new_empty(len(labels), dtype=accumulation_dtype(logits))
+    return logits.new_empty(len(labels), dtype=accumulation_dtype(logits.dtype))
 
 
 def upsampled_cross_entropy_backward_fake(grad, logits, labels):
@@ -384,6 +482,7 @@ def upsampled_argmax_fake(logits, height, width, threshold):
 def setup_context(ctx, inputs, output):
     feat, rows, cols = inputs[0], inputs[-2], inputs[-1]
     ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.like = (feat.shape[2], feat.shape[3], rows, cols, feat.dtype, is_channels_last(feat))
 
@@ -391,14 +490,14 @@ def setup_context(ctx, inputs, output):
 def region_loss_backward(ctx, grad_loss, _):
     grad = None
     if grad_loss is not None and ctx.needs_input_grad[0]:
-        grad = torch.ops.mgd.region_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.like)
+        grad = torch.ops.mgd.region_loss_backward(once(grad_loss), *ctx.saved_tensors, *ctx.like)
     return grad, None, None, None
 
 
 def pooled_correlation_backward(ctx, grad_correlation, _):
     grad = None
     if grad_correlation is not None and ctx.needs_input_grad[0]:
-        grad = torch.ops.mgd.pooled_correlation_backward(grad_correlation, *ctx.saved_tensors, *ctx.like)
+        grad = torch.ops.mgd.pooled_correlation_backward(once(grad_correlation), *ctx.saved_tensors, *ctx.like)
     return grad, None, None
 
 
@@ -412,180 +511,28 @@ def upsampled_cross_entropy_backward(ctx, grad):
     logits, *labels = ctx.saved_tensors
     grad_logits = None
     if grad is not None and ctx.needs_input_grad[0]:
-        grad_logits = torch.ops.mgd.upsampled_cross_entropy_backward(grad, logits, labels)
+        grad_logits = torch.ops.mgd.upsampled_cross_entropy_backward(once(grad), logits, labels)
     return grad_logits, [None] * len(labels)
 
 
-# CompositeExplicitAutograd is the default of every device; a kernel registered for CPU or CUDA goes before it.
-for name, default, fake in (
-    ("region_loss", region_loss_default, region_loss_fake),
-    ("region_loss_backward", region_loss_backward_default, backward_fake),
-    ("pooled_correlation", pooled_correlation_default, pooled_correlation_fake),
-    ("pooled_correlation_backward", pooled_correlation_backward_default, backward_fake),
-    ("upsampled_cross_entropy", upsampled_cross_entropy_default, upsampled_cross_entropy_fake),
-    ("upsampled_cross_entropy_backward", upsampled_cross_entropy_backward_default, upsampled_cross_entropy_backward_fake),
-    ("upsampled_argmax", upsampled_argmax_default, upsampled_argmax_fake),
+def once(grad):
+    """Under create_graph=True, `grad` such that what a backward op makes of it has a derivative, which raises."""
+    return grad.detach().requires_grad_() if torch.is_grad_enabled() else grad
+
+
+def no_second_derivative(ctx, grad):
+    raise NotImplementedError("the losses of mgd_ops have no second derivative; their *_reference functions have one")
+
+
+for name, fake, backward, setup in (
+    ("region_loss", region_loss_fake, region_loss_backward, setup_context),
+    ("region_loss_backward", backward_fake, no_second_derivative, None),
+    ("pooled_correlation", pooled_correlation_fake, pooled_correlation_backward, setup_context),
+    ("pooled_correlation_backward", backward_fake, no_second_derivative, None),
+    ("upsampled_cross_entropy", upsampled_cross_entropy_fake, upsampled_cross_entropy_backward, setup_upsampled_context),
+    ("upsampled_cross_entropy_backward", upsampled_cross_entropy_backward_fake, no_second_derivative, None),
+    ("upsampled_argmax", upsampled_argmax_fake, None, None),
 ):
-    library.impl(name, default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mgd::{name}", fake, lib=library)
-torch.library.register_autograd("mgd::region_loss", region_loss_backward, setup_context=setup_context, lib=library)
-torch.library.register_autograd(
-    "mgd::pooled_correlation", pooled_correlation_backward, setup_context=setup_context, lib=library
-)
-torch.library.register_autograd(
-    "mgd::upsampled_cross_entropy", upsampled_cross_entropy_backward, setup_context=setup_upsampled_context, lib=library
-)
-
-# ---- native kernels: build and load ----
-
-SOURCES = pathlib.Path(__file__).parent / "csrc"
-LOCK_TIMEOUT = 120.0  # seconds; a build takes 20 to 40
-state = {}  # device type -> "native", or the reason why its kernels are not loaded
-
-
-def backend(device: str | None = None) -> str:
-    """The path that computes the ops on a type of device, by default this machine's: `native` or `torch`."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return "native" if state.get(device) == "native" else "torch"
-
-
-def load_kernels() -> str:
-    """Build the kernels where they are not built yet, load them, and return `backend()`.
-
-    Once a process, before any torch.compile. Under torchrun the first rank of each machine builds while the others wait. A
-    failure is remembered: with MGD_OPS=auto it is said in one line on stderr and PyTorch takes over, with MGD_OPS=native it is
-    raised as UserError.
-    """
-    mode = os.environ.get("MGD_OPS", "auto")
-    if mode not in ("auto", "native", "torch"):
-        raise UserError(f"MGD_OPS={mode}: unknown; choose auto, native or torch")
-    if mode == "torch":
-        return backend()
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if distributed and not first:
-        torch.distributed.barrier()  # the first rank has built
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        if device not in state:
-            try:
-                build(device)
-                state[device] = "native"
-            except KernelError as error:
-                state[device] = str(error)
-                if mode == "auto":
-                    print(f"mgd_ops: {device} kernels not loaded, PyTorch computes instead: {error}", file=sys.stderr)
-        if mode == "native" and state[device] != "native":
-            raise UserError(f"MGD_OPS=native: {device} kernels not loaded: {state[device]}")
-    if distributed and first:
-        torch.distributed.barrier()
-    return backend()
-
-
-class KernelError(Exception):
-    """Why the kernels cannot be built or loaded, and the fix, in one line."""
-
-
-def build(device: str) -> pathlib.Path:
-    """Build and load the kernels of `cpu` or `cuda`; return the folder that holds them. Raises KernelError."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports where it found CUDA
-    from torch.utils import cpp_extension  # takes a second, and only builds need it
-
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise KernelError(f"no C++ compiler '{compiler}'; install one (such as Debian's g++), or set CXX")
-    # Kernels are built for this very processor and torch; the folder's name says so, and another gets its own.
-    if device == "cuda":
-        if cpp_extension.CUDA_HOME is None or not pathlib.Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
-            raise KernelError("no nvcc; install the CUDA toolkit of torch's version, or set CUDA_HOME to its folder")
-        names, key = ["region_cuda.cu", "upsample_cuda.cu"], os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-        if not key:
-            if not torch.cuda.is_available():
-                raise KernelError("no GPU to build for; set TORCH_CUDA_ARCH_LIST, such as 9.0, to build for another machine")
-            key = str(torch.cuda.get_device_capability())
-    else:
-        names, key = ["region_cpu.cpp", "upsample_cpu.cpp"], processor()
-    digest = hashlib.sha256(f"{torch.__version__} {torch.version.cuda} {key}".encode()).hexdigest()[:12]
-    name = f"mgd_{device}_{digest}"
-    root = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    folder = root / name
-    flags = ["-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} is read-only")
-        wait_for_lock(folder / "lock", stays=hasattr(cpp_extension, "FileLock"))
-        with ninja_on_path():
-            if not cpp_extension.is_ninja_available():
-                raise KernelError("no ninja; install it with pip install ninja")
-            cpp_extension.load(
-                name,
-                [str(SOURCES / file) for file in names],
-                extra_cflags=[*flags, "-march=native"],
-                extra_cuda_cflags=[*flags, "-DUSE_CUDA", "-lineinfo", "--expt-relaxed-constexpr"],
-                build_directory=str(folder),
-                is_python_module=False,
-                with_cuda=device == "cuda",
-            )
-    except OSError as error:
-        raise KernelError(f"{one_line(error)}; set TORCH_EXTENSIONS_DIR to a folder that can be written") from None
-    except (RuntimeError, ValueError) as error:  # the latter for a TORCH_CUDA_ARCH_LIST that torch does not know
-        raise KernelError(f"{one_line(error)}; mend it, or set MGD_OPS=torch to do without") from None
-    return folder
-
-
-def processor() -> str:
-    """What -march=native depends on."""
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line
-    return platform.machine() + platform.processor()
-
-
-@contextlib.contextmanager
-def ninja_on_path():
-    """The ninja of this Python's environment is found also where that environment is not activated."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), before])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
-
-
-def wait_for_lock(lock: pathlib.Path, stays: bool):
-    """torch's build would wait forever for the lock of another; wait a while, then name it. It is never deleted.
-
-    Newer torch locks a file that stays (`stays`); for older ones the file itself is the lock, also when its owner has died.
-    """
-    until = time.monotonic() + LOCK_TIMEOUT
-    while lock.exists():
-        if stays:
-            with contextlib.suppress(filelock.Timeout), filelock.FileLock(lock, timeout=0):
-                return
-        if time.monotonic() > until:
-            age = time.time() - lock.stat().st_mtime
-            cure = "end the build that holds it" if stays else "if no build is running, delete that file"
-            raise KernelError(f"{lock} has been held for {age:.0f} s; {cure}, or set MGD_OPS=torch")
-        time.sleep(0.2)
-
-
-def one_line(error: Exception) -> str:
-    """The line of a build's output that tells most: the first error of the compiler, or the last line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if "error:" in line), lines[-1] if len(lines) > 1 else lines[0])
-
-
-def main():
-    for device in ("cpu", "cuda"):
-        began = time.perf_counter()
-        try:
-            folder = build(device)
-        except KernelError as error:
-            print(f"{device}: not built: {error}")
-            continue
-        print(f"{device}: {folder} ({time.perf_counter() - began:.0f} s)")
-
-
-if __name__ == "__main__":
-    run(main)
+    if backward is not None:
+        torch.library.register_autograd(f"mgd::{name}", backward, setup_context=setup, lib=library)

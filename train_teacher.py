@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import datasets
 import evaluate
+import kernels
 import mgd_ops
 import models
 from common import (
@@ -100,7 +101,7 @@ def main():
     device = start_ranks(args.device)
     torch.backends.cudnn.benchmark = True  # crops are of one size
     args.precision = pick_precision(args.precision, device)
-    mgd_ops.load_kernels()
+    kernels.load_kernels()
     dataset, partition = datasets.open_training_data(args, unlabeled=args.method != "sup")
     resumed = load_for_resume(args, partition)
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 
+import kernels
 import mgd_ops
 from common import ArgumentParser, UserError, device_slug, run
 from result_files import refuse_outputs, write_result
@@ -196,7 +197,7 @@ def main():
     path = args.json or pathlib.Path("results", f"region-loss-{device_slug(args.device)}.json")
     refuse_outputs([("--json", path)], [], args.overwrite)
     os.environ["MGD_OPS"] = "native"
-    mgd_ops.load_kernels()
+    kernels.load_kernels()
     began = time.perf_counter()
     speeds = bandwidths(args.device)
     print(f"{args.device}: reads {speeds['read']:.0f} GB/s, copies {speeds['copy']:.0f} GB/s (read + write)")
@@ -208,7 +209,7 @@ def main():
     for row in rows:
         row.update(read_gb_s=speeds["read"], copy_gb_s=speeds["copy"])
     print_table(rows)
-    write_result(path, "region loss", rows, time.perf_counter() - began, mgd_ops.backend())
+    write_result(path, "region loss", rows, time.perf_counter() - began, kernels.backend())
     print(f"results: {path}")
 
 

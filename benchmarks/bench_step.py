@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
 import distill
+import kernels
 import mgd_ops
 import models
 from common import (
@@ -227,7 +228,7 @@ def measure(stage, backbone, crop, batch, classes, impl, device, steps) -> list[
     device = torch.device(device)
     torch.backends.cudnn.benchmark = True  # as the training scripts have it
     if impl != "released":
-        mgd_ops.load_kernels()
+        kernels.load_kernels()
     step, clocked = make_arm(stage, backbone, crop, batch, classes, impl, device)
     if device.type == "cpu":
         ctypes.CDLL(None).malloc_trim(0)  # what building left free goes back to the system, so that it is not used unseen

@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import torch
 from bench_region_loss import FORMATS, peak_mb, timed_cpu, timed_cuda
 
+import kernels
 import mgd_ops
 from common import ArgumentParser, UserError, device_slug, run
 from result_files import refuse_outputs, write_result
@@ -144,7 +145,7 @@ def main():
     path = args.json or pathlib.Path("results", f"upsample-loss-{device_slug(args.device)}.json")
     refuse_outputs([("--json", path)], [], args.overwrite)
     os.environ["MGD_OPS"] = "native"
-    mgd_ops.load_kernels()
+    kernels.load_kernels()
     torch.manual_seed(0)
     began = time.perf_counter()
     rows = []
@@ -152,7 +153,7 @@ def main():
         for form in FORMATS:
             rows += bench(args.device, case, shape, form, args.rounds, args.compile)
     print_table(rows)
-    write_result(path, "upsample loss", rows, time.perf_counter() - began, mgd_ops.backend())
+    write_result(path, "upsample loss", rows, time.perf_counter() - began, kernels.backend())
     print(f"results: {path}")
 
 

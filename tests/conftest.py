@@ -13,8 +13,9 @@ from PIL import Image
 
 import common
 import datasets
-import mgd_ops
+import kernels
 import models
+import tiny
 import train_teacher
 
 ROOT = pathlib.Path(common.__file__).parent
@@ -239,14 +240,14 @@ def native_kernels():
         torch.ops.load_library(EMULATED)
         torch.use_deterministic_algorithms(True)  # what is allocated starts as nan
         return
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
+    if shutil.which(kernels.compiler()[0]) is None:
         pytest.skip("no C++ compiler")
     if torch.cuda.is_available() and not NVCC:
-        mgd_ops.build("cpu")
+        kernels.build("cpu")
         return
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("MGD_OPS", "native")
-        assert mgd_ops.load_kernels() == "native"
+        assert kernels.load_kernels() == "native"
 
 
 def features(shape, seed, device="cpu", dtype=torch.float64, layout="contiguous"):
