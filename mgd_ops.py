@@ -407,7 +407,7 @@ def upsampled_cross_entropy_default(logits, labels):
 def upsampled_cross_entropy_backward_default(grad, logits, labels):
     check_label_maps("mgd::upsampled_cross_entropy_backward", logits, labels)
     if grad.shape != (len(labels),) or grad.dtype not in FLOATS or grad.device != logits.device:
-        raise ValueError(f"mgd::upsampled_cross_entropy_backward: the gradient of {len(labels)} losses on {logits.device} is not "
+        raise ValueError(f"mgd::upsampled_cross_entropy_backward: the gradient of {len(labels)} sums on {logits.device} is not "
                          f"{tuple(grad.shape)} of {grad.dtype} on {grad.device}")  # fmt: skip
     grad = grad.to(accumulation_dtype(logits.dtype))
     vertical, horizontal = (interpolation(logits.shape[i + 1], labels[0].shape[i], grad) for i in (1, 2))

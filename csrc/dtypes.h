@@ -30,12 +30,23 @@ void dispatch(ScalarType dtype, F&& f) {
 
 inline ScalarType acc_type(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-// Memory for the gradient of a map (B, C, H, W): dense, and channels_last where the map is, by mgd_ops.is_channels_last.
+// The same values, of that type, one after another in memory.
+inline Tensor dense(const Tensor& t, ScalarType dtype) { return torch::stable::contiguous(torch::stable::to(t, dtype)); }
+
+// Whether the channels of a map (B, C, H, W) lie side by side; so does mgd_ops.is_channels_last.
+inline bool is_channels_last(const Tensor& map) { return map.stride(1) == 1 && map.stride(3) != 1; }
+
+// Memory for a map (B, C, H, W).
+inline Tensor empty_map(int64_t batch, int64_t channels, int64_t height, int64_t width, ScalarType dtype,
+                        torch::stable::Device device, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return torch::stable::empty({batch, channels, height, width}, dtype, std::nullopt, device, std::nullopt, format);
+}
+
+// Memory for the gradient of a map: dense, and channels_last where the map is.
 inline Tensor empty_gradient(const Tensor& map) {
-  const bool channels_last = map.stride(1) == 1 && map.stride(3) != 1;
-  return torch::stable::empty({map.size(0), map.size(1), map.size(2), map.size(3)}, map.scalar_type(), std::nullopt, map.device(),
-                              std::nullopt,
-                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  return empty_map(map.size(0), map.size(1), map.size(2), map.size(3), map.scalar_type(), map.device(), is_channels_last(map));
 }
 
 }  // namespace mgd

@@ -19,6 +19,8 @@ class Line {
     const auto address = reinterpret_cast<uintptr_t>(storage_.data());
     data_ = storage_.data() + (kLine - address % kLine) % kLine / sizeof(acc_t);
   }
+  Line(const Line&) = delete;  // data_ points into storage_
+  Line& operator=(const Line&) = delete;
   acc_t* data() { return data_; }
 
  private:

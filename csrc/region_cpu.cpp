@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "dtypes.h"
 #include "line.h"
 #include "region_math.h"
@@ -123,7 +124,7 @@ Tensor pool(const Tensor& feat, int64_t rows, int64_t cols) {
     const T* in = static_cast<const T*>(feat.const_data_ptr());
     acc_t* out = static_cast<acc_t*>(pooled.mutable_data_ptr());
     const std::vector<acc_t> weights = pixel_weights<acc_t>(vertical, horizontal);
-    if (s.c == 1 && s.w != 1) {
+    if (is_channels_last(feat)) {
       torch::stable::parallel_for(0, batch * rows, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t)
           pool_pixels(in + t / rows * s.b, out + t / rows * rows * cols * channels, s, channels, vertical, horizontal,
@@ -204,9 +205,7 @@ Tensor unpool(const Tensor& grad_pooled, double scale, int64_t height, int64_t w
               ScalarType dtype, bool channels_last) {
   const int64_t batch = grad_pooled.size(0), regions = rows * cols, channels = grad_pooled.size(2);
   const Axis vertical(height, rows), horizontal(width, cols);
-  Tensor grad = torch::stable::empty(
-      {batch, channels, height, width}, dtype, std::nullopt, grad_pooled.device(), std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  Tensor grad = empty_map(batch, channels, height, width, dtype, grad_pooled.device(), channels_last);
   dispatch(dtype, [&](auto type) {
     using T = decltype(type);
     using acc_t = acc_of<T>;
@@ -263,6 +262,7 @@ Tensor unpool(const Tensor& grad_pooled, double scale, int64_t height, int64_t w
 
 // -> loss (), gradient of the loss with respect to the student's pooled vectors (B, R, C)
 std::tuple<Tensor, Tensor> region_loss(const Tensor& student, const Tensor& teacher, int64_t rows, int64_t cols) {
+  check_features(student, teacher, rows, cols);
   const Tensor ours = pool(student, rows, cols), theirs = pool(teacher, rows, cols);
   const int64_t batch = ours.size(0), regions = rows * cols, channels = ours.size(2), other = theirs.size(2);
   // float64 where either is; both pools are brought to one type
@@ -272,14 +272,16 @@ std::tuple<Tensor, Tensor> region_loss(const Tensor& student, const Tensor& teac
   Tensor loss = torch::stable::new_empty(a, {}, type), grad = torch::stable::new_empty(a, {batch, regions, channels}, type);
   dispatch(type, [&](auto tag) {
     using acc_t = acc_of<decltype(tag)>;
+    const acc_t* in = static_cast<const acc_t*>(a.const_data_ptr());
+    const acc_t* in_t = static_cast<const acc_t*>(b.const_data_ptr());
     std::vector<double> losses(batch, 0.0);
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       std::vector<acc_t> unit(regions * std::max(channels, other)), norm(regions);
       std::vector<acc_t> m(regions * regions), m_t(regions * regions), dm(regions);
       for (int64_t n = begin; n < end; ++n) {
-        normalize(static_cast<const acc_t*>(b.const_data_ptr()) + n * regions * other, unit.data(), norm.data(), regions, other);
+        normalize(in_t + n * regions * other, unit.data(), norm.data(), regions, other);
         correlate(unit.data(), m_t.data(), regions, other);
-        normalize(static_cast<const acc_t*>(a.const_data_ptr()) + n * regions * channels, unit.data(), norm.data(), regions, channels);
+        normalize(in + n * regions * channels, unit.data(), norm.data(), regions, channels);
         correlate(unit.data(), m.data(), regions, channels);
         acc_t* out = static_cast<acc_t*>(grad.mutable_data_ptr()) + n * regions * channels;
         for (int64_t i = 0; i < regions; ++i) {
@@ -294,32 +296,39 @@ std::tuple<Tensor, Tensor> region_loss(const Tensor& student, const Tensor& teac
     });
     double sum = 0;
     for (double l : losses) sum += l;
-    *static_cast<acc_t*>(loss.mutable_data_ptr()) = acc_t(sum / (double(std::max<int64_t>(batch, 1)) * double(regions) * double(regions)));
+    const double entries = double(std::max<int64_t>(batch, 1)) * double(regions) * double(regions);
+    *static_cast<acc_t*>(loss.mutable_data_ptr()) = acc_t(sum / entries);
   });
   return {loss, grad};
 }
 
 Tensor region_loss_backward(const Tensor& grad_loss, const Tensor& grad_pooled, int64_t height, int64_t width, int64_t rows,
                             int64_t cols, ScalarType dtype, bool channels_last) {
+  check_pooled(grad_pooled, height, width, rows, cols, dtype);
+  check_device(grad_loss, grad_pooled);
+  STD_TORCH_CHECK(grad_loss.dim() == 0, "mgd: the gradient of the loss must be a scalar");
   double scale = 0;
   dispatch(grad_loss.scalar_type(), [&](auto tag) {
     scale = static_cast<double>(*static_cast<const decltype(tag)*>(grad_loss.const_data_ptr()));
   });
-  return unpool(torch::stable::to(grad_pooled, acc_type(dtype)), scale, height, width, rows, cols, dtype, channels_last);
+  return unpool(dense(grad_pooled, acc_type(dtype)), scale, height, width, rows, cols, dtype, channels_last);
 }
 
 // -> correlation (B, R, R), pooled vectors (B, R, C)
 std::tuple<Tensor, Tensor> pooled_correlation(const Tensor& feat, int64_t rows, int64_t cols) {
+  check_features(feat, feat, rows, cols);
   Tensor pooled = pool(feat, rows, cols);
   const int64_t batch = pooled.size(0), regions = rows * cols, channels = pooled.size(2);
   Tensor correlation = torch::stable::new_empty(pooled, {batch, regions, regions});
   dispatch(pooled.scalar_type(), [&](auto tag) {
     using acc_t = acc_of<decltype(tag)>;
+    const acc_t* in = static_cast<const acc_t*>(pooled.const_data_ptr());
+    acc_t* out = static_cast<acc_t*>(correlation.mutable_data_ptr());
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       std::vector<acc_t> unit(regions * channels), norm(regions);
       for (int64_t n = begin; n < end; ++n) {
-        normalize(static_cast<const acc_t*>(pooled.const_data_ptr()) + n * regions * channels, unit.data(), norm.data(), regions, channels);
-        correlate(unit.data(), static_cast<acc_t*>(correlation.mutable_data_ptr()) + n * regions * regions, regions, channels);
+        normalize(in + n * regions * channels, unit.data(), norm.data(), regions, channels);
+        correlate(unit.data(), out + n * regions * regions, regions, channels);
       }
     });
   });
@@ -328,17 +337,22 @@ std::tuple<Tensor, Tensor> pooled_correlation(const Tensor& feat, int64_t rows, 
 
 Tensor pooled_correlation_backward(const Tensor& grad, const Tensor& pooled, int64_t height, int64_t width, int64_t rows,
                                    int64_t cols, ScalarType dtype, bool channels_last) {
-  const Tensor dense = torch::stable::contiguous(grad);
-  const int64_t batch = pooled.size(0), regions = rows * cols, channels = pooled.size(2);
-  Tensor grad_pooled = torch::stable::new_empty(pooled, {batch, regions, channels});
-  dispatch(pooled.scalar_type(), [&](auto tag) {
+  check_pooled(pooled, height, width, rows, cols, dtype);
+  check_correlation(grad, pooled);
+  const Tensor g = dense(grad, acc_type(dtype)), p = dense(pooled, acc_type(dtype));
+  const int64_t batch = p.size(0), regions = rows * cols, channels = p.size(2);
+  Tensor grad_pooled = torch::stable::new_empty(p, {batch, regions, channels});
+  dispatch(p.scalar_type(), [&](auto tag) {
     using acc_t = acc_of<decltype(tag)>;
+    const acc_t* in = static_cast<const acc_t*>(p.const_data_ptr());
+    const acc_t* dense_g = static_cast<const acc_t*>(g.const_data_ptr());
+    acc_t* grads = static_cast<acc_t*>(grad_pooled.mutable_data_ptr());
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       std::vector<acc_t> unit(regions * channels), norm(regions), dm(regions);
       for (int64_t n = begin; n < end; ++n) {
-        normalize(static_cast<const acc_t*>(pooled.const_data_ptr()) + n * regions * channels, unit.data(), norm.data(), regions, channels);
-        const acc_t* g = static_cast<const acc_t*>(dense.const_data_ptr()) + n * regions * regions;
-        acc_t* out = static_cast<acc_t*>(grad_pooled.mutable_data_ptr()) + n * regions * channels;
+        normalize(in + n * regions * channels, unit.data(), norm.data(), regions, channels);
+        const acc_t* g = dense_g + n * regions * regions;
+        acc_t* out = grads + n * regions * channels;
         for (int64_t i = 0; i < regions; ++i) {
           for (int64_t j = 0; j < regions; ++j) dm[j] = g[i * regions + j] + g[j * regions + i];
           vector_gradient(dm.data(), unit.data(), norm.data(), out + i * channels, i, regions, channels);

@@ -15,6 +15,7 @@
 #include <optional>
 #include <tuple>
 
+#include "checks.h"
 #include "dtypes.h"
 #include "launch.h"
 #include "region_math.h"
@@ -35,8 +36,10 @@ struct Map {  // a feature map: sizes, and strides in elements, 64 bits wide sin
 void check_sizes(int64_t height, int64_t width, int64_t rows, int64_t cols) {
   constexpr int64_t kLimit = int64_t(1) << 31;
   STD_TORCH_CHECK((height + 1) * (rows + 1) < kLimit && (width + 1) * (cols + 1) < kLimit && height * width < kLimit,
-                  "mgd: features of ", height, "x", width, " with ", rows, "x", cols, " regions are too large");
-  STD_TORCH_CHECK(rows * cols <= 3000, "mgd: ", rows, "x", cols, " regions are too many for the CUDA kernels, which take 3000");
+                  "mgd: features of ", height, "x", width, " with ", rows, "x", cols,
+                  " regions are too large for the CUDA kernels; set MGD_OPS=torch");
+  STD_TORCH_CHECK(rows * cols <= 3000, "mgd: ", rows, "x", cols,
+                  " regions are too many for the CUDA kernels, which take 3000; set MGD_OPS=torch for more");
 }
 
 Map map_of(const Tensor& t) {
@@ -58,7 +61,8 @@ __device__ __forceinline__ T warp_sum(T x) {
 // Pool maps whose columns lie side by side (or have any strides, with kVec = 1). One warp an image's channel and row of
 // regions; each lane sums kVec columns over the rows of the bin, then the warp adds columns up to regions.
 template <typename T, typename acc_t, int kVec>
-__global__ void __launch_bounds__(kThreads) pool_planes(const T* __restrict__ in, acc_t* __restrict__ pooled, Map m, int rows, int cols) {
+__global__ void __launch_bounds__(kThreads)
+    pool_planes(const T* __restrict__ in, acc_t* __restrict__ pooled, Map m, int rows, int cols) {
   constexpr int kSpan = kWarp * kVec;  // columns a pass
   __shared__ acc_t columns[kThreads / kWarp][kSpan];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -98,7 +102,8 @@ __global__ void __launch_bounds__(kThreads) pool_planes(const T* __restrict__ in
 
 // Pool maps whose channels lie side by side. One block a region and up to kWarp * kVec channels; its warps share the pixels.
 template <typename T, typename acc_t, int kVec>
-__global__ void __launch_bounds__(kThreads) pool_pixels(const T* __restrict__ in, acc_t* __restrict__ pooled, Map m, int rows, int cols) {
+__global__ void __launch_bounds__(kThreads)
+    pool_pixels(const T* __restrict__ in, acc_t* __restrict__ pooled, Map m, int rows, int cols) {
   constexpr int kWarps = kThreads / kWarp;
   __shared__ acc_t parts[kWarps][kWarp * kVec];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -148,16 +153,18 @@ Tensor pool(const Tensor& feat, int64_t rows, int64_t cols) {
     const T* in = static_cast<const T*>(feat.const_data_ptr());
     acc_t* out = static_cast<acc_t*>(pooled.mutable_data_ptr());
     const bool fits = aligned(in, m, sizeof(T), sizeof(T) * kVec);
-    if (m.sc == 1 && m.sw != 1) {
+    if (is_channels_last(feat)) {
       const bool vector = fits && m.sw % kVec == 0 && m.channels % kVec == 0;
       const int64_t width = kWarp * (vector ? kVec : 1);
-      const dim3 grid(unsigned(m.batch * rows * cols), unsigned((m.channels + width - 1) / width));
+      const int64_t parts = (m.channels + width - 1) / width;
+      STD_TORCH_CHECK(parts <= 65535, "mgd: ", m.channels, " channels are too many for the CUDA kernels; set MGD_OPS=torch");
+      const dim3 grid(grid_side(m.batch * rows * cols), unsigned(parts));
       if (vector) pool_pixels<T, acc_t, kVec><<<grid, kThreads, 0, stream>>>(in, out, m, int(rows), int(cols));
       else pool_pixels<T, acc_t, 1><<<grid, kThreads, 0, stream>>>(in, out, m, int(rows), int(cols));
     } else {
       const bool vector = fits && m.sw == 1 && m.sc % kVec == 0 && m.width % kVec == 0;
       const int64_t tasks = m.batch * m.channels * rows, warps = kThreads / kWarp;
-      const unsigned grid = unsigned((tasks + warps - 1) / warps);
+      const unsigned grid = grid_side((tasks + warps - 1) / warps);
       if (vector) pool_planes<T, acc_t, kVec><<<grid, kThreads, 0, stream>>>(in, out, m, int(rows), int(cols));
       else pool_planes<T, acc_t, 1><<<grid, kThreads, 0, stream>>>(in, out, m, int(rows), int(cols));
     }
@@ -195,8 +202,8 @@ __device__ void correlation_row(const acc_t* __restrict__ pooled, acc_t* m, int6
 // Gradient of the pooled vector i of one image, by one block, from dm[j] = the gradient of m_ij in both places. With
 // u_j = v_j / |v_j|, the block first turns dm[j] into the factor of v_j.
 template <typename acc_t>
-__device__ void vector_gradient(const acc_t* __restrict__ pooled, acc_t* dm, acc_t* __restrict__ grad, int64_t i, int64_t regions,
-                                int64_t channels) {
+__device__ void vector_gradient(const acc_t* __restrict__ pooled, acc_t* dm, acc_t* __restrict__ grad, int64_t i,
+                                int64_t regions, int64_t channels) {
   __shared__ acc_t parts[kThreads / kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int64_t j = warp; j < regions; j += kThreads / kWarp) {
@@ -224,8 +231,9 @@ __device__ void vector_gradient(const acc_t* __restrict__ pooled, acc_t* dm, acc
 
 // One block a pooled vector (b, i): its row of both correlations, its part of the loss, its gradient.
 template <typename acc_t>
-__global__ void __launch_bounds__(kThreads) loss_rows(const acc_t* __restrict__ student, const acc_t* __restrict__ teacher, acc_t* __restrict__ parts,
-                                                      acc_t* __restrict__ grad, int64_t batch, int64_t regions, int64_t channels, int64_t other) {
+__global__ void __launch_bounds__(kThreads)
+    loss_rows(const acc_t* __restrict__ student, const acc_t* __restrict__ teacher, acc_t* __restrict__ parts,
+              acc_t* __restrict__ grad, int64_t batch, int64_t regions, int64_t channels, int64_t other) {
   extern __shared__ __align__(16) unsigned char bytes[];
   acc_t* ours = reinterpret_cast<acc_t*>(bytes);  // (R)
   acc_t* theirs = ours + regions;                 // (R)
@@ -250,7 +258,8 @@ __global__ void __launch_bounds__(kThreads) loss_rows(const acc_t* __restrict__ 
 
 // One block: loss = sum of n parts / count.
 template <typename acc_t>
-__global__ void __launch_bounds__(kThreads) add_parts(const acc_t* __restrict__ parts, acc_t* __restrict__ loss, int64_t n, double count) {
+__global__ void __launch_bounds__(kThreads)
+    add_parts(const acc_t* __restrict__ parts, acc_t* __restrict__ loss, int64_t n, double count) {
   __shared__ double sums[kThreads / kWarp];
   double sum = 0;
   for (int64_t k = threadIdx.x; k < n; k += kThreads) sum += double(parts[k]);
@@ -265,14 +274,16 @@ __global__ void __launch_bounds__(kThreads) add_parts(const acc_t* __restrict__ 
 }
 
 template <typename acc_t>
-__global__ void __launch_bounds__(kThreads) correlation_rows(const acc_t* __restrict__ pooled, acc_t* __restrict__ correlation, int64_t regions, int64_t channels) {
+__global__ void __launch_bounds__(kThreads)
+    correlation_rows(const acc_t* __restrict__ pooled, acc_t* __restrict__ correlation, int64_t regions, int64_t channels) {
   const int64_t b = blockIdx.x / regions, i = blockIdx.x % regions;
   correlation_row(pooled + b * regions * channels, correlation + (b * regions + i) * regions, i, regions, channels);
 }
 
 template <typename acc_t>
-__global__ void __launch_bounds__(kThreads) correlation_gradient(const acc_t* __restrict__ grad, const acc_t* __restrict__ pooled, acc_t* __restrict__ grad_pooled,
-                                                                 int64_t regions, int64_t channels) {
+__global__ void __launch_bounds__(kThreads)
+    correlation_gradient(const acc_t* __restrict__ grad, const acc_t* __restrict__ pooled, acc_t* __restrict__ grad_pooled,
+                         int64_t regions, int64_t channels) {
   extern __shared__ __align__(16) unsigned char bytes[];
   acc_t* dm = reinterpret_cast<acc_t*>(bytes);  // (R)
   const int64_t b = blockIdx.x / regions, i = blockIdx.x % regions;
@@ -285,15 +296,17 @@ __global__ void __launch_bounds__(kThreads) correlation_gradient(const acc_t* __
 // Write the gradient of contiguous maps. One block a plane: its regional gradients go to shared memory, already times
 // weight and scale; each thread keeps its kVec columns and walks down the rows.
 template <typename T, typename acc_t, int kVec>
-__global__ void __launch_bounds__(kThreads) unpool_planes(const acc_t* __restrict__ grad_pooled, const acc_t* __restrict__ scale, T* __restrict__ out,
-                                                          int64_t channels, int height, int width, int rows, int cols) {
+__global__ void __launch_bounds__(kThreads)
+    unpool_planes(const acc_t* __restrict__ grad_pooled, const acc_t* __restrict__ scale, T* __restrict__ out, int64_t channels,
+                  int height, int width, int rows, int cols) {
   extern __shared__ __align__(16) unsigned char bytes[];
   acc_t* regional = reinterpret_cast<acc_t*>(bytes);  // (R)
   const int64_t b = blockIdx.x / channels, c = blockIdx.x % channels;
   const int regions = rows * cols, thread = int(threadIdx.x);
   const acc_t factor = scale ? *scale : acc_t(1);
   for (int r = thread; r < regions; r += kThreads)
-    regional[r] = factor * pixel_weight<acc_t>(r / cols, r % cols, height, width, rows, cols) * grad_pooled[(b * regions + r) * channels + c];
+    regional[r] = factor * pixel_weight<acc_t>(r / cols, r % cols, height, width, rows, cols) *
+                  grad_pooled[(b * regions + r) * channels + c];
   __syncthreads();
   const int groups = (width + kVec - 1) / kVec;  // of kVec columns
   const int across = min(groups, kThreads), down = kThreads / across;
@@ -320,8 +333,9 @@ __global__ void __launch_bounds__(kThreads) unpool_planes(const acc_t* __restric
 // Write the gradient of channels_last maps. One block a row of pixels, one thread kVec channels of a pixel at a time; the
 // weights of the row's regions go to shared memory.
 template <typename T, typename acc_t, int kVec>
-__global__ void __launch_bounds__(kThreads) unpool_pixels(const acc_t* __restrict__ grad_pooled, const acc_t* __restrict__ scale, T* __restrict__ out,
-                                                          int64_t channels, int height, int width, int rows, int cols) {
+__global__ void __launch_bounds__(kThreads)
+    unpool_pixels(const acc_t* __restrict__ grad_pooled, const acc_t* __restrict__ scale, T* __restrict__ out, int64_t channels,
+                  int height, int width, int rows, int cols) {
   extern __shared__ __align__(16) unsigned char bytes[];
   acc_t* weights = reinterpret_cast<acc_t*>(bytes);  // (R), of which rows i0 to i1 are used
   const int64_t b = blockIdx.x / height;
@@ -360,9 +374,7 @@ Tensor unpool(const Tensor& grad_pooled, const Tensor* scale, int64_t height, in
               ScalarType dtype, bool channels_last) {
   const int64_t batch = grad_pooled.size(0), channels = grad_pooled.size(2);
   check_sizes(height, width, rows, cols);
-  Tensor grad = torch::stable::empty(
-      {batch, channels, height, width}, dtype, std::nullopt, grad_pooled.device(), std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  Tensor grad = empty_map(batch, channels, height, width, dtype, grad_pooled.device(), channels_last);
   if (grad.numel() == 0) return grad;
   const cudaStream_t stream = stream_of(grad_pooled);
   dispatch(dtype, [&](auto tag) {
@@ -375,12 +387,14 @@ Tensor unpool(const Tensor& grad_pooled, const Tensor* scale, int64_t height, in
     const int h = int(height), w = int(width), r = int(rows), c = int(cols);
     const size_t shared = size_t(rows * cols) * sizeof(acc_t);
     if (channels_last) {
-      const unsigned grid = unsigned(batch * height);
-      if (channels % kVec == 0) unpool_pixels<T, acc_t, kVec><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, h, w, r, c);
+      const unsigned grid = grid_side(batch * height);
+      if (channels % kVec == 0)
+        unpool_pixels<T, acc_t, kVec><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, h, w, r, c);
       else unpool_pixels<T, acc_t, 1><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, h, w, r, c);
     } else {
-      const unsigned grid = unsigned(batch * channels);
-      if (width % kVec == 0) unpool_planes<T, acc_t, kVec><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, h, w, r, c);
+      const unsigned grid = grid_side(batch * channels);
+      if (width % kVec == 0)
+        unpool_planes<T, acc_t, kVec><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, h, w, r, c);
       else unpool_planes<T, acc_t, 1><<<grid, kThreads, shared, stream>>>(in, factor, out, channels, h, w, r, c);
     }
     check_launch();
@@ -392,6 +406,7 @@ Tensor unpool(const Tensor& grad_pooled, const Tensor* scale, int64_t height, in
 
 // -> loss (), gradient of the loss with respect to the student's pooled vectors (B, R, C)
 std::tuple<Tensor, Tensor> region_loss(const Tensor& student, const Tensor& teacher, int64_t rows, int64_t cols) {
+  check_features(student, teacher, rows, cols);
   const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   const Tensor ours = pool(student, rows, cols), theirs = pool(teacher, rows, cols);
   const int64_t batch = ours.size(0), regions = rows * cols, channels = ours.size(2), other = theirs.size(2);
@@ -405,9 +420,10 @@ std::tuple<Tensor, Tensor> region_loss(const Tensor& student, const Tensor& teac
   dispatch(type, [&](auto tag) {
     using acc_t = acc_of<decltype(tag)>;
     if (batch > 0) {
-      loss_rows<acc_t><<<unsigned(batch * regions), kThreads, 2 * regions * sizeof(acc_t), stream>>>(
+      loss_rows<acc_t><<<grid_side(batch * regions), kThreads, 2 * regions * sizeof(acc_t), stream>>>(
           static_cast<const acc_t*>(a.const_data_ptr()), static_cast<const acc_t*>(b.const_data_ptr()),
-          static_cast<acc_t*>(parts.mutable_data_ptr()), static_cast<acc_t*>(grad.mutable_data_ptr()), batch, regions, channels, other);
+          static_cast<acc_t*>(parts.mutable_data_ptr()), static_cast<acc_t*>(grad.mutable_data_ptr()), batch, regions, channels,
+          other);
       check_launch();
     }
     add_parts<acc_t><<<1, kThreads, 0, stream>>>(static_cast<const acc_t*>(parts.const_data_ptr()),
@@ -420,13 +436,17 @@ std::tuple<Tensor, Tensor> region_loss(const Tensor& student, const Tensor& teac
 
 Tensor region_loss_backward(const Tensor& grad_loss, const Tensor& grad_pooled, int64_t height, int64_t width, int64_t rows,
                             int64_t cols, ScalarType dtype, bool channels_last) {
+  check_pooled(grad_pooled, height, width, rows, cols, dtype);
+  check_device(grad_loss, grad_pooled);
+  STD_TORCH_CHECK(grad_loss.dim() == 0 && is_float(grad_loss.scalar_type()), "mgd: the gradient of the loss must be a scalar");
   const torch::stable::accelerator::DeviceGuard guard(grad_pooled.get_device_index());
-  const Tensor scale = torch::stable::to(grad_loss, acc_type(dtype)), dense = torch::stable::to(grad_pooled, acc_type(dtype));
-  return unpool(dense, &scale, height, width, rows, cols, dtype, channels_last);
+  const Tensor scale = torch::stable::to(grad_loss, acc_type(dtype));
+  return unpool(dense(grad_pooled, acc_type(dtype)), &scale, height, width, rows, cols, dtype, channels_last);
 }
 
 // -> correlation (B, R, R), pooled vectors (B, R, C)
 std::tuple<Tensor, Tensor> pooled_correlation(const Tensor& feat, int64_t rows, int64_t cols) {
+  check_features(feat, feat, rows, cols);
   const torch::stable::accelerator::DeviceGuard guard(feat.get_device_index());
   Tensor pooled = pool(feat, rows, cols);
   const int64_t batch = pooled.size(0), regions = rows * cols, channels = pooled.size(2);
@@ -434,8 +454,9 @@ std::tuple<Tensor, Tensor> pooled_correlation(const Tensor& feat, int64_t rows, 
   if (batch > 0)
     dispatch(pooled.scalar_type(), [&](auto tag) {
       using acc_t = acc_of<decltype(tag)>;
-      correlation_rows<acc_t><<<unsigned(batch * regions), kThreads, 0, stream_of(feat)>>>(
-          static_cast<const acc_t*>(pooled.const_data_ptr()), static_cast<acc_t*>(correlation.mutable_data_ptr()), regions, channels);
+      correlation_rows<acc_t><<<grid_side(batch * regions), kThreads, 0, stream_of(feat)>>>(
+          static_cast<const acc_t*>(pooled.const_data_ptr()), static_cast<acc_t*>(correlation.mutable_data_ptr()), regions,
+          channels);
       check_launch();
     });
   return {correlation, pooled};
@@ -443,15 +464,18 @@ std::tuple<Tensor, Tensor> pooled_correlation(const Tensor& feat, int64_t rows, 
 
 Tensor pooled_correlation_backward(const Tensor& grad, const Tensor& pooled, int64_t height, int64_t width, int64_t rows,
                                    int64_t cols, ScalarType dtype, bool channels_last) {
+  check_pooled(pooled, height, width, rows, cols, dtype);
+  check_correlation(grad, pooled);
+  check_sizes(height, width, rows, cols);
   const torch::stable::accelerator::DeviceGuard guard(pooled.get_device_index());
-  const Tensor dense = torch::stable::contiguous(grad);
-  const int64_t batch = pooled.size(0), regions = rows * cols, channels = pooled.size(2);
-  Tensor grad_pooled = torch::stable::new_empty(pooled, {batch, regions, channels});
+  const Tensor g = dense(grad, acc_type(dtype)), p = dense(pooled, acc_type(dtype));
+  const int64_t batch = p.size(0), regions = rows * cols, channels = p.size(2);
+  Tensor grad_pooled = torch::stable::new_empty(p, {batch, regions, channels});
   if (batch > 0)
-    dispatch(pooled.scalar_type(), [&](auto tag) {
+    dispatch(p.scalar_type(), [&](auto tag) {
       using acc_t = acc_of<decltype(tag)>;
-      correlation_gradient<acc_t><<<unsigned(batch * regions), kThreads, regions * sizeof(acc_t), stream_of(pooled)>>>(
-          static_cast<const acc_t*>(dense.const_data_ptr()), static_cast<const acc_t*>(pooled.const_data_ptr()),
+      correlation_gradient<acc_t><<<grid_side(batch * regions), kThreads, regions * sizeof(acc_t), stream_of(p)>>>(
+          static_cast<const acc_t*>(g.const_data_ptr()), static_cast<const acc_t*>(p.const_data_ptr()),
           static_cast<acc_t*>(grad_pooled.mutable_data_ptr()), regions, channels);
       check_launch();
     });

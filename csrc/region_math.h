@@ -13,7 +13,7 @@
 
 namespace mgd {
 
-// A region below this norm has no direction: its correlations are 0 and it takes no gradient.
+// A region below this norm has no direction: its correlations are 0 and it takes no gradient. MIN_NORM of mgd_ops.py.
 constexpr double kMinNorm = 1e-6;
 
 // Bin i of `bins` over `size` pixels is [bin_begin, bin_end), as in PyTorch's adaptive pooling; bins overlap by a pixel
@@ -49,11 +49,12 @@ MGD_HD acc_t gather(const acc_t* grad, int_t i0, int_t i1, int_t j0, int_t j1, i
   return sum;
 }
 
-// |v|, or infinity for a region without direction, so that everything divided by it vanishes. Vectors are divided by it, and not
-// multiplied by its inverse, so that the direction of a single channel is 1 or -1 to the bit, and its gradient 0.
+// |v|, or infinity for a region without direction, so that everything divided by it vanishes. Vectors are divided by it, and
+// not multiplied by its inverse, so that the direction of a single channel is 1 or -1 to the bit, and its gradient 0. A nan is
+// not below the limit, so that it reaches the loss.
 template <typename acc_t>
 MGD_HD acc_t norm_of(acc_t squared_norm) {
-  return squared_norm >= acc_t(kMinNorm * kMinNorm) ? std::sqrt(squared_norm) : std::numeric_limits<acc_t>::infinity();
+  return squared_norm < acc_t(kMinNorm * kMinNorm) ? std::numeric_limits<acc_t>::infinity() : std::sqrt(squared_norm);
 }
 
 // d loss / d m_ij, both places of the symmetric pair together, for a batch of `batch` images.

@@ -19,6 +19,7 @@
 #include <optional>
 #include <vector>
 
+#include "checks.h"
 #include "dtypes.h"
 #include "line.h"
 #include "upsample_math.h"
@@ -29,12 +30,13 @@ namespace {
 constexpr int64_t kWidth = 32;     // full pixels of a strip
 constexpr int64_t kTaskRows = 64;  // full rows, about, that a thread takes at a time
 
-// exp(x) for x <= 0, to 1e-7 of its value above exp(-87), which stands for all below. Unlike std::exp it becomes vector
+// exp(x) for x <= 0, to 1e-7 of its value above exp(-87), and 0 below. Unlike std::exp it becomes vector
 // instructions: 2^n times the Taylor series of exp(x - n ln 2), |x - n ln 2| < 0.35, with n from adding and taking away a
 // number whose last place counts ones.
 inline float exp_below(float x) {
   constexpr float kOnes = 12582912.0f;  // 1.5 * 2^23
-  x = x < -87.0f ? -87.0f : x;
+  const bool vanishes = x < -87.0f;
+  x = vanishes ? -87.0f : x;
   const float shifted = x * 1.44269504f + kOnes, n = shifted - kOnes;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts; the product with the first is exact
   float sum = 1.0f / 5040;
@@ -50,9 +52,15 @@ inline float exp_below(float x) {
   bits = (bits << 23) + (127u << 23);  // the exponent n
   float power;
   std::memcpy(&power, &bits, sizeof(power));
-  return sum * power;
+  return vanishes ? 0.0f : sum * power;
 }
 inline double exp_below(double x) { return std::exp(x); }
+
+// A logit `share` of the way from a to b. Where b has no weight it is not looked at, as it may not be finite.
+template <typename acc_t>
+inline acc_t between(acc_t a, acc_t b, acc_t share) {
+  return share > 0 ? (acc_t(1) - share) * a + share * b : a;
+}
 
 // One axis: the cells' first pixels, and the place of each full pixel, with some more up to whole strips.
 template <typename acc_t>
@@ -94,7 +102,7 @@ class Walk {
       for (int64_t strip = 0; strip < across_.strips; ++strip) f(y, strip);
   }
 
-  // Interpolates that strip into tile (N, kWidth); top (kWidth) is the largest logit of each pixel.
+  // Interpolates that strip into tile (N, kWidth); top (kWidth) is the largest logit of each pixel, or nan where there is one.
   void interpolate(int64_t y, int64_t strip) {
     const int64_t cell = down_.cell[y], n = classes_ * kWidth;
     const acc_t share = down_.share[y];
@@ -105,9 +113,9 @@ class Walk {
     std::fill(top, top + kWidth, -std::numeric_limits<acc_t>::infinity());
     for (int64_t i = 0; i < n; i += kWidth)
       for (int64_t p = 0; p < kWidth; ++p) {
-        const acc_t t = share > 0 ? above[i + p] + share * (below[i + p] - above[i + p]) : above[i + p];
+        const acc_t t = between(above[i + p], below[i + p], share);
         tile[i + p] = t;
-        top[p] = t > top[p] ? t : top[p];
+        top[p] = (t > top[p]) | (t != t) ? t : top[p];
       }
   }
 
@@ -143,8 +151,7 @@ class Walk {
         acc_t* __restrict__ out = rows_[r % 2].data() + (s * classes_ + n) * kWidth;
         for (int64_t p = 0; p < kWidth; ++p) {
           const int64_t x = s * kWidth + p;
-          const acc_t left = coarse[cell[x]], right = coarse[cell[x] + 1];
-          out[p] = share[x] > 0 ? left + share[x] * (right - left) : left;
+          out[p] = between(coarse[cell[x]], coarse[cell[x] + 1], share[x]);
         }
       }
     }
@@ -258,7 +265,7 @@ class Labels {
   std::vector<const int64_t*> data_;
 };
 
-void check_labels(const std::vector<int64_t>& wrong, int64_t classes) {
+void check_classes(const std::vector<int64_t>& wrong, int64_t classes) {
   for (int64_t label : wrong)
     STD_TORCH_CHECK(label == kIgnore, "mgd: a label is ", label, ", and neither 255 nor one of ", classes, " classes");
 }
@@ -267,6 +274,7 @@ void check_labels(const std::vector<int64_t>& wrong, int64_t classes) {
 
 // -> the sum of the cross entropies against each of K label maps (K)
 Tensor upsampled_cross_entropy(const Tensor& logits, std::vector<Tensor> maps) {
+  check_labels(logits, maps);
   const int64_t batch = logits.size(0), classes = logits.size(1), count = maps.size();
   const Labels all(maps, classes);
   Tensor sums = torch::stable::new_empty(logits, {count}, acc_type(logits.scalar_type()));
@@ -298,7 +306,7 @@ Tensor upsampled_cross_entropy(const Tensor& logits, std::vector<Tensor> maps) {
           });
       }
     });
-    check_labels(wrong, classes);
+    check_classes(wrong, classes);
     for (int64_t k = 0; k < count; ++k) {
       double sum = 0;
       for (int64_t task = 0; task < tasks.count; ++task) sum += parts[task * count + k];
@@ -312,14 +320,15 @@ Tensor upsampled_cross_entropy(const Tensor& logits, std::vector<Tensor> maps) {
 // gather from these cells and from those above its first row: the full rows there are computed twice, in 1 of 16 rows of
 // cells at four times the size, and nothing has to be added up across threads.
 Tensor upsampled_cross_entropy_backward(const Tensor& grad_sums, const Tensor& logits, std::vector<Tensor> maps) {
+  check_sums(grad_sums, logits, maps);
   const int64_t batch = logits.size(0), classes = logits.size(1), count = maps.size();
   const Labels all(maps, classes);
-  const Tensor dense = torch::stable::contiguous(torch::stable::to(grad_sums, acc_type(logits.scalar_type())));
+  const Tensor scales = dense(grad_sums, acc_type(logits.scalar_type()));
   Tensor grad = empty_gradient(logits);
   dispatch(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using acc_t = acc_of<T>;
-    const acc_t* scale = static_cast<const acc_t*>(dense.const_data_ptr());
+    const acc_t* scale = static_cast<const acc_t*>(scales.const_data_ptr());
     const Axis<acc_t> down(logits.size(2), all.height()), across(logits.size(3), all.width());
     const Tasks tasks(batch, down.size, down.target);
     std::vector<int64_t> wrong(tasks.count, kIgnore);
@@ -360,13 +369,14 @@ Tensor upsampled_cross_entropy_backward(const Tensor& grad_sums, const Tensor& l
         }
       }
     });
-    check_labels(wrong, classes);
+    check_classes(wrong, classes);
   });
   return grad;
 }
 
 // -> the class of the largest logit of each full pixel (B, H, W), 255 where its probability is below the threshold
 Tensor upsampled_argmax(const Tensor& logits, int64_t height, int64_t width, double threshold) {
+  check_size(logits, height, width);
   const int64_t batch = logits.size(0), classes = logits.size(1);
   Tensor labels = torch::stable::new_empty(logits, {batch, height, width}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(labels.mutable_data_ptr());
@@ -386,11 +396,14 @@ Tensor upsampled_argmax(const Tensor& logits, int64_t height, int64_t width, dou
             const acc_t* __restrict__ tile = walk.tile();
             const acc_t* __restrict__ top = walk.top();
             for (int32_t n = int32_t(classes) - 1; n >= 0; --n)  // downwards: among equals the first class wins
-              for (int64_t p = 0; p < kWidth; ++p) winner[p] = tile[n * kWidth + p] == top[p] ? n : winner[p];
+              for (int64_t p = 0; p < kWidth; ++p) {
+                const acc_t t = tile[n * kWidth + p];
+                winner[p] = (t == top[p]) | (t != t) ? n : winner[p];
+              }
             if (threshold > 0) {
               walk.template exponentiate<false>();
               for (int64_t p = 0; p < kWidth; ++p)
-                if (!(acc_t(1) / walk.sum()[p] >= acc_t(threshold))) winner[p] = kIgnore;
+                if (acc_t(1) / walk.sum()[p] < acc_t(threshold)) winner[p] = kIgnore;
             }
             std::copy_n(winner, std::min(kWidth, width - strip * kWidth),
                         out + (tasks.image(task) * height + y) * width + strip * kWidth);

@@ -21,6 +21,7 @@
 #include <optional>
 #include <vector>
 
+#include "checks.h"
 #include "dtypes.h"
 #include "launch.h"
 #include "upsample_math.h"
@@ -47,9 +48,10 @@ Geometry geometry_of(const Tensor& t, int64_t height, int64_t width) {
   constexpr int64_t kLimit = int64_t(1) << 31;
   const int64_t reach = t.size(1) * t.stride(1) + t.size(2) * t.stride(2) + t.size(3) * t.stride(3);
   STD_TORCH_CHECK(t.size(2) * height < kLimit && t.size(3) * width < kLimit && reach < kLimit,
-                  "mgd: logits of ", t.size(2), "x", t.size(3), " are too large to be brought to ", height, "x", width);
+                  "mgd: logits of ", t.size(2), "x", t.size(3), " are too large for the CUDA kernels to be brought to ", height,
+                  "x", width, "; set MGD_OPS=torch");
   STD_TORCH_CHECK(t.size(0) <= 65535 && height <= 65535 * kRows, "mgd: batches of over 65,535 images, or images of over ",
-                  65535 * kRows, " rows, are too large");  // what a grid's second and third side may be
+                  65535 * kRows, " rows, are too large for the CUDA kernels; set MGD_OPS=torch");  // sides of a grid
   return {t.size(0), int(t.size(1)), int(t.size(2)), int(t.size(3)), int(height), int(width),
           t.stride(0), int(t.stride(1)), int(t.stride(2)), int(t.stride(3))};
 }
@@ -65,7 +67,8 @@ struct Labels {  // K contiguous maps (B, H, W)
 
 // The tensors that `labels` points into are kept in `kept`.
 Labels labels_of(const std::vector<Tensor>& maps, std::vector<Tensor>& kept) {
-  STD_TORCH_CHECK(maps.size() <= kMaps, "mgd: ", maps.size(), " label maps are too many for the CUDA kernels, which take ", kMaps);
+  STD_TORCH_CHECK(maps.size() <= kMaps, "mgd: ", maps.size(), " label maps are too many for the CUDA kernels, which take ",
+                  kMaps, "; set MGD_OPS=torch for more");
   Labels labels{};
   for (const Tensor& map : maps) {
     kept.push_back(torch::stable::contiguous(map));
@@ -79,7 +82,7 @@ Labels labels_of(const std::vector<Tensor>& maps, std::vector<Tensor>& kept) {
 // looked at, as it may not be finite.
 template <typename acc_t>
 __device__ __forceinline__ acc_t between(acc_t a, acc_t b, acc_t share) {
-  return share > 0 ? std::fma(share, b - a, a) : a;
+  return share > 0 ? std::fma(share, b, (acc_t(1) - share) * a) : a;
 }
 
 // A full pixel among the coarse ones: pointers to its four corners in class 0, and its place between them.
@@ -111,7 +114,8 @@ __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ double logarithm(double x) { return log(x); }
 
-// The largest logit of a pixel, its class (the first of equals), and the sum over the classes of exp(logit - largest).
+// The largest logit of a pixel, its class (the first of equals), and the sum over the classes of exp(logit - largest). A nan
+// counts as larger than all else; the sum is nan where the largest is not finite, as in softmax.
 template <typename acc_t>
 struct Summary {
   acc_t top, sum;
@@ -121,16 +125,18 @@ struct Summary {
 template <typename T, typename acc_t = acc_of<T>>
 __device__ Summary<acc_t> summarize(const Corners<T>& corners, const Geometry& g) {
   Summary<acc_t> s{corners.logit(0), acc_t(1), 0};
-  if (s.top == -std::numeric_limits<acc_t>::infinity()) s.sum = 0;
+  constexpr acc_t infinity = std::numeric_limits<acc_t>::infinity();
+  if (s.top == -infinity) s.sum = 0;
 #pragma unroll 4
   for (int n = 1; n < g.classes; ++n) {
     const acc_t t = corners.logit(n * g.sc);
-    if (t == -std::numeric_limits<acc_t>::infinity()) continue;  // adds nothing, and -inf - -inf would be nan
-    const bool larger = t > s.top;
+    if (t == -infinity) continue;  // adds nothing, and -inf - -inf would be nan
+    const bool larger = t > s.top || (t != t && s.top == s.top);
     const acc_t e = exponential(larger ? s.top - t : t - s.top);
     s.sum = larger ? s.sum * e + acc_t(1) : s.sum + e;
     if (larger) s.top = t, s.winner = n;
   }
+  if (!(s.top > -infinity && s.top < infinity)) s.sum = std::numeric_limits<acc_t>::quiet_NaN();
   return s;
 }
 
@@ -149,7 +155,8 @@ __device__ double block_sum(double x) {
 
 // parts (K, blocks): the sums of the cross entropies of each block's pixels.
 template <typename T>
-__global__ void __launch_bounds__(kBlock) cross_entropies(const T* __restrict__ logits, Labels labels, double* __restrict__ parts, Geometry g) {
+__global__ void __launch_bounds__(kBlock)
+    cross_entropies(const T* __restrict__ logits, Labels labels, double* __restrict__ parts, Geometry g) {
   using acc_t = acc_of<T>;
   const int x = blockIdx.x * kWarp + threadIdx.x % kWarp, y = blockIdx.y * kRows + threadIdx.x / kWarp;
   const bool inside = x < g.width && y < g.height;
@@ -182,7 +189,8 @@ __global__ void __launch_bounds__(kBlock) cross_entropies(const T* __restrict__ 
 
 // sums (K): one block each.
 template <typename acc_t>
-__global__ void __launch_bounds__(kBlock) add_parts(const double* __restrict__ parts, acc_t* __restrict__ sums, int64_t blocks) {
+__global__ void __launch_bounds__(kBlock)
+    add_parts(const double* __restrict__ parts, acc_t* __restrict__ sums, int64_t blocks) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < blocks; i += kBlock) sum += parts[blockIdx.x * blocks + i];
   sum = block_sum(sum);
@@ -202,9 +210,10 @@ __global__ void __launch_bounds__(kBlock) log_sum_exp(const T* __restrict__ logi
 // The gradient of a coarse pixel in kC classes, a thread: over the full pixels of the four cells it is a corner of, the sum of
 // its weight there times sum_k scale_k (softmax - one hot), k over the maps in which the pixel has a class.
 template <typename T, int kC>
-__global__ void __launch_bounds__(kGather) gather_gradient(const T* __restrict__ logits, Labels labels, const acc_of<T>* __restrict__ lse,
-                                                           const acc_of<T>* __restrict__ scale, T* __restrict__ grad, Geometry g,
-                                                           int64_t gb, int64_t gc, int64_t gh, int64_t gw) {
+__global__ void __launch_bounds__(kGather)
+    gather_gradient(const T* __restrict__ logits, Labels labels, const acc_of<T>* __restrict__ lse,
+                    const acc_of<T>* __restrict__ scale, T* __restrict__ grad, Geometry g, int64_t gb, int64_t gc, int64_t gh,
+                    int64_t gw) {
   using acc_t = acc_of<T>;
   const int groups = (g.classes + kC - 1) / kC;
   int64_t task = int64_t(blockIdx.x) * kGather + threadIdx.x;  // (b, i, j, group), the group fastest
@@ -219,7 +228,8 @@ __global__ void __launch_bounds__(kGather) gather_gradient(const T* __restrict__
   for (int row = max(i - 1, 0); row <= i; ++row)
 #pragma unroll 1
     for (int col = max(j - 1, 0); col <= j; ++col) {  // cells
-      const int y1 = cell_begin(row + 1, g.h, g.height), x0 = cell_begin(col, g.w, g.width), x1 = cell_begin(col + 1, g.w, g.width);
+      const int y1 = cell_begin(row + 1, g.h, g.height);
+      const int x0 = cell_begin(col, g.w, g.width), x1 = cell_begin(col + 1, g.w, g.width);
       const T* p = logits + b * g.sb + (row * g.sh + col * g.sw + first * g.sc);
       const int right = col + 1 < g.w ? g.sw : 0, below = row + 1 < g.h ? g.sh : 0;
 #pragma unroll 1
@@ -264,19 +274,21 @@ __global__ void __launch_bounds__(kGather) gather_gradient(const T* __restrict__
 
 // labels (B, H, W): the class of the largest logit, 255 where its probability is below the threshold.
 template <typename T>
-__global__ void __launch_bounds__(kBlock) argmax(const T* __restrict__ logits, int64_t* __restrict__ labels, acc_of<T> threshold, Geometry g) {
+__global__ void __launch_bounds__(kBlock)
+    argmax(const T* __restrict__ logits, int64_t* __restrict__ labels, acc_of<T> threshold, Geometry g) {
   const int x = blockIdx.x * kWarp + threadIdx.x % kWarp, y = blockIdx.y * kRows + threadIdx.x / kWarp;
   if (x >= g.width || y >= g.height) return;
   const Corners<T> corners(logits + blockIdx.z * g.sb, g, y, x);
   const Summary<acc_of<T>> s = summarize(corners, g);
-  const bool sure = threshold <= 0 || acc_of<T>(1) / s.sum >= threshold;
-  labels[(int64_t(blockIdx.z) * g.height + y) * g.width + x] = sure ? s.winner : kIgnore;
+  const bool unsure = threshold > 0 && acc_of<T>(1) / s.sum < threshold;
+  labels[(int64_t(blockIdx.z) * g.height + y) * g.width + x] = unsure ? kIgnore : s.winner;
 }
 
 }  // namespace
 
 // -> the sum of the cross entropies against each of K label maps (K)
 Tensor upsampled_cross_entropy(const Tensor& logits, std::vector<Tensor> maps) {
+  check_labels(logits, maps);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Geometry g = geometry_of(logits, maps[0].size(1), maps[0].size(2));
   std::vector<Tensor> kept;
@@ -301,6 +313,7 @@ Tensor upsampled_cross_entropy(const Tensor& logits, std::vector<Tensor> maps) {
 
 // The gradient with respect to the logits, from that of the sums (K).
 Tensor upsampled_cross_entropy_backward(const Tensor& grad_sums, const Tensor& logits, std::vector<Tensor> maps) {
+  check_sums(grad_sums, logits, maps);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Geometry g = geometry_of(logits, maps[0].size(1), maps[0].size(2));
   std::vector<Tensor> kept;
@@ -308,7 +321,7 @@ Tensor upsampled_cross_entropy_backward(const Tensor& grad_sums, const Tensor& l
   Tensor grad = empty_gradient(logits);
   if (grad.numel() == 0) return grad;
   const ScalarType type = acc_type(logits.scalar_type());
-  const Tensor scale = torch::stable::contiguous(torch::stable::to(grad_sums, type));
+  const Tensor scale = dense(grad_sums, type);
   Tensor lse = torch::stable::new_empty(logits, {g.batch, g.height, g.width}, type);
   const cudaStream_t stream = stream_of(logits);
   dispatch(logits.scalar_type(), [&](auto tag) {
@@ -319,7 +332,7 @@ Tensor upsampled_cross_entropy_backward(const Tensor& grad_sums, const Tensor& l
     log_sum_exp<T><<<grid_of(g), kBlock, 0, stream>>>(in, static_cast<acc_t*>(lse.mutable_data_ptr()), g);
     check_launch();
     const int64_t tasks = g.batch * g.h * g.w * ((g.classes + kC - 1) / kC);
-    gather_gradient<T, kC><<<unsigned((tasks + kGather - 1) / kGather), kGather, 0, stream>>>(
+    gather_gradient<T, kC><<<grid_side((tasks + kGather - 1) / kGather), kGather, 0, stream>>>(
         in, labels, static_cast<const acc_t*>(lse.const_data_ptr()), static_cast<const acc_t*>(scale.const_data_ptr()),
         static_cast<T*>(grad.mutable_data_ptr()), g, grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3));
     check_launch();
@@ -329,6 +342,7 @@ Tensor upsampled_cross_entropy_backward(const Tensor& grad_sums, const Tensor& l
 
 // -> the class of the largest logit of each full pixel (B, H, W), 255 where its probability is below the threshold
 Tensor upsampled_argmax(const Tensor& logits, int64_t height, int64_t width, double threshold) {
+  check_size(logits, height, width);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Geometry g = geometry_of(logits, height, width);
   Tensor labels = torch::stable::new_empty(logits, {g.batch, height, width}, ScalarType::Long);
@@ -336,7 +350,8 @@ Tensor upsampled_argmax(const Tensor& logits, int64_t height, int64_t width, dou
   dispatch(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     argmax<T><<<grid_of(g), kBlock, 0, stream_of(logits)>>>(
-        static_cast<const T*>(logits.const_data_ptr()), static_cast<int64_t*>(labels.mutable_data_ptr()), acc_of<T>(threshold), g);
+        static_cast<const T*>(logits.const_data_ptr()), static_cast<int64_t*>(labels.mutable_data_ptr()), acc_of<T>(threshold),
+        g);
     check_launch();
   });
   return labels;

@@ -11,7 +11,7 @@
 
 namespace mgd {
 
-constexpr int64_t kIgnore = 255;  // the label of pixels that do not count
+constexpr int64_t kIgnore = 255;  // the label of pixels that do not count; IGNORE_INDEX of common.py
 
 template <typename acc_t, typename int_t>
 struct Place {
