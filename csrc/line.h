@@ -22,6 +22,7 @@ class Line {
   Line(const Line&) = delete;  // data_ points into storage_
   Line& operator=(const Line&) = delete;
   acc_t* data() { return data_; }
+  const acc_t* data() const { return data_; }
 
  private:
   static constexpr size_t kLine = 64;

@@ -115,8 +115,26 @@ class Walk {
       for (int64_t p = 0; p < kWidth; ++p) {
         const acc_t t = between(above[i + p], below[i + p], share);
         tile[i + p] = t;
-        top[p] = (t > top[p]) | (t != t) ? t : top[p];
+        top[p] = t > top[p] ? t : top[p];
       }
+    odd_ = odd_rows_[cell % 2] || (share > 0 && odd_rows_[(cell + 1) % 2]);
+    if (!odd_) return;
+    for (int64_t i = 0; i < n; i += kWidth)
+      for (int64_t p = 0; p < kWidth; ++p)
+        if (tile[i + p] != tile[i + p]) top[p] = tile[i + p];
+  }
+
+  // winner (kWidth): the first class of the largest logit of each pixel, as in torch.argmax.
+  void argmax(int32_t* __restrict__ winner) const {
+    const acc_t* __restrict__ tile = tile_.data();
+    const acc_t* __restrict__ top = top_.data();
+    std::fill(winner, winner + kWidth, 0);
+    for (int32_t n = int32_t(classes_) - 1; n >= 0; --n)  // downwards, so that the first of equals stays
+      for (int64_t p = 0; p < kWidth; ++p) winner[p] = tile[n * kWidth + p] == top[p] ? n : winner[p];
+    if (!odd_) return;
+    for (int32_t n = int32_t(classes_) - 1; n >= 0; --n)
+      for (int64_t p = 0; p < kWidth; ++p)
+        if (tile[n * kWidth + p] != tile[n * kWidth + p]) winner[p] = n;
   }
 
   // sum (kWidth) of exp(tile - top) over the classes; with kKeep these stay in tile.
@@ -143,9 +161,11 @@ class Walk {
     const T* in = logits_ + image_ * strides_.b + r * strides_.h;
     const int32_t* __restrict__ cell = across_.cell.data();
     const acc_t* __restrict__ share = across_.share.data();
+    acc_t sum = 0;  // of x - x, which is nan where a logit is not finite
     for (int64_t n = 0; n < classes_; ++n, in += strides_.c) {
       acc_t* __restrict__ coarse = coarse_.data();
       for (int64_t j = 0; j < across_.size; ++j) coarse[j] = static_cast<acc_t>(in[j * strides_.w]);
+      for (int64_t j = 0; j < across_.size; ++j) sum += coarse[j] - coarse[j];
       coarse[across_.size] = coarse[across_.size - 1];
       for (int64_t s = 0; s < across_.strips; ++s) {
         acc_t* __restrict__ out = rows_[r % 2].data() + (s * classes_ + n) * kWidth;
@@ -155,7 +175,7 @@ class Walk {
         }
       }
     }
-    held_[r % 2] = r;
+    held_[r % 2] = r, odd_rows_[r % 2] = sum != 0;
   }
 
   const T* logits_;
@@ -164,6 +184,7 @@ class Walk {
   const Axis<acc_t>& down_;
   const Axis<acc_t>& across_;
   int64_t image_ = 0, held_[2] = {-1, -1};  // the coarse rows that rows_ hold
+  bool odd_rows_[2] = {}, odd_ = false;     // whether those, and tile, hold logits that are not finite
   Line<acc_t> rows_[2];                     // coarse row r, at full width, is rows_[r % 2]
   Line<acc_t> coarse_, tile_, top_, sum_;
 };
@@ -392,14 +413,8 @@ Tensor upsampled_argmax(const Tensor& logits, int64_t height, int64_t width, dou
         for (int64_t cell = tasks.first(task); cell < tasks.last(task); ++cell)
           walk.visit(cell, [&](int64_t y, int64_t strip) {
             walk.interpolate(y, strip);
-            int32_t winner[kWidth] = {};
-            const acc_t* __restrict__ tile = walk.tile();
-            const acc_t* __restrict__ top = walk.top();
-            for (int32_t n = int32_t(classes) - 1; n >= 0; --n)  // downwards: among equals the first class wins
-              for (int64_t p = 0; p < kWidth; ++p) {
-                const acc_t t = tile[n * kWidth + p];
-                winner[p] = (t == top[p]) | (t != t) ? n : winner[p];
-              }
+            int32_t winner[kWidth];
+            walk.argmax(winner);
             if (threshold > 0) {
               walk.template exponentiate<false>();
               for (int64_t p = 0; p < kWidth; ++p)
