@@ -112,6 +112,76 @@ def test_low_precision_is_accumulated_in_float32(dtype):
     assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
 
 
+def test_losses_in_plain_pytorch_are_of_float32_under_autocast():
+    """Gradients too, of a backward that runs under autocast."""
+    teacher, label = (
+        random(2, 4, 6, 5, seed=1).float(),
+        torch.randint(4, (2, 17, 8), generator=torch.Generator().manual_seed(1)),
+    )
+    for loss in (
+        lambda logits: mgd_ops.image_loss(logits, teacher, (17, 8)),
+        lambda logits: mgd_ops.ohem_cross_entropy(logits, label),
+    ):
+        found = []
+        for autocast in (False, True):
+            logits = random(2, 4, 6, 5).float().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                value = loss(logits)
+                value.backward()
+            found.append((value.detach(), logits.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_an_empty_batch_has_no_loss():
+    logits = torch.zeros(0, 4, 6, 5, requires_grad=True)
+    label = torch.zeros(0, 17, 8, dtype=torch.int64)
+    for loss in (
+        mgd_ops.ohem_cross_entropy(logits, label),
+        mgd_ops.image_loss(logits, logits.detach(), (17, 8)),
+        mgd_ops.image_loss(logits, logits.detach(), (17, 8), "mean"),
+        mgd_ops.pixel_cross_entropy(logits, label),
+        mgd_ops.region_loss(logits, logits.detach()),
+        mgd_ops.region_loss_reference(logits, logits.detach()),
+    ):
+        loss.backward()
+        assert loss == 0
+
+
+def test_nan_in_plain_pytorch_reaches_the_loss():
+    logits, label = random(1, 4, 5, 5), torch.zeros(1, 5, 5, dtype=torch.int64)
+    logits[0, 2, 3, 3] = torch.nan
+    assert mgd_ops.image_loss(logits, random(1, 4, 5, 5, seed=1), (9, 9)).isnan()
+    assert mgd_ops.ohem_cross_entropy(logits, label).isnan()
+    label[0, 3, 3] = 255
+    assert mgd_ops.ohem_cross_entropy(logits, label).isfinite()
+
+
+def test_meta_tensors_have_the_losses_shapes():
+    logits, label = random(2, 4, 6, 5).to("meta"), torch.zeros(2, 17, 8, dtype=torch.int64, device="meta")
+    assert mgd_ops.ohem_cross_entropy(logits, label).shape == mgd_ops.image_loss(logits, logits, (17, 8)).shape == ()
+    assert mgd_ops.global_logits(logits, (17, 8)).shape == (2, 4)
+
+
+@pytest.mark.slow
+def test_export_with_dynamic_sizes():
+    class Losses(torch.nn.Module):
+        def forward(self, logits, teacher, label):
+            return mgd_ops.ohem_cross_entropy(logits, label), mgd_ops.image_loss(logits, teacher, label.shape[1:])
+
+    dims = {name: torch.export.Dim(name, min=2) for name in "bhwHW"}
+    coarse = {0: dims["b"], 2: dims["h"], 3: dims["w"]}
+    sizes = (coarse, coarse, {0: dims["b"], 1: dims["H"], 2: dims["W"]})
+
+    def arguments(batch, height, width, *size):
+        label = torch.randint(4, (batch, *size), generator=torch.Generator().manual_seed(1))
+        return random(batch, 4, height, width), random(batch, 4, height, width, seed=1), label
+
+    exported = torch.export.export(Losses(), arguments(2, 6, 5, 17, 18), dynamic_shapes=sizes).module()
+    for case in ((2, 6, 5, 17, 18), (3, 4, 9, 30, 8), (5, 7, 7, 5, 5)):
+        for got, expected in zip(exported(*arguments(*case)), Losses()(*arguments(*case)), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("keep,ignored", [(0.08, 0.1), (0.5, 0.1), (1.0, 0.1), (0.5, 0.9), (0.5, 1.0)])
 def test_ohem_equals_sorting_by_hand(keep, ignored):
     generator = torch.Generator().manual_seed(0)

@@ -1,10 +1,12 @@
 """Cross entropy and argmax of upsampled logits: PyTorch default and native kernels against the float64 reference."""
 
+import itertools
+import os
 import sys
 
 import pytest
 import torch
-from conftest import DEVICES, LAYOUTS, ROOT, features, python
+from conftest import DEVICES, EMULATED, LAYOUTS, ROOT, features, python
 
 import mgd_ops
 
@@ -12,6 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_upsample_loss
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
+# F.interpolate does not round all classes alike, and F.nll_loss has its own words
+kernels_alone = pytest.mark.skipif(os.environ.get("MGD_OPS") == "torch", reason="the kernels are not loaded")
 # (B, N, h, w) of the logits, (H, W) of the labels
 CASES = [
     ((1, 1, 1, 1), (1, 1)),
@@ -23,12 +27,14 @@ CASES = [
     ((1, 4, 20, 31), (7, 5)),  # a smaller size
     ((1, 4, 9, 9), (1, 1)),
     ((1, 3, 7, 1), (1, 4)),
-    ((1, 300, 5, 6), (17, 21)),
+    ((1, 255, 5, 6), (17, 21)),
     ((2, 21, 33, 33), (129, 129)),  # 4 n + 1: coarse pixels that lie on full ones
     ((2, 4, 70, 10), (70, 37)),
     ((1, 3, 2, 2), (300, 70)),
     ((0, 3, 4, 4), (9, 9)),
 ]
+if EMULATED:  # smaller and larger, coarse pixels on full ones, several groups of classes and blocks, nothing
+    CASES = [CASES[i] for i in (1, 6)] + [((2, 11, 5, 9), (17, 33)), ((1, 4, 7, 10), (7, 37)), ((0, 3, 4, 4), (9, 9))]
 
 
 def random_logits(shape, seed, device="cpu", dtype=torch.float64, layout="contiguous"):
@@ -78,6 +84,8 @@ def scale_of(grad, labels) -> float:
 IMPLEMENTATIONS = {"native": mgd_ops.pixel_cross_entropies, "default": default_cross_entropies}
 
 
+@pytest.mark.slow
+@pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape,size", CASES, ids=str)
@@ -95,6 +103,8 @@ def test_losses_and_gradient_equal_the_float64_reference(implementation, shape, 
         torch.testing.assert_close(grad.double(), expected, rtol=0, atol=tolerance * scale_of(expected, labels) + 1e-15)
 
 
+@pytest.mark.slow
+@pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -111,6 +121,8 @@ def test_low_precision_errs_at_most_twice_as_much_as_pytorch(shape, size, dtype,
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 0.01 * rounding
 
 
+@pytest.mark.slow
+@pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -121,6 +133,7 @@ def test_gradient_equals_finite_differences(implementation, layout, device):
         assert torch.autograd.gradcheck(lambda x, labels=labels: tuple(IMPLEMENTATIONS[implementation](x, labels)), logits)
 
 
+@pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_counts_are_divided_by(implementation, device):
@@ -131,6 +144,7 @@ def test_counts_are_divided_by(implementation, device):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_maps_without_a_label_have_no_loss_and_no_gradient(implementation, device):
@@ -141,6 +155,7 @@ def test_maps_without_a_label_have_no_loss_and_no_gradient(implementation, devic
     assert mgd_ops.pixel_cross_entropies(logits, []) == []
 
 
+@pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [(6, 6), (23, 23)])
 def test_large_logits_do_not_overflow(size, device):
@@ -151,16 +166,257 @@ def test_large_logits_do_not_overflow(size, device):
     assert (grad.double() - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.kernel_law
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(6, 6), (21, 26), (4, 3)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_class_ruled_out_by_minus_infinity(implementation, size, device):
+    """Such logits are as good as in F.cross_entropy, also where they are interpolated, and take a gradient of exactly 0."""
+    for dtype in (torch.float64, torch.float32):
+        logits, labels = random_logits((2, 4, 6, 6), 0, device, dtype), random_labels((2, 3), size, device)
+        logits[:, 3] = -torch.inf
+        losses, grad = losses_and_gradient(IMPLEMENTATIONS[implementation], logits, labels)
+        assert not grad[:, 3].any()
+        without = losses_and_gradient(mgd_ops.pixel_cross_entropies_reference, logits[:, :3].double(), labels)
+        torch.testing.assert_close((losses.double(), grad[:, :3].double()), without, rtol=1e-4, atol=1e-6)
+
+
+VALUES = {"nan": [torch.nan], "inf": [torch.inf], "-inf": [-torch.inf], "all": [torch.nan, torch.inf, -torch.inf]}
+
+
+@pytest.mark.kernel_law
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", VALUES)
+def test_reference_default_and_kernels_agree_on_what_is_not_finite(values, dtype, device):
+    """Losses and labels of logits of which some are NaN or infinite; of NaN, what counts makes the loss NaN."""
+    seen = []
+    for (shape, size), seed in itertools.product(
+        (
+            ((2, 3, 4, 5), (4, 5)),
+            ((2, 4, 5, 4), (9, 13)),
+            ((1, 5, 3, 6), (20, 41)),
+            ((2, 2, 6, 5), (4, 3)),
+            ((1, 1, 3, 3), (7, 7)),
+        ),
+        range(2 if EMULATED else 6),
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        logits = random_logits(shape, seed, device, dtype)
+        for value in VALUES[values]:
+            logits[(torch.rand(shape, generator=generator) < 0.05).to(device)] = value
+        labels = random_labels(shape, size, device, ignored=(0.0, 0.9, 0.99))
+        losses = [torch.stack(f(logits, labels)) for f in (mgd_ops.pixel_cross_entropies_reference, *IMPLEMENTATIONS.values())]
+        for other in losses[1:]:
+            torch.testing.assert_close(other, losses[0], rtol=1e-4, atol=1e-4, equal_nan=True)
+        full = mgd_ops.upsample_any(logits, size)
+        counts = torch.stack([(full.isnan().any(1) & (label != 255)).any() for label in labels])
+        assert losses[0][counts].isnan().all()
+        for threshold in (0.0, 0.4):
+            expected = mgd_ops.upsampled_argmax_reference(logits, size, threshold)
+            assert torch.equal(mgd_ops.upsampled_argmax(logits, size, threshold), expected)
+            assert torch.equal(mgd_ops.upsampled_argmax_default(logits, *size, threshold), expected)
+        seen.append(losses[0])
+    seen = torch.cat(seen)
+    assert seen.isfinite().any() and not seen.isfinite().all()
+
+
+@pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_class_ruled_out_by_minus_infinity(implementation, device):
-    """Where there is nothing to interpolate, such logits are as good as in F.cross_entropy."""
-    logits, labels = random_logits((2, 4, 6, 6), 0, device), random_labels((2, 3), (6, 6), device)
-    logits[:, 3] = -torch.inf
-    got = losses_and_gradient(IMPLEMENTATIONS[implementation], logits, labels)
-    torch.testing.assert_close(got, losses_and_gradient(mgd_ops.pixel_cross_entropies_reference, logits, labels))
+def test_a_nan_without_weight_does_not_count(implementation, device):
+    """Coarse pixels are where they lie: at scale 4 the full pixels of the other coarse columns take nothing from a NaN."""
+    logits, label = random_logits((1, 3, 4, 4), 0, device), torch.full((1, 13, 13), 255, device=device)
+    logits[:, :, :, 1] = torch.nan
+    label[..., 0] = label[..., 8:] = 1
+    (loss,) = IMPLEMENTATIONS[implementation](logits, [label])
+    finite = logits.clone()
+    finite[:, :, :, 1] = 7
+    torch.testing.assert_close(loss, mgd_ops.pixel_cross_entropies_reference(finite, [label])[0])
+    label[0, 5, 1] = 2
+    assert IMPLEMENTATIONS[implementation](logits, [label])[0].isnan()
 
 
+@pytest.mark.kernel_law
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_largest_floats_do_not_overflow_between_each_other(implementation, device):
+    logits, labels = random_logits((1, 3, 3, 3), 0, device, torch.float32), random_labels((1, 3), (9, 9), device)
+    logits[0, 0, 1], logits[0, 0, 2] = 3e38, -2.5e38  # whose difference is infinite
+    losses, grad = losses_and_gradient(IMPLEMENTATIONS[implementation], logits, labels)
+    reference, expected = losses_and_gradient(mgd_ops.pixel_cross_entropies_reference, logits, labels)
+    torch.testing.assert_close((losses, grad), (reference, expected))
+    assert not losses.isnan().any() and grad.isfinite().all()
+
+
+@pytest.mark.kernel_law
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_of_improbable_classes_are_exact(implementation, device):
+    """The gradient of a class is its probability, down to the smallest that float32 holds in full."""
+    differences = torch.tensor([0.0, -5, -16, -18, -30, -60, -86])
+    logits, label = (
+        differences.to(device)[None, :, None, None].expand(1, 7, 2, 2).clone(),
+        torch.zeros(1, 2, 2, dtype=torch.int64),
+    )
+    logits.requires_grad_()
+    (loss,) = IMPLEMENTATIONS[implementation](logits, [label.to(device)])
+    (grad,) = torch.autograd.grad(4 * loss, logits)
+    expected = differences.double().softmax(0)[1:]
+    torch.testing.assert_close(grad[0, 1:, 0, 1].double().cpu(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.kernel_law
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", ["native", "default"])
+def test_labels_and_gradients_of_any_strides(path, device):
+    """Label maps that lie anyhow in memory, and gradients of the sums of any strides and floats."""
+    forward, backward = (
+        getattr(torch.ops.mgd, name) if path == "native" else getattr(mgd_ops, f"{name}_default")
+        for name in ("upsampled_cross_entropy", "upsampled_cross_entropy_backward")
+    )
+    logits, (label, other, _) = random_logits((2, 3, 4, 5), 0, device, torch.float32), random_labels((2, 3), (9, 12), device)
+    wide = label.repeat_interleave(2, 2)
+    sums = torch.tensor([2.0, -1.0], device=device)
+    for map_ in (
+        label.transpose(1, 2).contiguous().transpose(1, 2),
+        wide[..., ::2],
+        label.flip(0).flip(0),
+        label[:1].expand(2, -1, -1),
+    ):
+        maps = [map_, other]
+        dense = [each.contiguous() for each in maps]
+        expected = losses_and_gradient_of_sums(mgd_ops.pixel_cross_entropies_reference, logits, dense, sums)
+        torch.testing.assert_close(forward(logits, maps), expected[0], rtol=1e-5, atol=1e-5)
+        for grad in (
+            sums,
+            sums.double(),
+            sums.bfloat16(),
+            sums.repeat_interleave(2)[::2],
+            sums.double().repeat_interleave(2)[::2],
+        ):
+            torch.testing.assert_close(backward(grad, logits, maps), expected[1], rtol=1e-4, atol=1e-5)
+    same = torch.tensor(2.0, device=device).expand(2)
+    torch.testing.assert_close(backward(same, logits, [label, other]), backward(same.contiguous(), logits, [label, other]))
+
+
+def losses_and_gradient_of_sums(function, logits, labels, weights):
+    """The sums of cross entropies, and the gradient of a weighted sum of them."""
+    logits = logits.detach().requires_grad_()
+    ones = [torch.ones((), device=logits.device) for _ in labels]
+    sums = torch.stack(function(logits, labels, ones))
+    return sums.detach(), torch.autograd.grad(sums @ weights, logits)[0]
+
+
+@pytest.mark.kernel_law
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", ["native", "default"])
+def test_raw_ops_refuse_what_does_not_fit(path, device):
+    """torch.ops.mgd can be called without the checks of `mgd_ops`, and nothing there may read out of bounds."""
+    forward, backward, argmax = (
+        getattr(torch.ops.mgd, name) if path == "native" else getattr(mgd_ops, f"{name}_default")
+        for name in ("upsampled_cross_entropy", "upsampled_cross_entropy_backward", "upsampled_argmax")
+    )
+    logits, label = torch.randn(2, 3, 4, 4, device=device), torch.zeros(2, 9, 9, dtype=torch.int64, device=device)
+    sums = torch.ones(1, device=device)
+    many = torch.zeros(2, 256, 4, 4, device=device)
+    wrong_logits = [logits[0], logits.long(), logits[:, :0], logits[..., :0], logits.to(torch.complex64), many]
+    wrong_maps = [
+        [],
+        [label.int()],
+        [label[:1]],
+        [label[0]],
+        [label[:, :0]],
+        [label, label[:, :3, :3]],
+        [label, label[..., :0]],
+    ]
+    calls = [
+        *((forward, each, [label]) for each in (*wrong_logits, logits[:1])),
+        *((forward, logits, each) for each in wrong_maps),
+        *((backward, sums, each, [label]) for each in (*wrong_logits, logits[:1])),
+        *((backward, torch.ones(len(each), device=device), logits, each) for each in wrong_maps),
+        *((backward, each, logits, [label]) for each in (sums[:0], sums[0], torch.ones(2, device=device), sums.long())),
+        *((argmax, each, 9, 9, 0.0) for each in wrong_logits),
+        *((argmax, logits, *size, 0.0) for size in ((0, 9), (9, -1))),
+    ]
+    for op, *arguments in calls:
+        with pytest.raises((ValueError, RuntimeError), match="mgd:"):
+            op(*arguments)
+            print("not refused:", op, [getattr(each, "shape", each) for each in arguments])
+    if device == "cuda":
+        for op, *arguments in ((forward, logits, [label.cpu()]), (backward, sums.cpu(), logits, [label])):
+            with pytest.raises((ValueError, RuntimeError), match="mgd:"):
+                op(*arguments)
+
+
+@pytest.mark.skipif("not EMULATED and 'cuda' not in DEVICES", reason="limits of the CUDA kernels alone")
+@pytest.mark.kernel_law
+def test_limits_of_the_cuda_kernels_are_named():
+    device = DEVICES[-1]
+    logits, label = torch.zeros(1, 2, 2, 2, device=device), torch.zeros(1, 3, 3, dtype=torch.int64, device=device)
+    assert len(mgd_ops.pixel_cross_entropies(logits, [label] * 16)) == 16
+    with pytest.raises(RuntimeError, match="17 label maps are too many for the CUDA kernels, which take 16; set MGD_OPS=torch"):
+        mgd_ops.pixel_cross_entropies(logits, [label] * 17)
+    with pytest.raises(RuntimeError, match=r"batches of over 65,535 images.*set MGD_OPS=torch"):
+        mgd_ops.upsampled_argmax(logits.expand(65536, -1, -1, -1), (3, 3))
+    with pytest.raises(
+        RuntimeError, match="55x55 regions are too many for the CUDA kernels, which take 3000; set MGD_OPS=torch"
+    ):
+        mgd_ops.pooled_correlation(logits, 55)
+
+
+def test_gradients_are_of_float32_under_autocast():
+    """Also those that the PyTorch default finds in a backward that runs under autocast."""
+    logits, labels = random_logits((2, 4, 5, 6), 0, dtype=torch.float32), random_labels((2, 4), (17, 21))
+    for function in IMPLEMENTATIONS.values():
+        grads = []
+        for autocast in (False, True):
+            leaf = logits.clone().requires_grad_()
+            loss = sum(function(leaf, labels))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss.backward()
+            grads.append(leaf.grad)
+        assert torch.equal(*grads)
+
+
+def test_second_derivatives_raise():
+    logits, labels = random_logits((2, 4, 5, 6), 0).requires_grad_(), random_labels((2, 4), (17, 21))
+    loss = sum(mgd_ops.pixel_cross_entropies(logits, labels))
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    assert torch.equal(grad, torch.autograd.grad(loss, logits, retain_graph=True)[0])
+    for total in (grad.square().sum(), grad.square().sum() + loss):  # also where another term has a second derivative
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            total.backward(retain_graph=True)
+
+
+def test_meta_tensors_and_an_empty_batch():
+    logits, label = torch.zeros(2, 3, 4, 4, device="meta"), torch.zeros(2, 9, 9, dtype=torch.int64, device="meta")
+    assert [loss.shape for loss in mgd_ops.pixel_cross_entropies(logits, [label, label])] == [(), ()]
+    assert mgd_ops.upsampled_argmax(logits, (9, 9)).shape == (2, 9, 9)
+    empty = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    loss = mgd_ops.pixel_cross_entropy(empty, torch.zeros(0, 9, 9, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0 and empty.grad.shape == empty.shape
+
+
+@pytest.mark.slow
+def test_export_with_dynamic_sizes():
+    class Pixels(torch.nn.Module):
+        def forward(self, logits, label):
+            size = label.shape[1:]
+            return *mgd_ops.pixel_cross_entropies(logits, [label, label.flip(0)]), mgd_ops.upsampled_argmax(logits, size, 0.5)
+
+    dims = {name: torch.export.Dim(name, min=2) for name in "bhwHW"}
+    shapes = ({0: dims["b"], 2: dims["h"], 3: dims["w"]}, {0: dims["b"], 1: dims["H"], 2: dims["W"]})
+    example = random_logits((2, 3, 4, 5), 0), random_labels((2, 3), (13, 14))[0]
+    exported = torch.export.export(Pixels(), example, dynamic_shapes=shapes).module()
+    for batch, coarse, size in ((2, (4, 5), (13, 14)), (3, (7, 2), (9, 30)), (5, (9, 9), (4, 5))):
+        arguments = random_logits((batch, 3, *coarse), 1), random_labels((batch, 3), size)[1]
+        for got, expected in zip(exported(*arguments), Pixels()(*arguments), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_sums_over_many_pixels_stay_exact(device):
     logits = random_logits((1, 2, 64, 64), 0, device, torch.float32)
@@ -171,6 +427,7 @@ def test_sums_over_many_pixels_stay_exact(device):
     assert (grad.double() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradient_keeps_the_memory_format(device):
     for layout in ("contiguous", "channels_last"):
@@ -179,6 +436,7 @@ def test_gradient_keeps_the_memory_format(device):
             assert losses_and_gradient(function, logits, random_labels((2, 8), (48, 48), device))[1].stride() == logits.stride()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_large_logits_are_never_held(device):
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -191,6 +449,8 @@ def test_large_logits_are_never_held(device):
         assert peak < 1.1 * 8 * 2 * 256 * 256 / 1e6
 
 
+@pytest.mark.slow
+@pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape,size", CASES, ids=str)
@@ -211,6 +471,8 @@ def test_argmax_equals_the_float64_reference(native, shape, size, layout, device
             assert torch.equal(label[sure], expected[sure])
 
 
+@kernels_alone
+@pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 def test_of_equal_classes_the_first_wins(device):
     logits = random_logits((2, 3, 6, 7), 0, device, torch.float32)
@@ -219,6 +481,8 @@ def test_of_equal_classes_the_first_wins(device):
     assert (mgd_ops.upsampled_argmax(torch.zeros(1, 5, 2, 2, device=device), (9, 9)) == 0).all()
 
 
+@pytest.mark.slow
+@pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 def test_results_repeat_bit_by_bit(device):
     shape, size = (3, 21, 40, 41), (160, 163)
@@ -235,6 +499,7 @@ def test_results_repeat_bit_by_bit(device):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_torch_compile_has_no_graph_break(device):
     logits, labels = random_logits((2, 5, 6, 7), 0, device, torch.float32), random_labels((2, 5), (23, 25), device)
@@ -258,15 +523,20 @@ def test_wrong_input_is_refused():
             mgd_ops.pixel_cross_entropies(logits, [label, wrong])
     with pytest.raises(ValueError, match="a label on meta"):
         mgd_ops.pixel_cross_entropies(logits, [label.to("meta")])
-    for wrong in (logits[0], logits.long(), logits[:, :0]):
-        with pytest.raises(ValueError, match=r"logits are \(B, N, h, w\) of floats"):
+    for wrong in (logits[0], logits.long(), logits[:, :0], logits.to(torch.float8_e5m2)):
+        with pytest.raises(ValueError, match=r"logits are \(B, N, h, w\) of float64, float32, float16 or bfloat16"):
             mgd_ops.pixel_cross_entropies(wrong, [label])
-        with pytest.raises(ValueError, match=r"logits are \(B, N, h, w\) of floats"):
+        with pytest.raises(ValueError, match=r"logits are \(B, N, h, w\) of float64, float32, float16 or bfloat16"):
             mgd_ops.upsampled_argmax(wrong, (9, 9))
+    many = torch.zeros(2, 256, 4, 4)  # 255 would be a class and the label of pixels that do not count
+    for call in (lambda: mgd_ops.pixel_cross_entropies(many, [label]), lambda: mgd_ops.upsampled_argmax(many, (9, 9))):
+        with pytest.raises(ValueError, match="there are 256 classes"):
+            call()
     with pytest.raises(ValueError, match="cannot be brought to the size"):
         mgd_ops.upsampled_argmax(logits, (0, 9))
 
 
+@kernels_alone
 @pytest.mark.parametrize("wrong", [3, 254, 256, -1, -100])
 def test_labels_that_are_no_class_are_refused(wrong):
     logits, label = random_logits((2, 3, 4, 4), 0).requires_grad_(), torch.full((2, 9, 40), 255)
@@ -280,11 +550,11 @@ def test_labels_that_are_no_class_are_refused(wrong):
 
 
 OPCHECK = """
-import torch, mgd_ops
+import torch, kernels, mgd_ops
 from torch.library import opcheck
 import sys
 device = sys.argv[1]
-print(mgd_ops.load_kernels())
+print(kernels.load_kernels())
 for dtype in (torch.float32, torch.bfloat16):
     for form in (torch.contiguous_format, torch.channels_last):
         logits = torch.randn(2, 4, 5, 6, device=device).to(dtype).contiguous(memory_format=form)
@@ -296,6 +566,7 @@ print("checked")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("path", ["torch", "native"])
 def test_opcheck_before_and_after_the_native_load(path, device):
