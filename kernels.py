@@ -100,7 +100,7 @@ def build(device: str) -> pathlib.Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is read-only")
-        with lock(folder, baton=not hasattr(cpp_extension, "FileLock")), ninja_on_path():
+        with lock(folder, baton=not hasattr(cpp_extension, "FileLock")), ninja_on_path(), compiler_in_one_word(folder):
             if not cpp_extension.is_ninja_available():
                 raise KernelError("no ninja; install it with pip install ninja")
             cpp_extension.load(
@@ -152,6 +152,22 @@ def ninja_on_path():
         yield
     finally:
         os.environ["PATH"] = before
+
+
+@contextlib.contextmanager
+def compiler_in_one_word(folder: pathlib.Path):
+    """torch takes CXX as the name of a program; where it holds arguments, it becomes that of a script which has them."""
+    before = os.environ.get("CXX")
+    if len(compiler()) > 1:
+        script = folder / "cxx"
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler())} "$@"\n')
+        script.chmod(0o755)
+        os.environ["CXX"] = str(script)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["CXX"] = before
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """How the native kernels are built, cached and loaded, as a user meets it."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -18,13 +19,36 @@ import mgd_ops
 LOAD = "import kernels; print(kernels.load_kernels(), kernels.load_kernels())"
 
 
-def tiny(folder) -> str:
-    """Code that lets `kernels` build two empty sources, which takes a second."""
-    sources = folder / "sources"
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> pathlib.Path:
+    """An empty cache of a process that has loaded nothing; what it builds are two empty sources, which takes a second."""
+    sources = tmp_path / "sources"
     sources.mkdir()
     for name in ("region_cpu.cpp", "upsample_cpu.cpp"):
         (sources / name).write_text("")
-    return f"import kernels, pathlib; kernels.SOURCES = pathlib.Path({str(sources)!r}); "
+    monkeypatch.setattr(kernels, "SOURCES", sources)
+    monkeypatch.setattr(kernels, "state", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def builds(monkeypatch):
+    """MGD_OPS=native builds and loads the kernels."""
+    monkeypatch.setenv("MGD_OPS", "native")
+    assert kernels.load_kernels() == kernels.load_kernels() == "native"
+
+
+def falls_back(expected, monkeypatch, capsys):
+    """MGD_OPS=auto prints one line and goes on with PyTorch, MGD_OPS=native ends with that line."""
+    monkeypatch.setenv("MGD_OPS", "auto")
+    assert kernels.load_kernels() == kernels.load_kernels() == "torch"
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("kernels: cpu kernels not loaded") and expected in err and len(err.splitlines()) == 1
+    monkeypatch.setenv("MGD_OPS", "native")
+    with pytest.raises(common.UserError, match="MGD_OPS=native: cpu kernels not loaded") as error:
+        kernels.load_kernels()
+    assert expected in str(error.value)
 
 
 def path_without(name, folder):
@@ -35,18 +59,6 @@ def path_without(name, folder):
             if file.name != name and not (folder / file.name).is_symlink():
                 (folder / file.name).symlink_to(file)
     return str(folder)
-
-
-def falls_back(expected, **environment):
-    """MGD_OPS=auto prints one line and goes on with PyTorch, MGD_OPS=native ends with that line."""
-    environment = {**NO_GPU, **environment}
-    done = python(LOAD, MGD_OPS="auto", **environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["torch", "torch"]
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("kernels: cpu kernels not loaded") and expected in lines[0], done.stderr
-    done = python(LOAD, MGD_OPS="native", **environment)
-    assert done.returncode != 0 and "MGD_OPS=native: cpu kernels not loaded" in done.stderr and expected in done.stderr
 
 
 @pytest.fixture
@@ -118,19 +130,19 @@ def test_the_compiler_may_have_arguments(value, command, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["-fno-math-errno", "-DA='\"1 2\"'"])
-def test_kernels_are_built_by_a_compiler_with_arguments(arguments, tmp_path):
+def test_kernels_are_built_by_a_compiler_with_arguments(arguments, cache, monkeypatch):
     command = f"{kernels.compiler()[0]} {arguments}"
-    done = python(tiny(tmp_path) + LOAD, MGD_OPS="native", CXX=command, TORCH_EXTENSIONS_DIR=str(tmp_path), **NO_GPU)
-    assert done.stdout.split() == ["native", "native"], done.stderr
+    monkeypatch.setenv("CXX", command)
+    builds(monkeypatch)
+    assert os.environ["CXX"] == command
 
 
 @pytest.mark.slow
-def test_ninja_of_an_environment_that_is_not_activated(tmp_path):
+def test_ninja_of_an_environment_that_is_not_activated(cache, monkeypatch, tmp_path):
     if not pathlib.Path(sys.executable).with_name("ninja").exists():
         pytest.skip("ninja is not installed beside this Python")
-    environment = {"PATH": path_without("ninja", tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path), **NO_GPU}
-    done = python(tiny(tmp_path) + LOAD, MGD_OPS="native", **environment)
-    assert done.stdout.split() == ["native", "native"], done.stderr
+    monkeypatch.setenv("PATH", path_without("ninja", tmp_path / "bin"))
+    builds(monkeypatch)
 
 
 @pytest.mark.slow
@@ -144,10 +156,10 @@ def test_cuda_source_compiles_links_and_loads():
 # ---- what can go wrong ----
 
 
-@pytest.mark.slow
-def test_torch_path_does_not_try(tmp_path):
-    done = python(LOAD, MGD_OPS="torch", TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
-    assert done.stdout.split() == ["torch", "torch"] and not done.stderr and not (tmp_path / "cache").exists()
+def test_torch_path_does_not_try(monkeypatch, never_builds):
+    monkeypatch.setattr(kernels, "state", {})
+    monkeypatch.setenv("MGD_OPS", "torch")
+    assert kernels.load_kernels() == "torch"
 
 
 def test_unknown_path(monkeypatch, never_builds):
@@ -156,46 +168,47 @@ def test_unknown_path(monkeypatch, never_builds):
         kernels.load_kernels()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "no-such-compiler -m64"])
-def test_no_compiler(compiler, tmp_path):
-    falls_back("no C++ compiler 'no-such-compiler'", CXX=compiler, TORCH_EXTENSIONS_DIR=str(tmp_path))
+def test_no_compiler(compiler, cache, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", compiler)
+    falls_back("no C++ compiler 'no-such-compiler'", monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_a_compiler_that_fails(tmp_path):
+def test_a_compiler_that_fails(cache, monkeypatch, capsys, tmp_path):
     compiler = tmp_path / "broken-c++"
     versions = "*--version*|*-dumpfullversion*) echo 12.0.0;;"
     compiler.write_text(f"#!/bin/sh\ncase \"$*\" in {versions} *) echo 'x.cpp:1: error: no luck'; exit 1;; esac\n")
     compiler.chmod(0o755)
-    falls_back("no luck", CXX=str(compiler), TORCH_EXTENSIONS_DIR=str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    falls_back("no luck", monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_no_ninja(tmp_path):
-    code = "import kernels, contextlib; kernels.ninja_on_path = contextlib.nullcontext; print(kernels.load_kernels())"
-    environment = {"PATH": path_without("ninja", tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path), **NO_GPU}
-    done = python(code, MGD_OPS="auto", **environment)
-    assert done.stdout.split() == ["torch"] and "no ninja; install it" in done.stderr and len(done.stderr.splitlines()) == 1
+def test_no_ninja(cache, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(kernels, "ninja_on_path", contextlib.nullcontext)
+    monkeypatch.setenv("PATH", path_without("ninja", tmp_path / "bin"))
+    falls_back("no ninja; install it", monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_a_cache_that_cannot_be_written(tmp_path):
+def test_a_cache_that_cannot_be_written(cache, monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    falls_back("TORCH_EXTENSIONS_DIR", TORCH_EXTENSIONS_DIR=str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "cache"))
+    falls_back("TORCH_EXTENSIONS_DIR", monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_a_library_that_cannot_be_opened_is_to_be_deleted(tmp_path):
-    code, environment = tiny(tmp_path) + "print(kernels.load_kernels())", {"TORCH_EXTENSIONS_DIR": str(tmp_path), **NO_GPU}
-    assert python(code, MGD_OPS="native", **environment).stdout.split() == ["native"]
-    (library,) = tmp_path.glob("mgd_cpu_*/*.so")
-    library.write_bytes(library.read_bytes()[:100])
-    done = python(code, MGD_OPS="auto", **environment)
+def test_a_library_that_cannot_be_opened_is_to_be_deleted(cache):
+    code = f"import kernels, pathlib; kernels.SOURCES = pathlib.Path({str(kernels.SOURCES)!r}); print(kernels.load_kernels())"
+    assert python(code, MGD_OPS="native", **NO_GPU).stdout.split() == ["native"]
+    (library,) = cache.glob("mgd_cpu_*/*.so")
+    library.write_bytes(library.read_bytes()[:30])
+    done = python(code, MGD_OPS="auto", **NO_GPU)
     assert done.stdout.split() == ["torch"] and len(done.stderr.splitlines()) == 1
     assert f"file too short; delete {library.parent}" in done.stderr and "TORCH_EXTENSIONS_DIR" not in done.stderr
     shutil.rmtree(library.parent)
-    assert python(code, MGD_OPS="native", **environment).stdout.split() == ["native"]
+    assert python(code, MGD_OPS="native", **NO_GPU).stdout.split() == ["native"]
 
 
 def build_in(folder, baton=False):
@@ -221,17 +234,12 @@ def test_the_lock_of_a_build_that_was_killed_is_named_and_left_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_build_that_is_locked_falls_back(tmp_path):
-    code = f"{tiny(tmp_path)} kernels.LOCK_TIMEOUT = 1; "
-    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "MGD_OPS": "auto", **NO_GPU}
-    name = python(code + "print(kernels.digest(kernels.processor()))", **environment).stdout.strip()
-    path = tmp_path / f"mgd_cpu_{name}" / "build.lock"
-    path.parent.mkdir()
-    with filelock.FileLock(path):
-        done = python(code + "print(kernels.load_kernels())", **environment)
-    assert (
-        done.stdout.split() == ["torch"] and f"{path} has been held for" in done.stderr and len(done.stderr.splitlines()) == 1
-    )
+def test_a_build_that_is_locked_falls_back(cache, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "LOCK_TIMEOUT", 0.1)
+    folder = cache / f"mgd_cpu_{kernels.digest(kernels.processor())}"
+    folder.mkdir(parents=True)
+    with filelock.FileLock(folder / "build.lock"):
+        falls_back(f"{folder / 'build.lock'} has been held for", monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("mode", ["auto", "native"])
@@ -259,26 +267,32 @@ def test_a_failure_lets_no_rank_wait(rank, mode, monkeypatch):
     assert order == (["build", "barrier"] if rank == "0" else ["barrier", "build"])
 
 
-def main_prints(**environment):
-    """The lines of `python kernels.py` where the CPU's kernels are built already."""
-    done = python("import kernels; b = kernels.build; kernels.build = lambda d: 'done' if d == 'cpu' else b(d); "
-                  "import sys; sys.argv = ['kernels.py']; kernels.main()", **environment)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()
+def main_prints(script, monkeypatch, **environment):
+    """The lines of `python kernels.py`, of which that of the CPU is left out."""
+    from torch.utils import cpp_extension
+
+    build = kernels.build
+    monkeypatch.setattr(kernels, "build", lambda device: "folder" if device == "cpu" else build(device))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", NVCC)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = script(kernels)
+    cpu, cuda = out.splitlines()
+    assert code == 0 and not err and cpu.startswith("cpu: folder")
+    return cuda
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="no nvcc in CUDA_HOME or /usr/local/cuda")
-def test_an_unknown_architecture_is_one_line():
-    cpu, cuda = main_prints(CUDA_HOME=NVCC, TORCH_CUDA_ARCH_LIST="99.9")
-    assert cpu.startswith("cpu: done") and cuda.startswith("cuda: not built: Unknown CUDA arch (99.9)")
+def test_an_unknown_architecture_is_one_line(script, monkeypatch, tmp_path):
+    cuda = main_prints(script, monkeypatch, TORCH_CUDA_ARCH_LIST="99.9", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert cuda.startswith("cuda: not built: Unknown CUDA arch (99.9)")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_while_nvcc_is_there():
-    cpu, cuda = main_prints(**({"CUDA_HOME": NVCC} if NVCC else {}), TORCH_CUDA_ARCH_LIST="")
-    assert cpu.startswith("cpu: done") and cuda.startswith("cuda: not built: no ")
+def test_no_gpu_while_nvcc_is_there(script, monkeypatch):
+    assert main_prints(script, monkeypatch, TORCH_CUDA_ARCH_LIST="").startswith("cuda: not built: no ")
 
 
 # ---- constants that Python and C++ share ----

@@ -290,7 +290,7 @@ def test_raw_backwards_take_any_strides_and_floats(path, dtype, device):
                 second.transpose(1, 2).contiguous().transpose(1, 2),
                 second.flip(0)[[1, 0]].repeat(1, 1, 2)[..., :3],
             ):
-                scattered = first.mT.contiguous().mT if first.ndim else first
+                scattered = first.repeat_interleave(2, 2)[..., ::2] if first.ndim else first
                 got = backward(scattered.to(type_first), each.to(type_second), *like)
                 assert got.dtype == dtype and got.shape == (2, 3, 6, 7)
                 tolerance = 1e-5 if dtype != torch.bfloat16 else 2e-2
