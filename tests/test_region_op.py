@@ -435,16 +435,15 @@ from torch.library import opcheck
 import sys
 device = sys.argv[1]
 print(kernels.load_kernels())
-for dtype in (torch.float32, torch.bfloat16):
-    for form in (torch.contiguous_format, torch.channels_last):
-        feat = torch.randn(2, 4, 9, 11, device=device).to(dtype).contiguous(memory_format=form).requires_grad_()
-        teacher = torch.randn(2, 3, 8, 8, device=device).to(dtype)
-        like = (9, 11, 3, 2, dtype, form == torch.channels_last)
-        vectors = torch.randn(2, 6, 4, device=device)
-        opcheck(torch.ops.mgd.region_loss.default, (feat, teacher, 3, 2))
-        opcheck(torch.ops.mgd.pooled_correlation.default, (feat, 3, 2))
-        opcheck(torch.ops.mgd.region_loss_backward.default, (torch.tensor(2.0, device=device), vectors, *like))
-        opcheck(torch.ops.mgd.pooled_correlation_backward.default, (torch.randn(2, 6, 6, device=device), vectors, *like))
+for dtype, form in ((torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)):
+    feat = torch.randn(2, 4, 9, 11, device=device).to(dtype).contiguous(memory_format=form).requires_grad_()
+    teacher = torch.randn(2, 3, 8, 8, device=device).to(dtype)
+    like = (9, 11, 3, 2, dtype, form == torch.channels_last)
+    vectors = torch.randn(2, 6, 4, device=device)
+    opcheck(torch.ops.mgd.region_loss.default, (feat, teacher, 3, 2))
+    opcheck(torch.ops.mgd.pooled_correlation.default, (feat, 3, 2))
+    opcheck(torch.ops.mgd.region_loss_backward.default, (torch.tensor(2.0, device=device), vectors, *like))
+    opcheck(torch.ops.mgd.pooled_correlation_backward.default, (torch.randn(2, 6, 6, device=device), vectors, *like))
 print("checked")
 """
 

@@ -555,13 +555,12 @@ from torch.library import opcheck
 import sys
 device = sys.argv[1]
 print(kernels.load_kernels())
-for dtype in (torch.float32, torch.bfloat16):
-    for form in (torch.contiguous_format, torch.channels_last):
-        logits = torch.randn(2, 4, 5, 6, device=device).to(dtype).contiguous(memory_format=form)
-        labels = [torch.randint(4, (2, 13, 15), device=device) for _ in range(2)]
-        opcheck(torch.ops.mgd.upsampled_cross_entropy.default, (logits.clone().requires_grad_(), labels))
-        opcheck(torch.ops.mgd.upsampled_cross_entropy_backward.default, (torch.randn(2, device=device), logits, labels))
-        opcheck(torch.ops.mgd.upsampled_argmax.default, (logits, 13, 15, 0.4))
+for dtype, form in ((torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)):
+    logits = torch.randn(2, 4, 5, 6, device=device).to(dtype).contiguous(memory_format=form)
+    labels = [torch.randint(4, (2, 13, 15), device=device) for _ in range(2)]
+    opcheck(torch.ops.mgd.upsampled_cross_entropy.default, (logits.clone().requires_grad_(), labels))
+    opcheck(torch.ops.mgd.upsampled_cross_entropy_backward.default, (torch.randn(2, device=device), logits, labels))
+    opcheck(torch.ops.mgd.upsampled_argmax.default, (logits, 13, 15, 0.4))
 print("checked")
 """
 
