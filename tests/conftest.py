@@ -15,7 +15,6 @@ import common
 import datasets
 import kernels
 import models
-import tiny
 import train_teacher
 
 ROOT = pathlib.Path(common.__file__).parent
