@@ -1,7 +1,6 @@
 """Images and masks, partitions into labeled and unlabeled images, augmentation, CutMix.
 
-    python datasets.py check --dataset folder --data data/mine --part 1/8 --picture look.png --chart classes.png
-    python datasets.py prepare-voc --data data/voc --download       # VOC's augmented masks, from SBD
+`prepare.py` looks at a data set before training, and converts masks into the form that is read here.
 
 Everything random is a pure function of the seed and the step, so that a resumed run sees what an uninterrupted one sees.
 """
@@ -16,26 +15,29 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import struct
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import IGNORE_INDEX, ArgumentParser, UserError, crop_size, rank_and_size, run, shares_of, start_workers
+from common import IGNORE_INDEX, UserError, crop_size, rank_and_size, shares_of, start_workers
 
 FILL = [124, 116, 104]  # the mean below as a colour, for pixels outside the image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 SUFFIXES = (".jpg", ".jpeg", ".png")
+MOST_UNNAMED = 32  # labels without classes.txt; more are rather levels of grey
+VOC_BORDER = (224, 224, 192)  # VOC's colour of 255
 MAX_PIXELS = 2**28  # of one image, 16384x16384; a small file can claim to be much larger and fill the memory
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns from 89 million pixels on
 
@@ -131,9 +133,6 @@ class Shapes:
         """(H, W) uint8, class indices."""
         return self.draw(name)[1]
 
-    def check(self, names, masks):
-        pass
-
     def missing(self):
         return None
 
@@ -176,6 +175,8 @@ class Files:
 
     cache: pathlib.Path | None = None  # a folder of decoded images and masks
     expected: tuple[int, int] | None = None  # training and val images of a data set that everybody has alike: `missing`
+    palette_from: str | None = None  # who says that `palette` holds the colours of the masks; None: nobody
+    named = True  # whether the classes have names, or are counted in val's masks
 
     root: pathlib.Path
     name: str
@@ -202,12 +203,23 @@ class Files:
 
     def read_mask(self, path: pathlib.Path) -> np.ndarray:
         mask = self.to_classes(open_mask(path), path)
-        values = np.unique(mask)
-        wrong = values[(values >= len(self.classes)) & (values != IGNORE_INDEX)]
+        n = len(self.classes)
+        wrong = mask[(mask >= n) & (mask != IGNORE_INDEX)]
         if wrong.size:
-            raise UserError(f"{path}: holds label {wrong[0]}, but the {len(self.classes)} classes are 0 to "
-                            f"{len(self.classes) - 1}, and 255 is ignored; mend the mask or classes.txt")  # fmt: skip
+            classes = f"the {n} classes are 0 to {n - 1}, and 255 is ignored; fix the mask or classes.txt"
+            if not self.named:
+                classes = f"val's masks hold none above {n - 1} and there is no classes.txt; name every class there"
+            flags = flags_for(*np.unique(mask, return_counts=True), n, self.named)
+            raise UserError(f"{path}: holds label {wrong.min()}, but {classes}, or {self.fix(flags)}")
         return mask.astype(np.uint8)
+
+    def fix(self, flags: str) -> str:
+        """How to come to right masks, as the end of a message; `flags` are those of `prepare.py masks`."""
+        return "replace it"
+
+    def colours(self, name: str) -> bytes | None:
+        """The palette in the file of a mask, three bytes for each class; None where it has none."""
+        return read_colours(self.masks[name])
 
     def to_classes(self, mask: np.ndarray, path: pathlib.Path) -> np.ndarray:
         """From the values in a mask file to class indices."""
@@ -239,18 +251,6 @@ class Files:
             raise UserError(f"--cache {self.cache}: cannot be written ({error}); give another folder, or none") from None
         return array
 
-    def check(self, names: list[str], masks: bool):
-        """Open the header of every image, and where `masks` every mask, so that unreadable files, unequal sizes and labels
-        outside the classes end the run before it starts. Raises UserError for the first."""
-
-        def check_one(name):
-            size = upright_size(self.images[name])
-            if masks:
-                check_size(self.masks[name], self.mask(name), size)
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(check_one, names))
-
     def missing(self) -> str | None:
         """What lacks to the counts that everybody has, in one line."""
         if self.expected and (len(self.train), len(self.val)) != self.expected:
@@ -277,9 +277,11 @@ class Folder(Files):
                 raise UserError(f"{folder}: no such folder; --data names one that holds images/, masks/, train.txt and val.txt")
         self.images = by_name(p for p in (root / "images").iterdir() if p.suffix.lower() in SUFFIXES)
         self.masks = by_name(p for p in (root / "masks").iterdir() if p.suffix.lower() == ".png")
-        lossy = [p for p in (root / "masks").iterdir() if p.suffix.lower() in (".jpg", ".jpeg")]
+        lossy = by_name(p for p in (root / "masks").iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))
         if lossy:
-            raise UserError(f"{min(lossy)}: is a JPEG, which changes labels; masks are PNG files, so save it as one")
+            path = min(lossy.values())
+            raise UserError(f"{path}: is a JPEG, whose compression changes labels; masks must be PNG files; "
+                            f"{self.fix(flags_for_file(path))}")  # fmt: skip
         self.train, self.val = (read_names(root / f, self.images) for f in ("train.txt", "val.txt"))
         extra = read_names(root / "unlabeled.txt", self.images) if (root / "unlabeled.txt").exists() else []
         self.bare = [name for name in extra if name not in set(self.train)]
@@ -291,24 +293,30 @@ class Folder(Files):
             )
         unmasked = [name for name in self.val if name not in self.masks]
         if unmasked:
+            longer = [name for name in self.masks.keys() - self.images.keys() if name.startswith(unmasked[0])]
+            help = f", or, as there is {min(longer)}.png, {self.fix('')}" if longer else ""
             raise UserError(f"{root / 'masks' / (unmasked[0] + '.png')}: no such mask, but val.txt lists its image; "
-                            "add the mask or take the name out")  # fmt: skip
-        if (root / "classes.txt").exists():
-            self.classes = read_lines(root / "classes.txt")
-        else:  # then val says how many classes there are, whatever the partition
-            masks = (open_mask(self.masks[name]) for name in self.val)
-            self.classes = [f"class {i}" for i in range(1 + max(int(m[m != IGNORE_INDEX].max(initial=0)) for m in masks))]
-            if len(self.classes) == 1:
-                raise UserError(f"{root / 'masks'}: val's masks hold no label but 0 (255 is ignored); write 1, 2, ... for the "
-                                "other classes")  # fmt: skip
+                            f"add the mask or take the name out{help}")  # fmt: skip
+        self.named = (root / "classes.txt").exists()
+        self.classes = read_lines(root / "classes.txt") if self.named else self.count_classes()
         twice = [name for name, count in collections.Counter(self.classes).items() if count > 1]
         if twice:
             raise UserError(f"{root / 'classes.txt'}: names '{twice[0]}' twice; give every class a name of its own")
         if not 2 <= len(self.classes) <= IGNORE_INDEX:
-            raise UserError(f"{root / 'classes.txt'}: names {len(self.classes)} class(es); 2 to 255 are needed, one a line")
+            raise UserError(f"{root / 'classes.txt'}: names {len(self.classes)} class(es); 2 to 255 are needed, one per line")
         self.palette = voc_palette(len(self.classes))
         if (root / "palette.txt").exists():
             self.palette = read_palette(root / "palette.txt", len(self.classes))
+            self.palette_from = str(root / "palette.txt")
+
+    def count_classes(self) -> list[str]:
+        """Names for the labels of val's masks, so that there are as many classes whatever the partition."""
+        labels = set().union(*(np.unique(open_mask(self.masks[name])).tolist() for name in self.val)) - {IGNORE_INDEX}
+        many = len(labels) > MOST_UNNAMED  # `faults` refuses that, in words that fit, where no mask is refused before
+        return [f"class {i}" for i in range(IGNORE_INDEX if many else 1 + min(max(labels | {1}), IGNORE_INDEX - 1))]
+
+    def fix(self, flags):
+        return masks_command(self.root / "masks", flags)
 
 
 VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -320,14 +328,14 @@ class Voc(Files):
     """PASCAL VOC 2012 in the VOCdevkit layout; `data` is VOCdevkit, its VOC2012, or the folder that holds VOCdevkit.
 
     Training images are VOC's train and SBD's, without VOC's val: those that ImageSets/Segmentation/train_aug.txt lists, or,
-    without that file, those with a mask in SegmentationClassAug (see `prepare_voc`). With `few` (voc-few) they are VOC's
+    without that file, those with a mask in SegmentationClassAug (see `prepare.py`). With `few` (voc-few) they are VOC's
     train alone.
     """
 
     def __init__(self, data: pathlib.Path | str, few: bool = False):
         self.root = root = voc_root(pathlib.Path(data))
         self.name, self.expected = ("voc-few", (1464, 1449)) if few else ("voc", (10582, 1449))
-        self.classes, self.palette, self.bare = VOC_CLASSES, voc_palette(21), []
+        self.classes, self.palette, self.bare, self.palette_from = VOC_CLASSES, voc_palette(21), [], "VOC's palette"
         self.images = by_name((root / "JPEGImages").glob("*.jpg"))
         own, augmented = root / "SegmentationClass", root / "SegmentationClassAug"
         lists = root / "ImageSets" / "Segmentation"
@@ -338,7 +346,7 @@ class Voc(Files):
             self.train = self.listed
             return
         if not augmented.is_dir():
-            raise UserError(f"{augmented}: no such folder; build it with python datasets.py prepare-voc --data {data}, or "
+            raise UserError(f"{augmented}: no such folder; build it with python prepare.py voc --data {data}, or "
                             "take --dataset voc-few")  # fmt: skip
         self.listed = [*self.listed, *by_name(augmented.glob("*.png"))]
         for file in ("train_aug.txt", "trainaug.txt"):
@@ -347,11 +355,14 @@ class Voc(Files):
         held_out = set(self.val)
         self.train = sorted({name for name in self.listed if name in self.images} - held_out)
 
+    def fix(self, flags):
+        return masks_command(self.root / "SegmentationClassAug", flags or "--palette voc")
+
     def what_is_missing(self):
         without = [name for name in self.listed if name not in self.images]
         if without:
             return f"JPEGImages lacks {len(without)} of them, first {without[0]}.jpg"
-        return "ImageSets/Segmentation or SegmentationClassAug is not whole (python datasets.py prepare-voc builds the latter)"
+        return "ImageSets/Segmentation or SegmentationClassAug is not whole (python prepare.py voc builds the latter)"
 
 
 VOC_FOLDERS = ("", "VOC2012", "VOCdevkit/VOC2012")
@@ -363,7 +374,7 @@ def voc_root(data: pathlib.Path) -> pathlib.Path:
         if (root / "JPEGImages").is_dir():
             return root
     raise UserError(f"{data}: holds no VOC2012/JPEGImages; give VOCdevkit with --data, or download it with "
-                    f"python datasets.py prepare-voc --data {data} --download")  # fmt: skip
+                    f"python prepare.py voc --data {data} --download")  # fmt: skip
 
 
 CITYSCAPES_CLASSES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
@@ -383,6 +394,7 @@ class Cityscapes(Files):
     def __init__(self, root: pathlib.Path | str):
         self.root = root = pathlib.Path(root)
         self.classes, self.palette, self.bare = CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, []
+        self.palette_from = "Cityscapes' palette"
         self.images, self.masks, names = {}, {}, {}
         for split in ("train", "val"):
             images = by_name((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
@@ -408,6 +420,12 @@ class Cityscapes(Files):
             raise UserError(f"{path}: holds label {mask[mask != IGNORE_INDEX].max()}, but labelIds end at 33; replace it")
         return table[mask]
 
+    def colours(self, name):
+        colours = super().colours(name)
+        if colours is None or self.masks[name].stem.endswith("labelTrainIds"):
+            return colours
+        return b"".join(colours[3 * i : 3 * i + 3] for i in CITYSCAPES_IDS) if len(colours) >= 3 * 34 else None
+
     def what_is_missing(self):
         return "leftImg8bit_trainvaltest.zip holds 18 cities for training and 3 for val"
 
@@ -416,31 +434,35 @@ class Cityscapes(Files):
 
 
 def name_of(text: str) -> str:
-    """The image's name in a file name or path: without folders, suffix, and what Cityscapes appends."""
-    text = text.replace("\\", "/").rsplit("/", 1)[-1]
+    """The image's name in a file name or path: without folders, suffix, and what Cityscapes appends; in Unicode's NFC, since
+    zip files from macOS spell accents as characters of their own (NFD)."""
+    text = unicodedata.normalize("NFC", text).replace("\\", "/").rsplit("/", 1)[-1]
     text = re.sub(r"\.(jpe?g|png)$", "", text, flags=re.IGNORECASE)
     return re.sub(r"_leftImg8bit$|_gtFine(_label(Train)?Ids)?$", "", text)
 
 
 def by_name(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
-    """{name: path}, sorted. Raises UserError where two files have one name."""
+    """{name: path}, sorted; hidden files, such as the ._NAME.png of macOS, are left out. Raises UserError where two files have
+    one name."""
     files = {}
-    for path in sorted(paths):
+    for path in sorted(path for path in paths if not path.name.startswith(".")):
         other = files.setdefault(name_of(path.name), path)
         if other is not path:
-            raise UserError(f"{path}: has the name of {other.name}, beside it; rename or remove one of them")
+            alike = unicodedata.normalize("NFC", path.name) == unicodedata.normalize("NFC", other.name)
+            forms = ", with accents in another Unicode form" if alike else ""
+            raise UserError(f"{path}: has the name of {other.name}, beside it{forms}; rename or remove one of them")
     return files
 
 
 def read_lines(path: pathlib.Path) -> list[str]:
-    """The lines of a text file that are not empty, stripped. Raises UserError."""
+    """The lines of a text file that are not empty, stripped, in Unicode's NFC. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; write one name a line") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as such") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in unicodedata.normalize("NFC", text).splitlines() if line.strip()]
 
 
 def read_names(path: pathlib.Path, known: Iterable[str]) -> list[str]:
@@ -606,9 +628,84 @@ def white_of(path, file: Image.Image, tags, high: float, floats: bool) -> float:
 def open_mask(path) -> np.ndarray:
     """(H, W) whole numbers, as they are in a grey or palette PNG of 1 to 16 bits. Raises UserError."""
     with opened(path, "cannot be read as a PNG mask", "replace it") as file:
-        if file.mode not in ("L", "P", "1") and not file.mode.startswith("I"):
-            raise UserError(f"{path}: is a {file.mode} image; a mask holds one class index a pixel (grey or palette PNG)")
-        return np.array(upright(file)).astype(np.int32 if file.mode.startswith("I") else np.uint8)
+        if file.mode in ("L", "P", "1") or file.mode.startswith("I"):
+            return mask_values(file)
+        kind = file.mode
+    raise UserError(f"{path}: is a {kind} image; a mask holds one class index per pixel (grey or palette PNG); "
+                    f"{masks_command(pathlib.Path(path).parent, flags_for_file(path))}")  # fmt: skip
+
+
+def mask_values(file: Image.Image) -> np.ndarray:
+    """(H, W) uint8 or int32: the values of an opened grey or palette image as they stand in the file, upright."""
+    raw = file.tile[0].args if file.tile else None
+    values = np.array(upright(file)).astype(np.int32 if file.mode.startswith("I") else np.uint8)
+    return values // {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else "", 1)  # Pillow stretches them to 0..255
+
+
+def read_colours(path: pathlib.Path) -> bytes | None:
+    """The palette of a mask file, three bytes per index, from its header alone; None where it has none, or one that says
+    nothing: the grey ramp that Pillow gives by default. Raises UserError."""
+    with opened(path, "cannot be read as a PNG mask", "replace it") as file:
+        if file.mode != "P":
+            return None
+        rawmode, colours = file.palette.getdata()
+        colours = bytes(colours) if rawmode == "RGB" else bytes(file.getpalette())
+    ramp = bytes(np.repeat(np.arange(256, dtype=np.uint8), 3))
+    return None if ramp.startswith(colours) else colours
+
+
+# ---- which command fixes wrong masks ----
+
+
+def masks_command(folder: pathlib.Path, flags: str) -> str:
+    """The command that converts the masks in `folder`, as the end of a message."""
+    old, new = (shlex.quote(str(path)) for path in (folder.with_name(f"{folder.name}-original"), folder))
+    return f"rename {new} to {old} and run: python prepare.py masks --masks {old} --out {new} {flags}".rstrip()
+
+
+def flags_for(values: np.ndarray, pixels: np.ndarray, classes: int, named: bool = False) -> str:
+    """The flags of `prepare.py masks` for masks that hold the grey `values`, sorted, in so many `pixels` each, in a data set of
+    `classes` classes; `named`: in classes.txt."""
+    common = values[pixels >= 0.03 * pixels.sum()]
+    values = values.tolist()
+    wrong = [value for value in values if value >= classes and value != IGNORE_INDEX]
+    if wrong and len(common) > 1 and len(values) - len(common) > 3:  # soft edges, or a JPEG
+        levels, more = common.tolist(), " --unknown nearest"
+    elif len(values) > MOST_UNNAMED:
+        levels, more = [0, 255], " --unknown nearest"
+    elif values == [0, IGNORE_INDEX] or (
+        wrong and min(wrong) > 2 * classes and 1 < len(values) <= classes + 1
+    ):  # levels of grey
+        levels, more = values, ""
+    elif named:
+        return "--unknown ignore"
+    else:
+        return "--values " + " ".join([*(f"{i}={i}" for i in range(classes)), *(f"{value}=ignore" for value in wrong)])
+    names = [i if i < max(2, classes) else "ignore" for i in range(len(levels))]
+    return "--values " + " ".join(f"{value}={name}" for value, name in zip(levels, names, strict=True)) + more
+
+
+def flags_for_file(path) -> str:
+    """The flags of `prepare.py masks` for a file that is no grey or palette PNG: by its colours."""
+    path = pathlib.Path(path)
+    with opened(path, "cannot be read as an image", "replace it") as file:
+        pixels = np.asarray(file.convert("RGB")).reshape(-1, 3)
+    lossy = " --unknown nearest" if path.suffix.lower() in (".jpg", ".jpeg") else ""
+    if (pixels == pixels[:, :1]).all():  # grey
+        if not lossy and pixels.max() < IGNORE_INDEX:
+            return ""  # class indices in three channels
+        values, counts = np.unique(pixels[:, 0], return_counts=True)
+        flags = flags_for(values, counts, 2) if len(values) > 1 else "--values 0=0 255=1"
+        return flags.removesuffix(lossy) + lossy
+    colours = {tuple(colour) for colour in np.unique(pixels, axis=0).tolist()}
+    if (path.parent.parent / "palette.txt").exists():
+        return f"--palette {shlex.quote(str(path.parent.parent / 'palette.txt'))}{lossy}"
+    for name, palette in (("voc", voc_palette(21)), ("cityscapes", CITYSCAPES_PALETTE)):
+        if colours <= {*palette, VOC_BORDER, (0, 0, 0)}:
+            return f"--palette {name}"
+    if len(colours) <= 8:
+        return "--values " + " ".join(f"{','.join(map(str, colour))}={i}" for i, colour in enumerate(sorted(colours)))
+    return f"--palette palette.txt{lossy} (which holds the colour of each class, one 'R G B' per line)"
 
 
 def voc_palette(n: int) -> list[tuple[int, int, int]]:
@@ -738,10 +835,142 @@ def open_training_data(args: argparse.Namespace, unlabeled: bool):
     if rank_and_size()[0] == 0:  # an error here ends all ranks
         if dataset.missing():
             print(f"note: {dataset.missing()}", file=sys.stderr)
-        dataset.check(part.labeled + dataset.val, masks=True)
-        if unlabeled:
-            dataset.check(part.unlabeled, masks=False)
+        groups = {"labeled": part.labeled, "val": dataset.val}
+        refuse_faults(dataset, groups | ({"unlabeled": part.unlabeled} if unlabeled else {}))
     return dataset, part
+
+
+# ---- a look at the data, before training and evaluation and by `prepare.py check` ----
+
+
+class Look(NamedTuple):
+    """What the files of a data set hold. The groups are labeled, unlabeled and val; unlabeled masks are never opened."""
+
+    sizes: collections.Counter  # images of each (height, width)
+    pixels: dict[str, np.ndarray]  # group -> (256,) int64: pixels of each label
+    images: dict[str, np.ndarray]  # group -> (256,) int64: images that show it
+    palettes: dict[bytes, dict[int, str]]  # palette of mask files -> its indices that occur -> the first file that shows one
+    problems: dict[str, str]  # name -> what is wrong with its image or mask
+
+
+def look_at(dataset, groups: dict[str, list[str]], whole: bool) -> Look:
+    """Look at the images and masks of `groups` (group -> names).
+
+    With `whole`, images are decoded and problems are collected, and progress is shown. Otherwise only the headers of the images
+    are read, and the first problem raises UserError.
+    """
+    masked = [group for group in groups if group != "unlabeled"]
+    zeros = [{group: np.zeros(256, np.int64) for group in masked} for _ in range(2)]
+    look = Look(collections.Counter(), *zeros, {}, {})
+
+    def look_at_one(group, name):
+        try:
+            if whole:
+                height, width = dataset.image(name).shape[:2]
+            else:
+                width, height = upright_size(dataset.images[name])
+            if group not in masked:
+                return (height, width), None, None
+            mask = dataset.mask(name)
+            colours = None
+            if name in dataset.masks:  # files
+                check_size(dataset.masks[name], mask, (width, height))
+                colours = dataset.colours(name)
+            return (height, width), np.bincount(mask.ravel(), minlength=256), colours
+        except UserError as error:
+            if not whole:
+                raise
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        for group, names in groups.items():
+            seen = pool.map(functools.partial(look_at_one, group), names)
+            for name, found in zip(names, tqdm(seen, group, len(names), disable=None if whole else True), strict=True):
+                if isinstance(found, str):
+                    look.problems[name] = found
+                    continue
+                size, counts, colours = found
+                look.sizes[size] += 1
+                if counts is not None:
+                    look.pixels[group][:] += counts
+                    look.images[group][:] += counts > 0
+                if colours is not None:
+                    first = look.palettes.setdefault(colours, {})
+                    for label in counts.nonzero()[0].tolist():
+                        first.setdefault(label, str(dataset.masks[name]))
+    return look
+
+
+def faults(dataset, look: Look) -> list[str]:
+    """What makes every number meaningless that is trained or measured on these masks, each in one line."""
+    if not isinstance(dataset, Files):  # what is drawn is right
+        return []
+    found, labels = [], {group: set(pixels.nonzero()[0].tolist()) for group, pixels in look.pixels.items()}
+    for group, shown in labels.items():
+        task = "evaluate" if group == "val" else "learn"
+        where, classes = f"{dataset.root}: the {group} masks", sorted(shown - {IGNORE_INDEX})
+        if not shown:
+            continue  # none could be read
+        if not classes:
+            found.append(f"{where} hold 255 alone, which is ignored, so there is nothing to {task}; take images that show "
+                         f"classes, or {dataset.fix('--values 0=0 255=1')}")  # fmt: skip
+        elif len(classes) == 1 and shown == {0, IGNORE_INDEX}:
+            found.append(f"{where} hold 0 and 255 alone, and 255 is ignored; {dataset.fix('--values 0=0 255=1')}")
+        elif len(classes) == 1:
+            found.append(f"{where} show one class alone, '{dataset.classes[classes[0]]}', so there is nothing to {task}; take "
+                         "images that show others too (a larger --part, other lists), or fix the masks")  # fmt: skip
+    every = sorted(set().union(*labels.values()) - {IGNORE_INDEX})
+    gap = sorted(set(range(max(every, default=0))) - set(every))
+    counted = not dataset.named and "labeled" in labels  # val alone may lack a class
+    if counted and len(every) > 1 and (gap or len(every) > MOST_UNNAMED):
+        pixels = sum(look.pixels.values())
+        flags = flags_for(pixels.nonzero()[0], pixels[pixels > 0], len(every))
+        if max(every) <= MOST_UNNAMED:
+            flags = "--values " + " ".join(f"{label}={i}" for i, label in enumerate(every))
+        if len(every) > 8:
+            what = f"{len(every)} different labels{', with gaps,' if gap else ''} as soft edges and levels of grey do"
+        else:
+            what = f"the labels {', '.join(map(str, every))} but not {gap[0]}"
+        found.append(f"{dataset.root / 'masks'}: hold {what}; name every class in classes.txt, one per line in the order of "
+                     f"the labels, or {dataset.fix(flags)}")  # fmt: skip
+    clash = palette_clash(dataset, look.palettes)
+    if clash:
+        found.append(clash)
+    return found
+
+
+def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
+    """Where one colour stands for two indices that occur, in two mask files or in one and `dataset.palette`, and one of the two
+    palettes has another colour at the other's index: then the indices mean different things."""
+    known = {}  # colour -> index -> a palette that has it there, and its file
+    official = bytes(channel for colour in dataset.palette for channel in colour) if dataset.palette_from else b""
+    place = dataset.palette_from
+    if not official and dataset.named and dataset.classes[0].lower() == "background":  # black by custom
+        official, place = bytes(3), "the name background of class 0"
+    palettes = {official: dict.fromkeys(range(len(official) // 3), place), **palettes}
+    for palette, labels in palettes.items():
+        for label, path in labels.items():
+            colour = palette[3 * label : 3 * label + 3]
+            same = known.setdefault(colour, {}) if len(colour) == 3 else {}
+            for other, (theirs, where) in same.items():
+                both = theirs[3 * label : 3 * label + 3], palette[3 * other : 3 * other + 3]
+                if other != label and any(len(each) == 3 and each != colour for each in both):
+                    flag = "--palette palette.txt (which holds each class's colour, one 'R G B' per line)"
+                    if dataset.palette_from:
+                        flag = f"--palette {shlex.quote(dataset.palette_from)}" if isinstance(dataset, Folder) else ""
+                    return (f"{path}: its palette gives the colour {tuple(colour)} to index {label}, but {where} to index "
+                            f"{other}, so indices do not mean the same everywhere; {dataset.fix(flag)}")  # fmt: skip
+            same.setdefault(label, (palette, path))
+    return None
+
+
+def refuse_faults(dataset, groups: dict[str, list[str]]):
+    """Raises UserError for the first file that cannot be read, size or label that is wrong, or fault of the masks. A look at
+    headers of images, and at every mask of `groups` (see `look_at`)."""
+    if isinstance(dataset, Files):  # nothing is read of what is drawn
+        problems = faults(dataset, look_at(dataset, groups, whole=False))
+        if problems:
+            raise UserError(problems[0])
 
 
 # ---- augmentation ----
@@ -907,66 +1136,6 @@ def cutmix(views: torch.Tensor, box: torch.Tensor | None) -> torch.Tensor:
     return torch.where(box if views.ndim == 4 else box[:, 0], inside, outside)
 
 
-# ---- VOC's augmented masks ----
-
-
-def prepare_voc(data: pathlib.Path, download: bool):
-    """Write SegmentationClassAug and ImageSets/Segmentation/train_aug.txt: the masks and names of VOC's train and, of SBD's
-    images, those that VOC's val does not hold. What exists is kept. Raises UserError.
-
-    SBD is looked for in `data` as benchmark_RELEASE/dataset, sbd or dataset; `download` fetches what is missing there.
-    """
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise UserError("prepare-voc: reads SBD's .mat files with scipy; pip install scipy") from None
-    folders = [data / "benchmark_RELEASE" / "dataset", data / "sbd", data / "dataset"]
-    if download:
-        try:
-            if not any((data / folder / "JPEGImages").is_dir() for folder in VOC_FOLDERS):
-                torchvision.datasets.VOCSegmentation(data, year="2012", image_set="trainval", download=True)
-            if not any((folder / "cls").is_dir() for folder in folders):
-                torchvision.datasets.SBDataset(data / "sbd", download=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"--download: failed ({error}); fetch VOCtrainval_11-May-2012.tar and benchmark.tgz by other means "
-                            f"and unpack them in {data}") from None  # fmt: skip
-    root = voc_root(data)
-    sbd = next((folder for folder in folders if (folder / "cls").is_dir()), None)
-    if sbd is None:
-        raise UserError(f"{data}: holds no SBD (no cls/ in {', '.join(f.name for f in folders)}); unpack benchmark.tgz "
-                        "there, or add --download")  # fmt: skip
-    lists = root / "ImageSets" / "Segmentation"
-    own, held_out = read_lines(lists / "train.txt"), set(read_lines(lists / "val.txt"))
-    target = root / "SegmentationClassAug"
-    try:
-        target.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be made ({error.strerror}); prepare-voc writes it beside VOC's folders") from None
-    sources = {path.stem: path for path in sorted((sbd / "cls").glob("*.mat"))}
-    sources |= {name: root / "SegmentationClass" / f"{name}.png" for name in own}
-    names = sorted(sources.keys() - held_out)
-    flat = [channel for colour in voc_palette(256) for channel in colour]
-    for name in tqdm(names, desc=target.name, disable=None):
-        source, path = sources[name], target / f"{name}.png"
-        if path.exists():
-            continue
-        if source.suffix == ".mat":
-            try:
-                mask = loadmat(source)["GTcls"]["Segmentation"][0, 0]
-            except Exception as error:  # scipy raises its own and many others on damaged files
-                raise UserError(f"{source}: cannot be read as a mask of SBD ({error}); unpack benchmark.tgz again") from None
-        else:
-            mask = open_mask(source)
-        image = Image.fromarray(mask.astype(np.uint8))
-        image.putpalette(flat)
-        image.save(path.with_suffix(".tmp"), format="PNG")
-        os.replace(path.with_suffix(".tmp"), path)
-    (lists / "train_aug.txt").write_text("".join(f"{name}\n" for name in names))
-    print(f"{target}: {len(names)} masks; names in {lists / 'train_aug.txt'}")
-    missing = Voc(data).missing()
-    print(f"note: {missing}" if missing else "10,582 training and 1,449 val images, as in the paper")
-
-
 # ---- command line ----
 
 
@@ -995,124 +1164,3 @@ WINDOW_HELP = "evaluation: size of sliding windows, SIDE or HEIGHTxWIDTH, or `wh
 def window_size(text: str) -> tuple[int, int] | bool:
     """As `crop_size`, and False for `whole`."""
     return False if text == "whole" else crop_size(text)
-
-
-def check(args: argparse.Namespace) -> int:
-    """Look at every file, say what is wrong and what there is; the number of problems."""
-    dataset = open_dataset(args.dataset, args.data, args.cache)
-    part = partition_of(dataset, args)
-    groups = {"labeled": part.labeled, "unlabeled": part.unlabeled, "val": dataset.val}
-    problems = {}  # of each name that has one
-    counts = {group: np.zeros(256, np.int64) for group in ("labeled", "val")}  # pixels of each label
-    shown = {group: np.zeros(256, np.int64) for group in counts}  # images that show it
-    sizes = collections.Counter()
-
-    def look(group, name):
-        try:
-            height, width = dataset.image(name).shape[:2]
-            if group == "unlabeled":
-                return (height, width), None, None
-            mask = dataset.mask(name)
-            check_size(dataset.masks.get(name, name), mask, (width, height))
-            return (height, width), np.bincount(mask.ravel(), minlength=256), None
-        except UserError as error:
-            return None, None, str(error)
-
-    with ThreadPoolExecutor() as pool:
-        for group, names in groups.items():
-            looked = tqdm(pool.map(functools.partial(look, group), names), group, len(names), disable=None)
-            for name, (size, count, problem) in zip(names, looked, strict=True):
-                if problem:
-                    problems[name] = problem
-                    continue
-                sizes[size] += 1
-                if count is not None:
-                    counts[group] += count
-                    shown[group] += count > 0
-    if dataset.missing():
-        problems[dataset.name] = dataset.missing()
-
-    print(f"{dataset.name}, partition {part.name} ({part.hash}): {len(part.labeled)} labeled, {len(part.unlabeled)} unlabeled, "
-          f"{len(dataset.val)} val images")  # fmt: skip
-    common = ", ".join(f"{w}x{h} ({n})" for (h, w), n in sizes.most_common(3))
-    print(f"sizes: {common}" + (f" and {len(sizes) - 3} more" if len(sizes) > 3 else ""))
-    shares = {group: 100 * c / max(1, c.sum()) for group, c in counts.items()}
-    print(f"{'':4} {'class':20} {'labeled: pixels':>15} {'images':>7} {'val: pixels':>13} {'images':>7}")
-    for index, label in [*enumerate(dataset.classes), (IGNORE_INDEX, "(ignored)")]:
-        print(f"{index:4d} {label:20} {shares['labeled'][index]:14.2f}% {shown['labeled'][index]:7d} "
-              f"{shares['val'][index]:12.2f}% {shown['val'][index]:7d}")  # fmt: skip
-    for group in counts:
-        never = [label for index, label in enumerate(dataset.classes) if not shown[group][index]]
-        if never:
-            print(f"warning: no {group} image shows {', '.join(never)}")
-        if counts[group].nonzero()[0].tolist() == [0, IGNORE_INDEX]:
-            problems[group] = f"{group} masks hold 0 and 255 alone, and 255 is ignored; write 1 for the foreground"
-    if args.picture:
-        save_picture(args.picture, dataset, [name for name in part.labeled if name not in problems][:8])
-    if args.chart:
-        save_chart(args.chart, dataset, shares)
-    for problem in problems.values():
-        print(f"problem: {problem}")
-    print(f"{len(problems)} problem(s)" if problems else "no problem found")
-    return len(problems)
-
-
-def save_picture(path: pathlib.Path, dataset, names: list[str]):
-    """A sheet of images over their masks, each 240 pixels wide."""
-    colours = colour_table(dataset.palette)
-    columns = []
-    for name in names:
-        both = np.vstack([dataset.image(name), colours[dataset.mask(name)]])
-        columns.append(Image.fromarray(both).resize((240, round(240 * both.shape[0] / both.shape[1]))))
-    sheet = Image.new("RGB", (240 * max(1, len(columns)), max([c.height for c in columns], default=1)), "white")
-    for i, column in enumerate(columns):
-        sheet.paste(column, (240 * i, 0))
-    write_file("--picture", path, sheet.save)
-
-
-def save_chart(path: pathlib.Path, dataset, shares: dict[str, np.ndarray]):
-    """Bars: each class's share of the pixels with a label, labeled and val."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    n = len(dataset.classes)
-    figure, axis = plt.subplots(figsize=(6, 1 + 0.28 * n), layout="constrained")
-    for offset, (group, share) in zip((-0.2, 0.2), shares.items(), strict=True):
-        axis.barh(np.arange(n) + offset, np.maximum(share[:n], 1e-3), 0.38, label=group)
-    axis.set_yticks(range(n), dataset.classes, fontsize=8)
-    axis.set_xscale("log")
-    axis.set_xlabel("% of the pixels")
-    axis.invert_yaxis()
-    axis.legend(frameon=False)
-    write_file("--chart", path, figure.savefig)
-    plt.close(figure)
-
-
-def write_file(flag: str, path: pathlib.Path, save):
-    try:
-        save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: cannot be written ({error}); give a name such as look.png") from None
-    print(f"{flag[2:]}: {path}")
-
-
-def main():
-    parser = ArgumentParser(__doc__)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="{check,prepare-voc}")
-    checker = commands.add_parser("check", help="look at every file of a data set before training")
-    add_arguments(checker)
-    checker.add_argument("--picture", type=pathlib.Path, help="write a PNG of eight labeled images and their masks")
-    checker.add_argument("--chart", type=pathlib.Path, help="write a PNG of the classes' shares")
-    preparer = commands.add_parser("prepare-voc", help="build VOC's augmented masks from SBD")
-    preparer.add_argument("--data", type=pathlib.Path, required=True, help="folder that holds VOCdevkit and SBD")
-    preparer.add_argument("--download", action="store_true", help="download what is missing")
-    args = parser.parse_args()
-    if args.what == "check":
-        sys.exit(1 if check(args) else 0)
-    prepare_voc(args.data, args.download)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -205,12 +205,16 @@ def confusion_matrix(prediction: torch.Tensor, mask: torch.Tensor, classes: int)
 
 
 def iou(confusion: torch.Tensor) -> tuple[float, list[float | None]]:
-    """mIoU and the IoU of each class, in percent. A class absent from masks and predictions is None and not in the mean."""
+    """mIoU and the IoU of each class, in percent. A class absent from masks and predictions is None and not in the mean.
+    Raises UserError where no pixel was compared."""
+    if not confusion.any():
+        raise UserError("no pixel of the masks has a label but 255, which is ignored: there is nothing to evaluate; "
+                        "python prepare.py check says more")  # fmt: skip
     hit = confusion.diagonal().double()
     union = confusion.sum(0) + confusion.sum(1) - hit
     values = [100 * float(h / u) if u > 0 else None for h, u in zip(hit, union, strict=True)]
     present = [v for v in values if v is not None]
-    return (sum(present) / len(present) if present else float("nan")), values
+    return sum(present) / len(present), values
 
 
 def evaluate(model, dataset, names: Sequence[str], device, precision: str, protocol: Protocol = WHOLE) -> torch.Tensor:
@@ -408,7 +412,7 @@ def main(argv=None):
     paths = [args.ckpt, *args.compare]
     trained = load_checkpoint(args.ckpt)["args"]
     dataset = datasets.open_dataset(trained["dataset"], args.data or trained["data"])
-    dataset.check(dataset.val, masks=True)
+    datasets.refuse_faults(dataset, {"val": dataset.val})
     rows, panels = [], []
     shown = dataset.val[:: max(1, len(dataset.val) // args.panel_rows)][: args.panel_rows]
     for path in paths:

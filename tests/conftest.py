@@ -269,3 +269,40 @@ def python(code, *arguments, **environment):
     """Run code in a Python of its own."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=300)
+
+
+def save_jpeg(path, rng):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8)).save(path)
+
+
+def save_mask(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.astype(np.uint8)).save(path)
+
+
+def write_lines(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """VOCdevkit with four training and two val images, beside SBD with masks of one of each and of four more images."""
+    rng = np.random.default_rng(0)
+    root, sbd = tmp_path / "VOCdevkit" / "VOC2012", tmp_path / "benchmark_RELEASE" / "dataset"
+    train, val, more = (["2007_000001", "2007_000002", "2008_000003", "2008_000004"], ["2009_000005", "2009_000006"],
+                        ["2010_000007", "2010_000008", "2011_000009", "2011_000010"])  # fmt: skip
+    for name in train + val + more:
+        save_jpeg(root / "JPEGImages" / f"{name}.jpg", rng)
+    for name in train + val:
+        save_mask(root / "SegmentationClass" / f"{name}.png", rng.choice([0, 1, 20, 255], (40, 56)))
+    write_lines(root / "ImageSets" / "Segmentation" / "train.txt", train)
+    write_lines(root / "ImageSets" / "Segmentation" / "val.txt", val)
+    (sbd / "cls").mkdir(parents=True)
+    for i, name in enumerate([train[0], val[0], *more]):
+        # as SBD has it: a struct GTcls of fields Boundaries, Segmentation and CategoriesPresent
+        entry = np.zeros((1, 1), dtype=[("Boundaries", "O"), ("Segmentation", "O"), ("CategoriesPresent", "O")])
+        entry["Segmentation"][0, 0] = np.full((40, 56), i, np.uint8)
+        pytest.importorskip("scipy.io").savemat(sbd / "cls" / f"{name}.mat", {"GTcls": entry})
+    return tmp_path

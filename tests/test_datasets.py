@@ -4,19 +4,19 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, save_jpeg, save_mask, write_lines
 from PIL import Image
 from torchvision.transforms import v2
 
 import common
 import datasets
 import evaluate
+import prepare
 import train_teacher
 from common import UserError
 
@@ -168,7 +168,7 @@ def break_png_header(root):
 
 def break_label(root):
     Image.new("L", (56, 40), 7).save(root / "masks" / "im03.png")
-    return "im03.png: holds label 7"
+    return "im03.png: holds label 7, .* prepare.py masks .* --unknown ignore$"
 
 
 def break_classes(root):
@@ -219,7 +219,7 @@ def break_mask_16_bit(root):
 
 def break_mask_colours(root):
     Image.new("RGB", (56, 40), (128, 0, 0)).save(root / "masks" / "im03.png")
-    return "im03.png: is a RGB image; a mask holds one class index"
+    return "im03.png: is a RGB image; .* prepare.py masks .* --palette voc$"
 
 
 def break_mask_rgba(root):
@@ -239,7 +239,7 @@ def break_mask_turned(root):
 
 def break_mask_jpeg(root):
     Image.new("L", (56, 40)).save(root / "masks" / "im08.jpg")
-    return "im08.jpg: is a JPEG, which changes labels"
+    return "im08.jpg: is a JPEG, whose .* prepare.py masks .* --values 0=0 255=1 --unknown nearest$"
 
 
 def break_two_images_of_a_name(root):
@@ -329,7 +329,7 @@ def break_class_named_twice(root):
 def break_binary_masks_without_classes(root):
     (root / "classes.txt").unlink()
     make_binary(root)
-    return "masks: val's masks hold no label but 0"
+    return "labeled masks hold 0 and 255 alone, .* prepare.py masks .* --values 0=0 255=1$"
 
 
 def make_binary(root):
@@ -458,13 +458,6 @@ def test_odd_folders_are_handled(folder, odd):
         assert dataset.image(name).dtype == np.uint8 and dataset.image(name).shape[2] == 3
 
 
-def test_check_explains_masks_of_0_and_255(script, folder):
-    make_binary(folder)
-    code, out, _ = script(datasets, "check", "--dataset", "folder", "--data", folder, "--part", "1")
-    assert code == 1 and "problem: labeled masks hold 0 and 255 alone, and 255 is ignored; write 1" in out
-    assert "2 problem(s)" in out  # val's too
-
-
 def test_broken_masks_are_named(folder):
     dataset = datasets.Folder(folder)
     Image.fromarray(np.full((40, 56), 7, np.uint8)).save(folder / "masks" / "im00.png")
@@ -590,48 +583,11 @@ def test_voc_palette():
 # ---- the official layouts ----
 
 
-def save_jpeg(path, rng):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8)).save(path)
-
-
-def save_mask(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array.astype(np.uint8)).save(path)
-
-
-def write_lines(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines))
-
-
-@pytest.fixture
-def voc(tmp_path):
-    """VOCdevkit with four training and two val images, beside SBD with masks of one of each and of four more images."""
-    rng = np.random.default_rng(0)
-    root, sbd = tmp_path / "VOCdevkit" / "VOC2012", tmp_path / "benchmark_RELEASE" / "dataset"
-    train, val, more = (["2007_000001", "2007_000002", "2008_000003", "2008_000004"], ["2009_000005", "2009_000006"],
-                        ["2010_000007", "2010_000008", "2011_000009", "2011_000010"])  # fmt: skip
-    for name in train + val + more:
-        save_jpeg(root / "JPEGImages" / f"{name}.jpg", rng)
-    for name in train + val:
-        save_mask(root / "SegmentationClass" / f"{name}.png", rng.choice([0, 1, 20, 255], (40, 56)))
-    write_lines(root / "ImageSets" / "Segmentation" / "train.txt", train)
-    write_lines(root / "ImageSets" / "Segmentation" / "val.txt", val)
-    (sbd / "cls").mkdir(parents=True)
-    for i, name in enumerate([train[0], val[0], *more]):
-        # as SBD has it: a struct GTcls of fields Boundaries, Segmentation and CategoriesPresent
-        entry = np.zeros((1, 1), dtype=[("Boundaries", "O"), ("Segmentation", "O"), ("CategoriesPresent", "O")])
-        entry["Segmentation"][0, 0] = np.full((40, 56), i, np.uint8)
-        pytest.importorskip("scipy.io").savemat(sbd / "cls" / f"{name}.mat", {"GTcls": entry})
-    return tmp_path
-
-
 def test_voc_from_preparation_to_evaluation(script, voc, tmp_path):
     options = ["--dataset", "voc", "--data", voc, "--part", "1/4"]
-    code, _, err = script(datasets, "check", *options)
-    assert code == 2 and "prepare-voc" in err
-    code, out, err = script(datasets, "prepare-voc", "--data", voc)
+    code, _, err = script(prepare, "check", *options)
+    assert code == 2 and "prepare.py voc" in err
+    code, out, err = script(prepare, "voc", "--data", voc)
     assert code == 0, err
     assert "8 training and 2 val images here, not 10,582 and 1,449" in out
     augmented = voc / "VOCdevkit" / "VOC2012" / "SegmentationClassAug"
@@ -640,10 +596,10 @@ def test_voc_from_preparation_to_evaluation(script, voc, tmp_path):
     assert np.array_equal(np.asarray(Image.open(augmented / "2007_000001.png")), own)  # VOC's mask, not SBD's coarser one
     assert not (augmented / "2009_000005.png").exists()  # of val
     before = (augmented / "2011_000010.png").stat().st_mtime_ns
-    assert script(datasets, "prepare-voc", "--data", voc / "VOCdevkit" / "..")[0] == 0
+    assert script(prepare, "voc", "--data", voc / "VOCdevkit" / "..")[0] == 0
     assert (augmented / "2011_000010.png").stat().st_mtime_ns == before
 
-    code, out, _ = script(datasets, "check", *options, "--chart", tmp_path / "c.png", "--picture", tmp_path / "p.png")
+    code, out, _ = script(prepare, "check", *options, "--chart", tmp_path / "c.png", "--picture", tmp_path / "p.png")
     assert code == 1 and "2 labeled, 6 unlabeled, 2 val" in out and "1 problem(s)" in out  # the counts
     assert (tmp_path / "c.png").exists() and (tmp_path / "p.png").exists()
     split = datasets.partition(datasets.Voc(voc), "1/4")
@@ -680,19 +636,6 @@ def test_voc_few_takes_vocs_own_training_images(voc, capsys):
     assert len(datasets.listed_partition(dataset, voc / "labeled.txt", None).unlabeled) == 2
 
 
-@pytest.mark.parametrize("change,expected", [
-    (lambda voc: (voc / "benchmark_RELEASE/dataset/cls/2010_000007.mat").write_bytes(b"junk"), "7.mat: cannot be read"),
-    (lambda voc: shutil.rmtree(voc / "benchmark_RELEASE"), "holds no SBD"),
-    (lambda voc: shutil.rmtree(voc / "VOCdevkit"), "holds no VOC2012/JPEGImages"),
-    (lambda voc: (voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").unlink(), "val.txt: no such file"),
-    (lambda voc: (voc / "VOCdevkit/VOC2012/SegmentationClass/2007_000001.png").unlink(), "2007_000001.png: no such mask"),
-], ids=["mat", "sbd", "voc", "list", "mask"])  # fmt: skip
-def test_preparation_says_what_is_missing(script, voc, change, expected):
-    change(voc)
-    code, _, err = script(datasets, "prepare-voc", "--data", voc)
-    assert code == 2 and re.search(expected, err) and len(err.strip().splitlines()) == 1
-
-
 @pytest.fixture
 def cityscapes(tmp_path):
     """Five training and two val images; the masks of val are labelTrainIds, the others labelIds."""
@@ -715,7 +658,7 @@ def test_cityscapes_from_check_to_evaluation(script, cityscapes, tmp_path):
         assert (dataset.mask("aachen_000000_000019")[mask == value] == index).all()
     assert set(np.unique(dataset.mask("lindau_000005_000019"))) == {0, 13, 18, 255}
     options = ["--dataset", "cityscapes", "--data", cityscapes, "--part", "1/4"]
-    code, out, _ = script(datasets, "check", *options)
+    code, out, _ = script(prepare, "check", *options)
     assert code == 1 and "2 labeled, 3 unlabeled, 2 val" in out and "not 2,975 and 500" in out
     train_and_evaluate(script, tmp_path, options, labeled=2, unlabeled=3, classes=19)
     save_mask(cityscapes / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png", np.full((40, 56), 40))
