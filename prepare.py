@@ -15,6 +15,7 @@ import argparse
 import collections
 import pathlib
 import re
+import shlex
 import sys
 import unicodedata
 from typing import NamedTuple
@@ -420,7 +421,8 @@ def convert_masks(args: argparse.Namespace) -> int:
         print(f"note: {len(others)} file(s) are masks of no image and were left out, first {printable(others[0])}")
     changed = f"; {sum(unknown.values())} pixels of unknown values: {args.unknown}" if unknown else ""
     print(f"{args.out}: {len(masks)} masks{changed}")
-    print(f"next: python prepare.py check --dataset folder --data {args.out.parent} --part 1")
+    if beside.is_dir():
+        print(f"next: python prepare.py check --dataset folder --data {shlex.quote(str(args.out.parent))} --part 1")
     return 0
 
 

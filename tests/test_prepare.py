@@ -159,16 +159,15 @@ def test_evaluation_refuses_val_masks_without_a_number(folder):
         evaluate.iou(torch.zeros(3, 3, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_no_result_file_is_written_where_there_is_nothing_to_evaluate(script, folder, tmp_path):
     model = models.build_model("resnet18", 3, "none", "standard", 16, False)
-    args = {"dataset": "folder", "data": str(folder), "backbone": "resnet18", "weights": "none", "stem": "standard", "window": None,
-            "head_width": 16, "separable_head": False, "image_scale": 1.0, "scales": [1.0], "precision": "fp32"}  # fmt: skip
+    args = {"dataset": "folder", "data": str(folder), "backbone": "resnet18", "weights": "none", "stem": "standard",
+            "window": None, "head_width": 16, "separable_head": False, "image_scale": 1.0, "scales": [1.0], "precision": "fp32"}  # fmt: skip
     row = {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1", "labeled": 8, "steps": 2, "seed": 0,
            "gmacs_model": 1.0, "mgd_ops": "torch", "head_width": 16}  # fmt: skip
-    classes, palette = ["road", "tree", "car"], datasets.voc_palette(3)
-    torch.save(
-        {"model": model.state_dict(), "args": args, "classes": classes, "palette": palette, "row": row}, tmp_path / "m.pt"
-    )
+    of_data = {"classes": ["road", "tree", "car"], "palette": datasets.voc_palette(3)}
+    torch.save({"model": model.state_dict(), "args": args, "row": row, **of_data}, tmp_path / "m.pt")
     arguments = ["--ckpt", tmp_path / "m.pt", "--json", tmp_path / "r.json"]
     code, _, err = script(evaluate, *arguments)
     assert code == 0, err
@@ -649,6 +648,7 @@ def test_pictures_of_any_size(script, folder, size):
     assert "picture: " in out and max(sheet.size) <= 8 * 240 and Image.open(folder / "c.png").size
 
 
+@pytest.mark.slow
 def test_charts_of_many_classes_and_odd_names(script, folder):
     names = ["$\\frac{1}{", "\u9053\u8def", "\u0637\u0631\u064a\u0642", "x" * 200, *(f"class {i}" for i in range(146))]
     write_lines(folder / "classes.txt", names)
