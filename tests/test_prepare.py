@@ -163,7 +163,8 @@ def test_evaluation_refuses_val_masks_without_a_number(folder):
 def test_no_result_file_is_written_where_there_is_nothing_to_evaluate(script, folder, tmp_path):
     model = models.build_model("resnet18", 3, "none", "standard", 16, False)
     args = {"dataset": "folder", "data": str(folder), "backbone": "resnet18", "weights": "none", "stem": "standard",
-            "window": None, "head_width": 16, "separable_head": False, "image_scale": 1.0, "scales": [1.0], "precision": "fp32"}  # fmt: skip
+            "window": None, "head_width": 16, "separable_head": False, "image_scale": 1.0, "scales": [1.0],
+            "precision": "fp32"}  # fmt: skip
     row = {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1", "labeled": 8, "steps": 2, "seed": 0,
            "gmacs_model": 1.0, "mgd_ops": "torch", "head_width": 16}  # fmt: skip
     of_data = {"classes": ["road", "tree", "car"], "palette": datasets.voc_palette(3)}
