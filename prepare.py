@@ -344,16 +344,26 @@ def find_masks(folder: pathlib.Path, images: set[str], ending: str | None):
     return masks, others
 
 
+def rgb_of(file: Image.Image, path: pathlib.Path) -> np.ndarray:
+    """(H, W, 3) uint8: the colours of an opened mask, upright, without transparency. Raises UserError where that alone shows
+    the classes."""
+    image = upright(file)
+    pixels = np.asarray(image.convert("RGB"))
+    if "A" in image.getbands() and np.ptp(np.asarray(image.getchannel("A"))) > 0 and (pixels == pixels[0, 0]).all():
+        raise UserError(f"{path}: is of one colour, and shows its classes by transparency alone; flatten it on another colour")
+    return pixels
+
+
 def read_keys(path: pathlib.Path, classes: Classes) -> np.ndarray:
     """(H, W) int64: the grey value of each pixel, or its colour as `packed`. Raises UserError."""
     with opened(path, *BROKEN) as file:
         if classes.coloured and not file.mode.startswith("I"):
-            pixels = np.asarray(upright(file).convert("RGB")).astype(np.int64)
+            pixels = rgb_of(file, path).astype(np.int64)
             return pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
         if file.mode in ("L", "P", "1") or file.mode.startswith("I"):
             white = IGNORE_INDEX if file.mode == "1" and 1 not in classes.indices else 1  # one bit: 0 and 1, or 0 and 255
             return mask_values(file).astype(np.int64) * white
-        pixels = np.asarray(upright(file).convert("RGB"))
+        pixels = rgb_of(file, path)
     if (pixels != pixels[..., :1]).any():
         raise UserError(f"{path}: is a colour image; say which colour is which class: {datasets.flags_for_file(path)}")
     return pixels[..., 0].astype(np.int64)

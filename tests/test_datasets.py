@@ -672,6 +672,22 @@ def test_cityscapes_from_check_to_evaluation(script, cityscapes, tmp_path):
         datasets.Cityscapes(cityscapes)
 
 
+def test_palettes_of_cityscapes_are_read_by_label_id(cityscapes):
+    dataset = datasets.Cityscapes(cityscapes)
+    groups = {"labeled": dataset.train, "val": dataset.val}
+    path = dataset.masks["aachen_000000_000019"]
+    image, palette = Image.open(path), np.zeros((256, 3), np.uint8)
+    palette[datasets.CITYSCAPES_IDS] = datasets.CITYSCAPES_PALETTE
+    image.putpalette(palette.ravel().tolist())
+    image.save(path)
+    datasets.refuse_faults(dataset, groups)
+    palette[[7, 26]] = palette[[26, 7]]
+    image.putpalette(palette.ravel().tolist())
+    image.save(path)
+    with pytest.raises(UserError, match=r"its palette gives .* but Cityscapes' palette to index"):
+        datasets.refuse_faults(dataset, groups)
+
+
 SPLITS = pathlib.Path(os.environ.get("MGD_SPLITS", pathlib.Path(datasets.__file__).parent / "data" / "splits"))
 needs_splits = pytest.mark.skipif(not SPLITS.is_dir(), reason="no public lists in data/splits or MGD_SPLITS")
 

@@ -284,7 +284,8 @@ def test_whatever_is_raised_while_a_file_is_read_is_one_line_with_its_name(folde
     opened = Image.open
     monkeypatch.setattr(Image, "open", broken)
     dataset = datasets.Folder(folder)
-    for call in (lambda: dataset.check(dataset.train[:5], masks=True), lambda: (dataset.image("im03"), dataset.mask("im03"))):
+    groups = {"labeled": dataset.train[:5]}
+    for call in (lambda: datasets.refuse_faults(dataset, groups), lambda: (dataset.image("im03"), dataset.mask("im03"))):
         with pytest.raises(UserError, match=rf"im03.png: .*{type(error).__name__}.*; replace it") as caught:
             call()
         assert "\n" not in str(caught.value)

@@ -550,6 +550,17 @@ def test_wrong_flags_are_one_line(script, folder, flags, expected):
     assert not (folder / "new" / "masks").exists()
 
 
+def test_transparency_alone_is_no_mask(script, folder):
+    blocks(folder)
+    white = Image.new("L", (56, 40), 255)
+    rewrite(folder, lambda mask: Image.merge("LA", [white, Image.fromarray((mask == 1).astype(np.uint8) * 255)]))
+    (folder / "masks").rename(folder / "source")
+    arguments = ["masks", "--masks", folder / "source", "--out", folder / "masks"]
+    for flags in ([], ["--values", "0=0", "255=1"], ["--values", "0,0,0=0", "255,255,255=1"]):
+        code, _, err = script(prepare, *arguments, *flags)
+        assert code == 2 and "im00.png: is of one colour, and shows its classes by transparency" in err
+
+
 def test_two_masks_of_one_image_are_named(script, folder):
     shutil.copytree(folder / "masks", folder / "source")
     shutil.copy(folder / "source" / "im00.png", folder / "source" / "im00_color.png")
@@ -592,6 +603,14 @@ def wrong_jpeg(root):
         Image.fromarray(np.array([0, 255, 0], np.uint8)[np.asarray(Image.open(path))]).save(path.with_suffix(".jpg"))
         path.unlink()
     write_lines(root / "classes.txt", ["background", "object"])
+
+
+def wrong_artefacts(root):
+    """JPEGs saved as PNG."""
+    wrong_jpeg(root)
+    for path in masks_of(root):
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
 
 
 def wrong_endings(root):
@@ -684,6 +703,21 @@ def test_preparation_says_what_is_missing(script, voc, change, expected):
     change(voc)
     code, _, err = script(prepare, "voc", "--data", voc)
     assert code == 2 and re.search(expected, err) and len(err.strip().splitlines()) == 1
+
+
+def test_vocs_masks_have_vocs_palette_or_none(voc):
+    dataset = datasets.Voc(voc, few=True)
+    groups = {"labeled": dataset.train, "val": dataset.val}
+    datasets.refuse_faults(dataset, groups)  # grey files
+    palette = np.array(datasets.voc_palette(256))
+    path = dataset.masks[dataset.train[0]]
+    mask = np.asarray(Image.open(path))
+    with_palette(mask, palette.ravel().tolist()).save(path)
+    datasets.refuse_faults(dataset, groups)
+    palette[[1, 20]] = palette[[20, 1]]
+    with_palette(mask, palette.ravel().tolist()).save(path)
+    with pytest.raises(UserError, match=r"2007_000001.png: its palette gives .*VOC's palette to index .* --palette voc$"):
+        datasets.refuse_faults(dataset, groups)
 
 
 def test_a_list_that_somebody_else_made_is_kept(script, voc):
