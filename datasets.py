@@ -210,11 +210,11 @@ class Files:
             if not self.named:
                 classes = f"val's masks hold none above {n - 1} and there is no classes.txt; name every class there"
             flags = flags_for(*np.unique(mask, return_counts=True), n, self.named)
-            raise UserError(f"{path}: holds label {wrong.min()}, but {classes}, or {self.fix(flags)}")
+            raise UserError(f"{path}: holds label {wrong.min()}, but {classes}, or {self.fix(flags, path)}")
         return mask.astype(np.uint8)
 
-    def fix(self, flags: str) -> str:
-        """How to come to right masks, as the end of a message; `flags` are those of `prepare.py masks`."""
+    def fix(self, flags: str, path: pathlib.Path | None = None) -> str:
+        """How to get right masks, `path` or all, as the end of a message; `flags` are those of `prepare.py masks`."""
         return "replace it"
 
     def colours(self, name: str) -> bytes | None:
@@ -315,7 +315,7 @@ class Folder(Files):
         many = len(labels) > MOST_UNNAMED  # `faults` refuses that, in words that fit, where no mask is refused before
         return [f"class {i}" for i in range(IGNORE_INDEX if many else 1 + min(max(labels | {1}), IGNORE_INDEX - 1))]
 
-    def fix(self, flags):
+    def fix(self, flags, path=None):
         return masks_command(self.root / "masks", flags)
 
 
@@ -355,8 +355,8 @@ class Voc(Files):
         held_out = set(self.val)
         self.train = sorted({name for name in self.listed if name in self.images} - held_out)
 
-    def fix(self, flags):
-        return masks_command(self.root / "SegmentationClassAug", flags or "--palette voc")
+    def fix(self, flags, path=None):
+        return masks_command(path.parent if path else self.root / "SegmentationClassAug", flags or "--palette voc")
 
     def what_is_missing(self):
         without = [name for name in self.listed if name not in self.images]
@@ -958,8 +958,9 @@ def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
                     flag = "--palette palette.txt (which holds each class's colour, one 'R G B' per line)"
                     if dataset.palette_from:
                         flag = f"--palette {shlex.quote(dataset.palette_from)}" if isinstance(dataset, Folder) else ""
+                    fix = dataset.fix(flag, pathlib.Path(path))
                     return (f"{path}: its palette gives the colour {tuple(colour)} to index {label}, but {where} to index "
-                            f"{other}, so indices do not mean the same everywhere; {dataset.fix(flag)}")  # fmt: skip
+                            f"{other}, so indices do not mean the same everywhere; {fix}")  # fmt: skip
             same.setdefault(label, (palette, path))
     return None
 

@@ -716,7 +716,9 @@ def test_vocs_masks_have_vocs_palette_or_none(voc):
     datasets.refuse_faults(dataset, groups)
     palette[[1, 20]] = palette[[20, 1]]
     with_palette(mask, palette.ravel().tolist()).save(path)
-    with pytest.raises(UserError, match=r"2007_000001.png: its palette gives .*VOC's palette to index .* --palette voc$"):
+    with pytest.raises(
+        UserError, match=r"2007_000001.png: its palette gives .*VOC's palette to index .*/SegmentationClass --palette voc$"
+    ):
         datasets.refuse_faults(dataset, groups)
 
 
