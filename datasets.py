@@ -947,8 +947,8 @@ def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
     place = dataset.palette_from
     if not official and dataset.named and dataset.classes[0].lower() == "background":  # black by custom
         official, place = bytes(3), "the name background of class 0"
-    palettes = {official: dict.fromkeys(range(len(official) // 3), place), **palettes}
-    for palette, labels in palettes.items():
+    reference = (official, dict.fromkeys(range(len(official) // 3), place))
+    for palette, labels in [reference, *palettes.items()]:
         for label, path in labels.items():
             colour = palette[3 * label : 3 * label + 3]
             same = known.setdefault(colour, {}) if len(colour) == 3 else {}

@@ -148,6 +148,14 @@ def test_what_makes_numbers_meaningless_is_refused_by_check_and_before_training_
     assert str(error.value) == problems[0]
 
 
+def test_a_file_with_the_palette_of_palette_txt_says_nothing_for_another(folder):
+    write_lines(folder / "palette.txt", [" ".join(map(str, colour)) for colour in COLOURS])
+    dataset = datasets.Folder(folder)
+    right, wrong = (COLOURS[list(order)].tobytes() for order in ((0, 1, 2), (0, 2, 1)))
+    assert datasets.palette_clash(dataset, {right: {0: "a.png"}}) is None
+    assert "b.png: its palette gives" in datasets.palette_clash(dataset, {right: {0: "a.png"}, wrong: {1: "b.png"}})
+
+
 def test_evaluation_refuses_val_masks_without_a_number(folder):
     dataset = datasets.Folder(folder)
     datasets.refuse_faults(dataset, {"val": dataset.val})
