@@ -196,10 +196,7 @@ def load_weights(network: nn.Module, name: str, weights: str, stem: str):
 
     The counters `num_batches_tracked` are ignored on both sides: torchvision's published ResNet files do not have them.
     """
-    if weights == "imagenet":
-        state = published_weights(name, stem)
-    else:
-        state = read_state_dict(weights)
+    state = published_weights(name, stem) if weights == "imagenet" else read_state_dict(weights)
     state, needed = without_classifier(state), without_classifier(network.state_dict())
     reason = misfit(state, needed)
     if reason:

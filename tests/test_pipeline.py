@@ -213,8 +213,6 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
     assert "is a folder; give the last.pt in it" in errors(script, evaluate, "--ckpt", teachers[0].parent)
     assert "--panel-rows" in errors(script, evaluate, "--ckpt", teachers[0], "--panel-rows", "0")
     assert "--json" in errors(script, evaluate, "--ckpt", teachers[0], "--json", tmp_path)
-    assert "--picture" in errors(script, datasets, "check", "--picture", tmp_path / "look")
-    assert "prepare-voc" in errors(script, datasets)
     (folder / "images" / "im00.png").unlink()
     assert "im00" in errors(script, train_teacher, *run, *mine)
 
