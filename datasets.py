@@ -860,8 +860,8 @@ def look_at(dataset, groups: dict[str, list[str]], whole: bool) -> Look:
     are read, and the first problem raises UserError.
     """
     masked = [group for group in groups if group != "unlabeled"]
-    zeros = [{group: np.zeros(256, np.int64) for group in masked} for _ in range(2)]
-    look = Look(collections.Counter(), *zeros, {}, {})
+    pixels, images = ({group: np.zeros(256, np.int64) for group in masked} for _ in range(2))
+    look = Look(collections.Counter(), pixels, images, {}, {})
 
     def look_at_one(group, name):
         try:

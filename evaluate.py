@@ -98,19 +98,18 @@ def window_strips(forward, rows, size: tuple[int, int], window: tuple[int, int] 
             logits = forward(x[..., left : left + w])
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], 0, x.shape[-1])
-                down, across = seen_by(tops, h, logits), seen_by(lefts, w, logits)
             if total.shape[2] < top + h - first:
                 total = F.pad(total, (0, 0, 0, top + h - first - total.shape[2]))
             total[..., top - first :, left : left + w] += logits
         if end == height or 4 * total[:, :, : end - first].numel() > STRIP_BYTES:
-            count = down[first:end, None] * across  # of the windows that see a pixel
-            yield (total[:, :, : end - first] / count)[..., :width]
+            count = seen_by(tops, h)[first:end, None] * seen_by(lefts, w)  # of the windows that see a pixel
+            yield (total[:, :, : end - first] / count.to(total))[..., :width]
             total, first = total[:, :, end - first :].clone(), end
 
 
-def seen_by(begins: list[int], side: int, like: torch.Tensor) -> torch.Tensor:
+def seen_by(begins: list[int], side: int) -> torch.Tensor:
     """How many windows, which are `side` long and begin at `begins`, see each row (or column)."""
-    count = like.new_zeros(begins[-1] + side)
+    count = torch.zeros(begins[-1] + side)
     for start in begins:
         count[start : start + side] += 1
     return count

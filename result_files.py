@@ -219,10 +219,11 @@ def refuse_outputs(outputs: Sequence[tuple[str, pathlib.Path | None]], inputs: I
     Raises UserError where two of them are one file, one is among the `inputs`, its folder cannot be written to, or it would
     replace a file that is not ours (see `refuse_foreign`).
     """
-    outputs = [(flag, path) for flag, path in outputs if path is not None]
     inputs = {os.path.realpath(path) for path in inputs}
     written = {}
     for flag, path in outputs:
+        if path is None:
+            continue
         real = os.path.realpath(path)
         if real in written:
             raise UserError(f"{flag} {printable(path)}: is also where {written[real]} is written; give each a name of its own")
