@@ -9,6 +9,7 @@ those of the classifier, (B, N, H/4, W/4), and `mgd_ops.upsample` brings them to
 """
 
 import copy
+import functools
 import json
 import pathlib
 import pickle
@@ -282,6 +283,7 @@ def without_classifier(state: dict) -> dict:
     return {k: v for k, v in state.items() if not (k.startswith(classifier) or k.endswith(".num_batches_tracked"))}
 
 
+@functools.cache
 def expected_shapes(name: str, stem: str) -> dict[str, torch.Tensor]:
     """The state dict that `name` needs, without memory."""
     with torch.device("meta"):

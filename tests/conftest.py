@@ -73,8 +73,8 @@ class FewShapes(datasets.Shapes):
 
 
 @pytest.fixture
-def ckpt(tmp_path):
-    """A checkpoint of a network that was not trained."""
+def ckpt(tmp_path, tiny_networks):
+    """A checkpoint of a tiny network that was not trained."""
     args = {"dataset": "shapes", "data": None, "backbone": "resnet18", "scales": [1.0], "stem": "standard", "head_width": 16,
             "separable_head": False, "precision": "fp32", "image_scale": 1.0, "window": None}  # fmt: skip
     data = datasets.Shapes()

@@ -15,6 +15,7 @@ import bench_heads
 import bench_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed_terms", ["mixed", "clean"])
 def test_the_released_step_and_ours_have_equal_terms(mixed_terms):
     """Teachers and student in evaluation mode on both sides, float32, no padding."""
@@ -38,6 +39,7 @@ def test_the_released_step_and_ours_have_equal_terms(mixed_terms):
         assert float(ours["image"]) != pytest.approx(released["image"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_arms_run(capsys):
     for impl in ("released", "ours"):
         rows = bench_step.measure("cps", "resnet18", 48, 2, 3, impl, "cpu", 2)
@@ -45,6 +47,7 @@ def test_the_arms_run(capsys):
     assert {row["pass"] for row in rows} == {"step", "pseudo labels", "student forward", "backward", "optimizer"}
 
 
+@pytest.mark.slow
 def test_heads_are_measured(script, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_heads, "SIZE", 64)
     monkeypatch.setattr(bench_heads, "HEADS", [(16, False), (16, True)])

@@ -63,6 +63,7 @@ def test_a_checkpoint_is_the_old_one_until_it_is_the_new_one(tmp_path, monkeypat
     assert checkpoint["step"] == 1 and checkpoint["versions"]["torch"] == str(torch.__version__)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path):
     """In a process whose files may have 100 kB."""
     save = "import pathlib, torch, common; common.save_checkpoint(pathlib.Path('last.pt'), {'model': torch.zeros(100_000)})"
@@ -339,6 +340,7 @@ def test_a_log_goes_on_where_its_last_line_was_cut_off(tmp_path):
         assert (tmp_path / "log.jsonl").read_text() == lines[0] + '\n{"step": 3}\n'
 
 
+@pytest.mark.slow
 def test_error_of_a_data_worker_is_one_line_in_a_real_process(folder):
     """An image breaks off in the middle, which no header shows; a worker process finds it during the first steps."""
     for path in (folder / "images").glob("im0[0-9].png"):

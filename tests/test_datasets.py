@@ -583,6 +583,7 @@ def test_voc_palette():
 # ---- the official layouts ----
 
 
+@pytest.mark.slow
 def test_voc_from_preparation_to_evaluation(script, voc, tmp_path):
     options = ["--dataset", "voc", "--data", voc, "--part", "1/4"]
     code, _, err = script(prepare, "check", *options)
@@ -651,6 +652,7 @@ def cityscapes(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_cityscapes_from_check_to_evaluation(script, cityscapes, tmp_path):
     dataset = datasets.Cityscapes(cityscapes)
     mask = np.asarray(Image.open(cityscapes / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"))
@@ -698,6 +700,7 @@ def touch(paths):
         path.touch()
 
 
+@pytest.mark.slow
 @needs_splits
 def test_the_public_lists_of_voc_load_to_the_papers_counts(tmp_path, capsys):
     root, lists = tmp_path / "VOCdevkit" / "VOC2012", SPLITS / "voc"
@@ -720,6 +723,7 @@ def test_the_public_lists_of_voc_load_to_the_papers_counts(tmp_path, capsys):
         assert "they stay labeled" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_splits
 def test_the_public_lists_of_cityscapes_load_to_the_papers_counts(tmp_path):
     lists = SPLITS / "cityscapes"

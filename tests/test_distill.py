@@ -37,6 +37,7 @@ def test_distillation_learns(script, few, learned_teachers, tmp_path, method, te
     assert_it_learns(tmp_path / method, terms, falls_to=0.5, miou=65)
 
 
+@pytest.mark.slow
 def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_path):
     changes = {
         "--no-cutmix": {"pixel_u", "image", "region", "loss"},
@@ -76,6 +77,7 @@ def test_gradient_norms_are_those_of_the_weighted_terms(script, teachers, tmp_pa
 EVERYTHING = "sup pixel image:T_D image:T_W region:T_D region:T_W"
 
 
+@pytest.mark.slow
 def test_losses_are_what_they_are_called(script, teachers, tmp_path):
     """Each choice of --losses has the terms it names, of the same value as alone or beside others."""
     both = {"--deep": teachers[0], "--wide": teachers[1]}
@@ -320,6 +322,7 @@ def test_batch_norm_in_training_mode_leaves_the_teachers_statistics_alone(teache
         distill.load_teacher(teachers[0], dataset, argparse.Namespace(image_scale=0.5), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_resume_of_distillation_equals_an_uninterrupted_run(script, teachers, tmp_path):
     arguments = ["--deep", teachers[0], "--wide", teachers[1], *TINY, "--steps", "6", "--save-every", "3"]
     resume_equals_uninterrupted(script, distill, arguments, tmp_path)
@@ -345,6 +348,7 @@ def test_a_teacher_is_called_by_the_flag_it_is_given_under(script, teachers, tmp
     assert row["teachers"] == ["T_D", "T_W"] and row["teacher_roles"] == ["teacher_wide", "teacher_deep"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses_twice_and_workers_change_nothing(script, teachers, tmp_path):
     for name, more in (("a", []), ("b", ["--workers", "1"]), ("c", ["--seed", "1"])):
         assert script(distill, *distill_args(tmp_path / name, teachers, *more))[0] == 0

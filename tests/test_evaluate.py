@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 import warnings
@@ -10,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import NO_GPU
+from conftest import NO_GPU, ROOT
 from matplotlib import pyplot as plt
 from PIL import Image
 
@@ -177,6 +176,7 @@ def test_wrong_arguments_are_one_line(script, ckpt, tmp_path, monkeypatch, argum
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_pictures_and_options_reach_the_result_file(script, ckpt, tmp_path):
     code, out, err = script(evaluate, "--ckpt", ckpt, "--confusion", tmp_path / "c.png", "--json", tmp_path / "r.json",
                             "--window", "48", "--scales", "1", "1.5", "--flip")  # fmt: skip
@@ -273,17 +273,18 @@ def test_a_confusion_matrix_shows_the_classes_that_occur(figures, tmp_path):
     assert len(figures[1].axes[0].get_yticklabels()) == 150 and 2000 < Image.open(tmp_path / "c.png").width < 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_counts_the_same(script, ckpt, tmp_path, ranks):
     """Eight val images, which three ranks cannot share evenly."""
     code, _, err = script(evaluate, "--ckpt", ckpt, "--json", tmp_path / "one.json")
     assert code == 0, err
-    program = "import datasets, evaluate; datasets.Shapes.__init__.__defaults__ = (512, 8); evaluate.main()"
+    program = "import conftest, datasets, evaluate, tiny; tiny.install(); datasets.Shapes = conftest.FewShapes; evaluate.main()"
     (tmp_path / "program.py").write_text(program)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), tmp_path / "program.py",
          "--ckpt", ckpt, "--json", tmp_path / "many.json"],
-        env={**os.environ, **NO_GPU, "PYTHONPATH": str(pathlib.Path(evaluate.__file__).parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **NO_GPU, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     one, many = (json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("one", "many"))

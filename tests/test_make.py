@@ -200,6 +200,7 @@ def test_a_finished_run_is_named_and_never_retrained(tmp_path, target, name, fix
     assert "never retrained" not in call_make("-n", target, "SEEDS=1", "VENV=").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["teacher-wide", "sup-r18", "mgd-r18"])
 def test_a_finished_run_stays_when_make_is_interrupted(tmp_path, target):
     """With a stand-in for python, which finishes its run and then ends make: by SIGTERM, as SIGINT may be ignored here."""

@@ -12,6 +12,7 @@ from common import UserError
 PAPER_STEMS = {"resnet101": "deep", "resnet18": "deep", "wide_resnet34": "standard", "mobilenetv2": "standard"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER_STEMS)
 def test_backbones_are_those_of_the_paper(name):
     cost = models.measure(name, PAPER_STEMS[name])
@@ -27,6 +28,7 @@ def test_gmacs_of_one_convolution():
     assert models.gmacs(conv, 8) == pytest.approx(3 * 5 * 9 * 64 / 1e9)
 
 
+@pytest.mark.slow
 def test_json_lists_every_backbone_and_stem(script):
     code, out, _ = script(models, "--json")
     rows = json.loads(out)
@@ -35,6 +37,7 @@ def test_json_lists_every_backbone_and_stem(script):
     assert {"params_m", "gmacs_512", "gmacs_800", "model_params_m", "model_gmacs_512"} <= rows[0].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(models.BACKBONES))
 @pytest.mark.parametrize("separable", [False, True])
 def test_shapes_of_the_output(name, separable):
@@ -51,6 +54,7 @@ def test_stride_of_the_high_features():
         assert low.shape[-1] == 32 and high.shape[-1] == 128 // stride
 
 
+@pytest.mark.slow
 def test_separable_head_is_lighter():
     assert models.measure("mbv2", separable_head=True)["model_gmacs_512"] < models.measure("mbv2")["model_gmacs_512"] / 3
 
@@ -71,6 +75,7 @@ def assert_loaded(backbone, state):
     assert len(used) == len(ours) > 50 and all(torch.equal(a, b) for a, b in zip(ours, used, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counters", [False, True])
 @pytest.mark.parametrize("name", models.BACKBONES)
 def test_weights_load_with_and_without_the_counters_of_batch_norm(name, counters, tmp_path, monkeypatch):

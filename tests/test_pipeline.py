@@ -167,6 +167,7 @@ def test_distil_and_evaluate(script, full_teachers, tmp_path, student, monkeypat
 
 
 @pytest.mark.usefixtures("tiny_networks")
+@pytest.mark.slow
 def test_folder_data_from_training_to_evaluation_without_the_unlabeled_masks(script, folder, tmp_path):
     part = datasets.partition(datasets.Folder(folder), "1/4")
     for name in part.unlabeled:
@@ -181,6 +182,7 @@ def test_folder_data_from_training_to_evaluation_without_the_unlabeled_masks(scr
     assert row["labeled"] == 3 and row["partition_hash"] == part.hash
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_path):
     run = ["--out", tmp_path / "x", *TINY, "--steps", "2"]
     mine = ["--dataset", "folder", "--data", folder, "--weights", "none"]
@@ -218,6 +220,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
 
 
 @pytest.mark.usefixtures("tiny_networks")
+@pytest.mark.slow
 def test_what_does_not_fit_into_memory_is_refused_with_advice(script, teachers, tmp_path, monkeypatch):
     for module, arguments in (
         (train_teacher, ["--out", tmp_path / "x", *TINY, "--sup-only", "0", "--ramp-up", "0"]),

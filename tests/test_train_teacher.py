@@ -112,12 +112,14 @@ def test_cps_learns_from_the_other_networks_labels(script, tmp_path, monkeypatch
     assert weights(tmp_path / "cps" / "last.pt")["bias"][2] == pytest.approx(0.1, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sup_only", [0, 0.8])  # the last steps' unlabeled images start after the resume, or before it
 def test_resume_of_cps_equals_an_uninterrupted_run(script, tmp_path, sup_only):
     arguments = ["--backbone", "r18", *TINY, "--steps", "6", "--save-every", "3", "--sup-only", sup_only, "--ramp-up", sup_only]
     resume_equals_uninterrupted(script, train_teacher, arguments, tmp_path)
 
 
+@pytest.mark.slow
 def test_resume_of_mean_teacher_equals_an_uninterrupted_run(script, tmp_path):
     arguments = ["--method", "mt", "--backbone", "r18", *TINY, "--steps", "6", "--save-every", "3", "--sup-only", "0.2"]
     resume_equals_uninterrupted(script, train_teacher, [*arguments, "--ramp-up", "0.8"], tmp_path)
