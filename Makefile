@@ -121,7 +121,7 @@ $(T_W): $(TEACHERS)/teacher-wide%last.pt: | $(INSTALLED)
 $(SUP): $(STUDENTS)/sup-$(STUDENT)%last.pt: | $(INSTALLED)
 	$(sup)
 $(SUP_LONG): $(STUDENTS)/sup-x3-$(STUDENT)%last.pt: | $(INSTALLED)
-	$(sup) --schedule 3
+	$(sup) --steps-factor 3
 $(MGD): $(STUDENTS)/mgd-$(STUDENT)$(OF)%last.pt: | $(DEEP_OF) $(WIDE_OF) $(INSTALLED)
 	$(call student,distill.py --out $(@D) --student $(STUDENT) --deep $(subst %,$*,$(DEEP_OF)) \
     --wide $(subst %,$*,$(WIDE_OF))) $(MGD_ARGS)
@@ -145,7 +145,7 @@ distill: $(MGD) ## the student (MGD); trains missing teachers first
 sup: $(SUP) ## the same network on the labeled images alone
 	@$(call finished,$(SUP), or set RUN=DIR)
 compare: $(SUP) $(SUP_LONG) $(BOTH) $(MGD) ## Sup at two lengths, MGD and the teachers: a table and a picture
-	$(LAUNCH) evaluate.py --ckpt $< --compare $(filter-out $<,$(SUP) $(SUP_LONG) $(MGD) $(BOTH)) \
+	$(LAUNCH) evaluate.py --ckpt $(SUP) $(SUP_LONG) $(MGD) $(BOTH) \
 	    --json $(COMPARED).json --panels $(COMPARED).png
 matrix: | $(INSTALLED) ## all runs of the paper's TABLES, then one result file
 	$(PY) -m paper.matrix --tables $(TABLES) --seeds $(SEEDS) $(call options,$(filter-out REPORT DRY,$(NAMES)) $(FLAGS)) \

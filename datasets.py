@@ -1,8 +1,6 @@
-"""Images and masks, partitions into labeled and unlabeled images, augmentation, CutMix.
+"""Data sets, and their partitions into labeled and unlabeled images.
 
 `prepare.py` looks at a data set before training, and converts masks into the form that is read here.
-
-Everything random is a pure function of the seed and the step, so that a resumed run sees what an uninterrupted one sees.
 """
 
 import argparse
@@ -15,63 +13,31 @@ import math
 import os
 import pathlib
 import re
-import shlex
-import struct
 import sys
 import tempfile
-import unicodedata
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
-from tqdm import tqdm
+from PIL import Image, ImageDraw
 
-from common import IGNORE_INDEX, UserError, crop_size, rank_and_size, shares_of, start_workers
-
-FILL = [124, 116, 104]  # the mean below as a colour, for pixels outside the image
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
-SUFFIXES = (".jpg", ".jpeg", ".png")
-MOST_UNNAMED = 32  # labels without classes.txt; more are rather levels of grey
-VOC_BORDER = (224, 224, 192)  # VOC's colour of 255
-MAX_PIXELS = 2**28  # of one image, 16384x16384; a small file can claim to be much larger and fill the memory
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns from 89 million pixels on
-
-# What the arguments left at their defaults become, by data set; `teacher`, `student`, a backbone of `of`, and `no_cutmix`
-# override. `shapes` has small stand-ins for the teachers, so that the whole pipeline runs in minutes without a GPU. The
-# others are the recipes of the paper and its released code, in one process; `folder` follows that of VOC. A window of "crop"
-# is as large as the crop: a head that saw nothing but crops is off on larger images, where its dilated convolutions reach
-# what was padding before (33.0 mIoU instead of 37.8 on CamVid at half size with crops of 96x128).
-SHAPES_RECIPE = {
-    "teacher_deep": "resnet34", "teacher_wide": "resnet18", "weights": "none", "head_width": 64, "crop": (64, 64),
-    "scales": [0.75, 1.0, 1.25], "batch": 8, "lr": 0.05, "sup_only": 0.4, "ramp_up": 0.6, "cps_weight": 1.0,
-    "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 10.0, "window": False, "ohem": False,
-    "teacher": {"steps": 350}, "student": {"steps": 250},
-}  # fmt: skip
-FOLDER_RECIPE = {
-    "teacher_deep": "resnet101", "teacher_wide": "wide_resnet34", "weights": "imagenet", "head_width": 256, "crop": (512, 512),
-    "scales": [0.5, 0.75, 1.0, 1.5, 1.75, 2.0], "batch": 8, "lr": 0.0025, "steps": 40_000, "sup_only": 0.0, "ramp_up": 0.0,
-    "cps_weight": 1.0, "threshold": 0.0, "lambda_image": 0.002, "lambda_region": 100.0, "window": "crop", "ohem": False,
-    "of": {"wide_resnet34": {"lr": 0.001}, "mobilenetv2": {"lr": 0.0035}},
-}  # fmt: skip
-VOC_RECIPE = {
-    **FOLDER_RECIPE, "steps": 39_700, "no_cutmix": {"cps_weight": 1.5},
-    "of": {"wide_resnet34": {"lr": 0.001}, "mobilenetv2": {"lr": 0.0035, "lambda_image": 0.001, "lambda_region": 50.0}},
-}  # fmt: skip
-RECIPES = {
-    "shapes": SHAPES_RECIPE,
-    "folder": FOLDER_RECIPE,
-    "voc": VOC_RECIPE,
-    "voc-few": VOC_RECIPE,
-    "cityscapes": {
-        **FOLDER_RECIPE, "crop": (800, 800), "ohem": True, "cps_weight": 5.0,
-        "no_cutmix": {"cps_weight": 6.0}, "of": {}, "teacher": {"steps": 44_600}, "student": {"steps": 22_300, "batch": 16},
-    },
-}  # fmt: skip
+from checks import refuse_faults
+from common import IGNORE_INDEX, UserError, rank_and_size
+from readers import (
+    CITYSCAPES_PALETTE,
+    MOST_UNNAMED,
+    SUFFIXES,
+    by_name,
+    flags_for,
+    flags_for_file,
+    masks_command,
+    open_image,
+    open_mask,
+    read_colours,
+    read_lines,
+    read_names,
+    read_palette,
+    voc_palette,
+)
 
 
 class Partition(NamedTuple):
@@ -89,6 +55,7 @@ class Shapes:
     """
 
     name = "shapes"
+    drawn = True  # there is no file
     size = 64
 
     def __init__(self, train: int = 512, val: int = 200):
@@ -96,7 +63,7 @@ class Shapes:
         self.palette = [(40, 44, 52), (224, 108, 117), (97, 175, 239), (152, 195, 121), (229, 192, 123), (198, 120, 221)]
         self.train = [f"train-{i:04d}" for i in range(train)]
         self.val = [f"val-{i:04d}" for i in range(val)]
-        self.bare = []
+        self.unlabeled = []
         self.masks = {}  # there are no files
 
     def has_mask(self, name):
@@ -173,6 +140,7 @@ class Files:
     A mask is opened only where `mask` is called for its name.
     """
 
+    drawn = False
     cache: pathlib.Path | None = None  # a folder of decoded images and masks
     expected: tuple[int, int] | None = None  # training and val images of a data set that everybody has alike: `missing`
     palette_from: str | None = None  # who says that `palette` holds the colours of the masks; None: nobody
@@ -186,7 +154,7 @@ class Files:
     masks: dict[str, pathlib.Path]
     train: list[str]
     val: list[str]
-    bare: list[str]  # more images without masks
+    unlabeled: list[str]  # more images without masks
 
     def has_mask(self, name: str) -> bool:
         return name in self.masks
@@ -259,12 +227,6 @@ class Files:
         return None
 
 
-def check_size(path: pathlib.Path, mask: np.ndarray, size: tuple[int, int]):
-    height, width = mask.shape
-    if (width, height) != size:
-        raise UserError(f"{path}: is {width}x{height}, its image {size[0]}x{size[1]}; image and mask must be of one size")
-
-
 class Folder(Files):
     """Own data: images/NAME.(jpg|png), masks/NAME.png (class index, 255 = ignore), train.txt, val.txt, and optionally
     classes.txt (one name a line), palette.txt (one `R G B` a line) and unlabeled.txt. An image without a mask is unlabeled."""
@@ -284,8 +246,8 @@ class Folder(Files):
                             f"{self.fix(flags_for_file(path))}")  # fmt: skip
         self.train, self.val = (read_names(root / f, self.images) for f in ("train.txt", "val.txt"))
         extra = read_names(root / "unlabeled.txt", self.images) if (root / "unlabeled.txt").exists() else []
-        self.bare = [name for name in extra if name not in set(self.train)]
-        overlap = set(self.val) & {*self.train, *self.bare}
+        self.unlabeled = [name for name in extra if name not in set(self.train)]
+        overlap = set(self.val) & {*self.train, *self.unlabeled}
         if overlap:
             other = "train.txt" if min(overlap) in set(self.train) else "unlabeled.txt"
             raise UserError(
@@ -335,7 +297,7 @@ class Voc(Files):
     def __init__(self, data: pathlib.Path | str, few: bool = False):
         self.root = root = voc_root(pathlib.Path(data))
         self.name, self.expected = ("voc-few", (1464, 1449)) if few else ("voc", (10582, 1449))
-        self.classes, self.palette, self.bare, self.palette_from = VOC_CLASSES, voc_palette(21), [], "VOC's palette"
+        self.classes, self.palette, self.unlabeled, self.palette_from = VOC_CLASSES, voc_palette(21), [], "VOC's palette"
         self.images = by_name((root / "JPEGImages").glob("*.jpg"))
         own, augmented = root / "SegmentationClass", root / "SegmentationClassAug"
         lists = root / "ImageSets" / "Segmentation"
@@ -379,9 +341,6 @@ def voc_root(data: pathlib.Path) -> pathlib.Path:
 
 CITYSCAPES_CLASSES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
                       "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]  # fmt: skip
-CITYSCAPES_PALETTE = [(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
-                      (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60),
-                      (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)]  # fmt: skip
 CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]  # the classes' labelIds
 
 
@@ -393,7 +352,7 @@ class Cityscapes(Files):
 
     def __init__(self, root: pathlib.Path | str):
         self.root = root = pathlib.Path(root)
-        self.classes, self.palette, self.bare = CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, []
+        self.classes, self.palette, self.unlabeled = CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, []
         self.palette_from = "Cityscapes' palette"
         self.images, self.masks, names = {}, {}, {}
         for split in ("train", "val"):
@@ -428,303 +387,6 @@ class Cityscapes(Files):
 
     def what_is_missing(self):
         return "leftImg8bit_trainvaltest.zip holds 18 cities for training and 3 for val"
-
-
-# ---- names, lists, images and masks ----
-
-
-def name_of(text: str) -> str:
-    """The image's name in a file name or path: without folders, suffix, and what Cityscapes appends; in Unicode's NFC, since
-    zip files from macOS spell accents as characters of their own (NFD)."""
-    text = unicodedata.normalize("NFC", text).replace("\\", "/").rsplit("/", 1)[-1]
-    text = re.sub(r"\.(jpe?g|png)$", "", text, flags=re.IGNORECASE)
-    return re.sub(r"_leftImg8bit$|_gtFine(_label(Train)?Ids)?$", "", text)
-
-
-def by_name(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
-    """{name: path}, sorted; hidden files, such as the ._NAME.png of macOS, are left out. Raises UserError where two files have
-    one name."""
-    files = {}
-    for path in sorted(path for path in paths if not path.name.startswith(".")):
-        other = files.setdefault(name_of(path.name), path)
-        if other is not path:
-            alike = unicodedata.normalize("NFC", path.name) == unicodedata.normalize("NFC", other.name)
-            forms = ", with accents in another Unicode form" if alike else ""
-            raise UserError(f"{path}: has the name of {other.name}, beside it{forms}; rename or remove one of them")
-    return files
-
-
-def read_lines(path: pathlib.Path) -> list[str]:
-    """The lines of a text file that are not empty, stripped, in Unicode's NFC. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; write one name a line") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as such") from None
-    return [line.strip() for line in unicodedata.normalize("NFC", text).splitlines() if line.strip()]
-
-
-def read_names(path: pathlib.Path, known: Iterable[str]) -> list[str]:
-    """The images that a list names, each once, in its order.
-
-    A line is a name, or a path of the image (folders and suffix do not count), or such a path and that of the mask, with a
-    space or tab between. Raises UserError where the list is empty or names what is not among `known`.
-    """
-    names, known = {}, set(known)
-    for number, line in enumerate(read_lines(path), 1):
-        pair = re.match(r"(.+?\.(?:jpe?g|png))\s+\S", line, re.IGNORECASE)
-        candidates = [line, line.split("\t")[0], pair[1] if pair else line, line.split()[0]]
-        name = next((n for n in [line, *map(name_of, candidates)] if n in known), None)
-        if name is None:
-            raise UserError(f"{path}, entry {number}: '{line}' is no image of this data set (no file "
-                            f"'{name_of(line)}.jpg' or .png); add the image or take the line out")  # fmt: skip
-        names[name] = None
-    if not names:
-        raise UserError(f"{path}: names no image; write one image name a line")
-    return list(names)
-
-
-def read_palette(path: pathlib.Path, classes: int) -> list[tuple[int, int, int]]:
-    palette = []
-    for line in read_lines(path):
-        colour = re.fullmatch(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)", line)
-        if not colour or max(map(int, colour.groups())) > 255:
-            raise UserError(f"{path}: '{line}' is no colour; write one 'R G B' a line, each from 0 to 255")
-        palette.append(tuple(map(int, colour.groups())))
-    if len(palette) != classes:
-        raise UserError(f"{path}: holds {len(palette)} colours for {classes} classes; write one line a class")
-    return palette
-
-
-@contextlib.contextmanager
-def reading(path, problem: str, fix: str):
-    """One file is read: any exception, out of memory included, becomes a UserError of one line with the file's name and the
-    exception's type. Pillow and its plugins raise almost anything on damaged files, so this catches all."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {problem.split()[-1]}") from None
-    except Exception as error:
-        kind, text = type(error).__name__, " ".join(str(error).split())
-        if isinstance(error, UnidentifiedImageError):
-            text = "of no format that Pillow opens"
-        reason = f"{kind}: {text}" if text else kind
-        raise UserError(f"{path}: {problem} ({reason}); {fix}") from error
-
-
-@contextlib.contextmanager
-def opened(path, problem: str, fix: str = "replace it or take it out of the lists"):
-    """`Image.open`, whose errors are UserErrors: see `reading`. An image of more than MAX_PIXELS is refused by its header."""
-    with reading(path, problem, fix), Image.open(path) as file:
-        width, height = file.size
-        if width * height > MAX_PIXELS:
-            raise UserError(f"{path}: has {width}x{height} pixels, more than the {MAX_PIXELS:,} that are read at once; cut it "
-                            "into pieces or make it smaller")  # fmt: skip
-        yield file
-
-
-# EXIF's orientation -> how the image is turned upright
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SWAPS_SIDES = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
-# What Pillow raises on an EXIF entry that it cannot parse.
-BROKEN_EXIF = (ArithmeticError, AssertionError, LookupError, OSError, struct.error, SyntaxError, TypeError, ValueError)
-
-
-def turn_of(file: Image.Image) -> Image.Transpose | None:
-    """How an image is turned upright, by its orientation alone (tag 0x0112 of its EXIF or XMP entry); None where it is upright,
-    has no such entry, or a broken one. `ImageOps.exif_transpose` also writes the entry back, which not every entry survives."""
-    try:
-        return TURNS.get(file.getexif().get(0x0112))
-    except BROKEN_EXIF:
-        return None
-
-
-def upright(file: Image.Image) -> Image.Image:
-    """The decoded image, turned upright."""
-    file.load()  # first, since a PNG may have its EXIF entry after the pixels, and a TIFF turns itself
-    turn = turn_of(file)
-    return file if turn is None else file.transpose(turn)
-
-
-def upright_size(path) -> tuple[int, int]:
-    """(width, height) of an image as it is shown, from its header alone. Raises UserError."""
-    with opened(path, "not a readable image") as file:
-        # but for the first test Pillow would decode a PNG to look for EXIF after it
-        stated = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & file.info.keys()
-        return file.size[::-1] if stated and turn_of(file) in SWAPS_SIDES else file.size
-
-
-def open_image(path) -> Image.Image:
-    """An RGB image of 8 bits, turned upright by its EXIF entry. Raises UserError.
-
-    Transparency is dropped. Of 16-bit colours the upper 8 bits stay. Grey values of more than 8 bits and floats are brought to
-    0 to 255 by the value that is white: see `white_of`.
-    """
-    with opened(path, "cannot be read as an image") as file:
-        deep = ";16" in str(file.tile)  # Pillow keeps the upper half of 16-bit colours
-        image = upright(file)
-        if image.mode == "F" or image.mode.startswith("I"):
-            return grey(path, file, np.asarray(image)).convert("RGB")
-        if deep and max(high for _, high in np.reshape(image.getextrema(), (-1, 2))[: 1 if image.mode == "LA" else 3]) < 16:
-            raise UserError(f"{path}: holds 16-bit colours, all of them below 4096 of 65535, so it is nearly black or 12-bit "
-                            "data; save it with 8 bits per channel")  # fmt: skip
-        image.info.pop("transparency", None)  # of a palette, which Pillow would warn of
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def grey(path, file: Image.Image, values: np.ndarray) -> Image.Image:
-    """Grey values (H, W), whole numbers or floats, of an opened file -> an image of 8 bits, black at 0. Raises UserError."""
-    tags = getattr(file, "tag_v2", {})  # of a TIFF
-    if values.dtype == np.int32 and tags.get(339) in (None, 1, (1,)):
-        values = values.view(np.uint32)  # Pillow knows signed 32-bit values alone
-    low, high = values.min().item(), values.max().item()
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise UserError(f"{path}: holds values that are not finite (nan or inf); save it with grey values from 0 to 255")
-    if low < 0:
-        raise UserError(f"{path}: holds grey values from {low:g} to {high:g}, but 0 is black; save it with 0 to 255")
-    white = white_of(path, file, tags, high, values.dtype.kind == "f")
-    out = np.empty(values.shape, np.uint8)
-    for row, line in zip(out, values, strict=True):  # by rows, which takes little memory
-        # 65535 -> 255: whole numbers lose their lower bits
-        row[:] = np.rint(line * (255 / white)) if values.dtype.kind == "f" else line.astype(np.uint64) * 256 // (white + 1)
-    return Image.fromarray(255 - out if tags.get(262) == 0 else out)  # PhotometricInterpretation 0: 0 is white
-
-
-def white_of(path, file: Image.Image, tags, high: float, floats: bool) -> float:
-    """The grey value that is white in a file whose largest value is `high`. Raises UserError where that cannot be told.
-
-    It is what the file says: the largest value of a format whose samples Pillow scales to 16 bits (PGM, JPEG 2000), or a TIFF's
-    MaxSampleValue, SMaxSampleValue or BitsPerSample. Otherwise it is the smallest usual one that is not exceeded: 255, 4095
-    (12 bits), 65535 or 2^32 - 1; for floats 1, 255 or 65535. So the values of a 12-bit camera are seen alike in a container
-    of 16 bits. Where all values lie below a sixteenth of it, there is no telling.
-    """
-    if not floats and file.format in ("PPM", "JPEG2000"):
-        return 65535
-    bits = np.max(tags.get(258, 0))
-    stated = [np.max(tags[tag]).item() for tag in (281, 341) if tag in tags]
-    stated += [2 ** int(bits) - 1] if not floats and bits not in (0, 16, 32) else []
-    for white in stated:
-        if white > 0 and high <= white:
-            return white
-    usual = (1.0, 255.0, 65535.0) if floats else (255, 4095, 65535, 2**32 - 1)
-    white = next((white for white in usual if high <= white), math.inf)
-    if white == math.inf or (white > usual[0] and high < white / 16):
-        raise UserError(f"{path}: holds grey values up to {high:g}, and does not say which value is white; save it with values "
-                        "from 0 to 255")  # fmt: skip
-    return white
-
-
-def open_mask(path) -> np.ndarray:
-    """(H, W) whole numbers, as they are in a grey or palette PNG of 1 to 16 bits. Raises UserError."""
-    with opened(path, "cannot be read as a PNG mask", "replace it") as file:
-        if file.mode in ("L", "P", "1") or file.mode.startswith("I"):
-            return mask_values(file)
-        kind = file.mode
-    raise UserError(f"{path}: is a {kind} image; a mask holds one class index per pixel (grey or palette PNG); "
-                    f"{masks_command(pathlib.Path(path).parent, flags_for_file(path))}")  # fmt: skip
-
-
-def mask_values(file: Image.Image) -> np.ndarray:
-    """(H, W) uint8 or int32: the values of an opened grey or palette image as they stand in the file, upright."""
-    raw = file.tile[0].args if file.tile else None
-    values = np.array(upright(file)).astype(np.int32 if file.mode.startswith("I") else np.uint8)
-    return values // {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else "", 1)  # Pillow stretches them to 0..255
-
-
-def read_colours(path: pathlib.Path) -> bytes | None:
-    """The palette of a mask file, three bytes per index, from its header alone; None where it has none, or one that says
-    nothing: the grey ramp that Pillow gives by default. Raises UserError."""
-    with opened(path, "cannot be read as a PNG mask", "replace it") as file:
-        if file.mode != "P":
-            return None
-        rawmode, colours = file.palette.getdata()
-        colours = bytes(colours) if rawmode == "RGB" else bytes(file.getpalette())
-    ramp = bytes(np.repeat(np.arange(256, dtype=np.uint8), 3))
-    return None if ramp.startswith(colours) else colours
-
-
-# ---- which command fixes wrong masks ----
-
-
-def masks_command(folder: pathlib.Path, flags: str) -> str:
-    """The command that converts the masks in `folder`, as the end of a message."""
-    old, new = (shlex.quote(str(path)) for path in (folder.with_name(f"{folder.name}-original"), folder))
-    return f"rename {new} to {old} and run: python prepare.py masks --masks {old} --out {new} {flags}".rstrip()
-
-
-def flags_for(values: np.ndarray, pixels: np.ndarray, classes: int, named: bool = False) -> str:
-    """The flags of `prepare.py masks` for masks that hold the grey `values`, sorted, in so many `pixels` each, in a data set of
-    `classes` classes; `named`: in classes.txt."""
-    common = values[pixels >= 0.03 * pixels.sum()]
-    values = values.tolist()
-    wrong = [value for value in values if value >= classes and value != IGNORE_INDEX]
-    if wrong and len(common) > 1 and len(values) - len(common) > 3:  # soft edges, or a JPEG
-        levels, more = common.tolist(), " --unknown nearest"
-    elif len(values) > MOST_UNNAMED:
-        levels, more = [0, 255], " --unknown nearest"
-    elif values == [0, IGNORE_INDEX] or (
-        wrong and min(wrong) > 2 * classes and 1 < len(values) <= classes + 1
-    ):  # levels of grey
-        levels, more = values, ""
-    elif named:
-        return "--unknown ignore"
-    else:
-        return "--values " + " ".join([*(f"{i}={i}" for i in range(classes)), *(f"{value}=ignore" for value in wrong)])
-    names = [i if i < max(2, classes) else "ignore" for i in range(len(levels))]
-    return "--values " + " ".join(f"{value}={name}" for value, name in zip(levels, names, strict=True)) + more
-
-
-def flags_for_file(path) -> str:
-    """The flags of `prepare.py masks` for a file that is no grey or palette PNG: by its colours."""
-    path = pathlib.Path(path)
-    with opened(path, "cannot be read as an image", "replace it") as file:
-        pixels = np.asarray(file.convert("RGB")).reshape(-1, 3)
-    lossy = " --unknown nearest" if path.suffix.lower() in (".jpg", ".jpeg") else ""
-    if (pixels == pixels[:, :1]).all():  # grey
-        if not lossy and pixels.max() < IGNORE_INDEX:
-            return ""  # class indices in three channels
-        values, counts = np.unique(pixels[:, 0], return_counts=True)
-        flags = flags_for(values, counts, 2) if len(values) > 1 else "--values 0=0 255=1"
-        return flags.removesuffix(lossy) + lossy
-    colours = {tuple(colour) for colour in np.unique(pixels, axis=0).tolist()}
-    if (path.parent.parent / "palette.txt").exists():
-        return f"--palette {shlex.quote(str(path.parent.parent / 'palette.txt'))}{lossy}"
-    for name, palette in (("voc", voc_palette(21)), ("cityscapes", CITYSCAPES_PALETTE)):
-        if colours <= {*palette, VOC_BORDER, (0, 0, 0)}:
-            return f"--palette {name}"
-    if len(colours) <= 8:
-        return "--values " + " ".join(f"{','.join(map(str, colour))}={i}" for i, colour in enumerate(sorted(colours)))
-    return f"--palette palette.txt{lossy} (which holds the colour of each class, one 'R G B' per line)"
-
-
-def voc_palette(n: int) -> list[tuple[int, int, int]]:
-    """PASCAL VOC's colours: the bits of the class index, spread over the three channels from the highest bit down."""
-    colours = []
-    for index in range(n):
-        colour = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                colour[channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
-        colours.append(tuple(colour))
-    return colours
-
-
-def colour_table(palette: list[tuple[int, int, int]]) -> np.ndarray:
-    """(256, 3) uint8: the colour of every mask value, white beyond the classes."""
-    table = np.full((256, 3), 255, np.uint8)
-    table[: len(palette)] = palette
-    return table
 
 
 def open_dataset(name: str, data: pathlib.Path | str | None, cache: pathlib.Path | None = None):
@@ -771,7 +433,7 @@ def partition(dataset, part: str) -> Partition:
     labeled = sorted(ranked[:count])
     if not labeled:
         raise UserError(f"--part {part}: leaves no labeled image, since no training image of {dataset.name} has a mask")
-    return make_partition("1" if k == 1 else part, labeled, sorted({*dataset.train, *dataset.bare} - set(labeled)))
+    return make_partition("1" if k == 1 else part, labeled, sorted({*dataset.train, *dataset.unlabeled} - set(labeled)))
 
 
 def make_partition(name: str, labeled: list[str], unlabeled: list[str]) -> Partition:
@@ -797,9 +459,9 @@ def listed_partition(dataset, labeled_list: pathlib.Path, unlabeled_list: pathli
 
     An image in both lists stays labeled, with a warning. Raises UserError for a val image, and for one without a mask.
     """
-    known = {*dataset.train, *dataset.bare, *dataset.val}
+    known = {*dataset.train, *dataset.unlabeled, *dataset.val}
     labeled = read_names(labeled_list, known)
-    unlabeled = read_names(unlabeled_list, known) if unlabeled_list else [*dataset.train, *dataset.bare]
+    unlabeled = read_names(unlabeled_list, known) if unlabeled_list else [*dataset.train, *dataset.unlabeled]
     for path, names in ((labeled_list, labeled), (unlabeled_list, unlabeled)):
         held_out = sorted(set(names) & set(dataset.val))
         if held_out:
@@ -838,330 +500,3 @@ def open_training_data(args: argparse.Namespace, unlabeled: bool):
         groups = {"labeled": part.labeled, "val": dataset.val}
         refuse_faults(dataset, groups | ({"unlabeled": part.unlabeled} if unlabeled else {}))
     return dataset, part
-
-
-# ---- a look at the data, before training and evaluation and by `prepare.py check` ----
-
-
-class Look(NamedTuple):
-    """What the files of a data set hold. The groups are labeled, unlabeled and val; unlabeled masks are never opened."""
-
-    sizes: collections.Counter  # images of each (height, width)
-    pixels: dict[str, np.ndarray]  # group -> (256,) int64: pixels of each label
-    images: dict[str, np.ndarray]  # group -> (256,) int64: images that show it
-    palettes: dict[bytes, dict[int, str]]  # palette of mask files -> its indices that occur -> the first file that shows one
-    problems: dict[str, str]  # name -> what is wrong with its image or mask
-
-
-def look_at(dataset, groups: dict[str, list[str]], whole: bool) -> Look:
-    """Look at the images and masks of `groups` (group -> names).
-
-    With `whole`, images are decoded and problems are collected, and progress is shown. Otherwise only the headers of the images
-    are read, and the first problem raises UserError.
-    """
-    masked = [group for group in groups if group != "unlabeled"]
-    pixels, images = ({group: np.zeros(256, np.int64) for group in masked} for _ in range(2))
-    look = Look(collections.Counter(), pixels, images, {}, {})
-
-    def look_at_one(group, name):
-        try:
-            if whole:
-                height, width = dataset.image(name).shape[:2]
-            else:
-                width, height = upright_size(dataset.images[name])
-            if group not in masked:
-                return (height, width), None, None
-            mask = dataset.mask(name)
-            colours = None
-            if name in dataset.masks:  # files
-                check_size(dataset.masks[name], mask, (width, height))
-                colours = dataset.colours(name)
-            return (height, width), np.bincount(mask.ravel(), minlength=256), colours
-        except UserError as error:
-            if not whole:
-                raise
-            return str(error)
-
-    with ThreadPoolExecutor() as pool:
-        for group, names in groups.items():
-            seen = pool.map(functools.partial(look_at_one, group), names)
-            for name, found in zip(names, tqdm(seen, group, len(names), disable=None if whole else True), strict=True):
-                if isinstance(found, str):
-                    look.problems[name] = found
-                    continue
-                size, counts, colours = found
-                look.sizes[size] += 1
-                if counts is not None:
-                    look.pixels[group][:] += counts
-                    look.images[group][:] += counts > 0
-                if colours is not None:
-                    first = look.palettes.setdefault(colours, {})
-                    for label in counts.nonzero()[0].tolist():
-                        first.setdefault(label, str(dataset.masks[name]))
-    return look
-
-
-def faults(dataset, look: Look) -> list[str]:
-    """What makes every number meaningless that is trained or measured on these masks, each in one line."""
-    if not isinstance(dataset, Files):  # what is drawn is right
-        return []
-    found, labels = [], {group: set(pixels.nonzero()[0].tolist()) for group, pixels in look.pixels.items()}
-    for group, shown in labels.items():
-        task = "evaluate" if group == "val" else "learn"
-        where, classes = f"{dataset.root}: the {group} masks", sorted(shown - {IGNORE_INDEX})
-        if not shown:
-            continue  # none could be read
-        if not classes:
-            found.append(f"{where} hold 255 alone, which is ignored, so there is nothing to {task}; take images that show "
-                         f"classes, or {dataset.fix('--values 0=0 255=1')}")  # fmt: skip
-        elif len(classes) == 1 and shown == {0, IGNORE_INDEX}:
-            found.append(f"{where} hold 0 and 255 alone, and 255 is ignored; {dataset.fix('--values 0=0 255=1')}")
-        elif len(classes) == 1:
-            found.append(f"{where} show one class alone, '{dataset.classes[classes[0]]}', so there is nothing to {task}; take "
-                         "images that show others too (a larger --part, other lists), or fix the masks")  # fmt: skip
-    every = sorted(set().union(*labels.values()) - {IGNORE_INDEX})
-    gap = sorted(set(range(max(every, default=0))) - set(every))
-    counted = not dataset.named and "labeled" in labels  # val alone may lack a class
-    if counted and len(every) > 1 and (gap or len(every) > MOST_UNNAMED):
-        pixels = sum(look.pixels.values())
-        flags = flags_for(pixels.nonzero()[0], pixels[pixels > 0], len(every))
-        if max(every) <= MOST_UNNAMED:
-            flags = "--values " + " ".join(f"{label}={i}" for i, label in enumerate(every))
-        if len(every) > 8:
-            what = f"{len(every)} different labels{', with gaps,' if gap else ''} as soft edges and levels of grey do"
-        else:
-            what = f"the labels {', '.join(map(str, every))} but not {gap[0]}"
-        found.append(f"{dataset.root / 'masks'}: hold {what}; name every class in classes.txt, one per line in the order of "
-                     f"the labels, or {dataset.fix(flags)}")  # fmt: skip
-    clash = palette_clash(dataset, look.palettes)
-    if clash:
-        found.append(clash)
-    return found
-
-
-def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
-    """Where one colour stands for two indices that occur, in two mask files or in one and `dataset.palette`, and one of the two
-    palettes has another colour at the other's index: then the indices mean different things."""
-    known = {}  # colour -> index -> a palette that has it there, and its file
-    official = bytes(channel for colour in dataset.palette for channel in colour) if dataset.palette_from else b""
-    place = dataset.palette_from
-    if not official and dataset.named and dataset.classes[0].lower() == "background":  # black by custom
-        official, place = bytes(3), "the name background of class 0"
-    reference = (official, dict.fromkeys(range(len(official) // 3), place))
-    for palette, labels in [reference, *palettes.items()]:
-        for label, path in labels.items():
-            colour = palette[3 * label : 3 * label + 3]
-            same = known.setdefault(colour, {}) if len(colour) == 3 else {}
-            for other, (theirs, where) in same.items():
-                both = theirs[3 * label : 3 * label + 3], palette[3 * other : 3 * other + 3]
-                if other != label and any(len(each) == 3 and each != colour for each in both):
-                    flag = "--palette palette.txt (which holds each class's colour, one 'R G B' per line)"
-                    if dataset.palette_from:
-                        flag = f"--palette {shlex.quote(dataset.palette_from)}" if isinstance(dataset, Folder) else ""
-                    fix = dataset.fix(flag, pathlib.Path(path))
-                    return (f"{path}: its palette gives the colour {tuple(colour)} to index {label}, but {where} to index "
-                            f"{other}, so indices do not mean the same everywhere; {fix}")  # fmt: skip
-            same.setdefault(label, (palette, path))
-    return None
-
-
-def refuse_faults(dataset, groups: dict[str, list[str]]):
-    """Raises UserError for the first file that cannot be read, size or label that is wrong, or fault of the masks. A look at
-    headers of images, and at every mask of `groups` (see `look_at`)."""
-    if isinstance(dataset, Files):  # nothing is read of what is drawn
-        problems = faults(dataset, look_at(dataset, groups, whole=False))
-        if problems:
-            raise UserError(problems[0])
-
-
-# ---- augmentation ----
-
-
-def draw_window(size, crop, scale: float, rng: np.random.Generator) -> tuple[list[slice], list[slice]]:
-    """A uniformly drawn crop of an image (H, W) that is to be resized by `scale`: which rows and columns of the image
-    become which rows and columns of the crop. Where the resized image is smaller than the crop, it fills a part of it.
-
-    Windows begin and end at whole pixels of the image, so a crop's scale differs from `scale` by half a pixel at most.
-    """
-    source, target = [], []
-    for side, length in zip(size, crop, strict=True):
-        resized = max(1, round(side * scale))
-        taken = min(side, max(1, round(length * side / resized)))
-        start = int(rng.integers(side - taken, endpoint=True))
-        source.append(slice(start, start + taken))
-        filled = min(resized, length)
-        start = int(rng.integers(length - filled, endpoint=True))
-        target.append(slice(start, start + filled))
-    return source, target
-
-
-def resize_window(array: np.ndarray, source: list[slice], crop, target: list[slice], fill) -> torch.Tensor:
-    """(H, W, C) uint8 -> (C, *crop) uint8: the window `source`, resized to `target`, and `fill` around it.
-
-    Images (C = 3) are resized with antialiased bilinear weights, masks (C = 1) take the nearest pixel.
-    """
-    out = torch.empty(array.shape[2], *crop, dtype=torch.uint8)
-    out[:] = torch.tensor(fill, dtype=torch.uint8).view(-1, 1, 1)
-    pixels = torch.from_numpy(np.array(array[tuple(source)])).permute(2, 0, 1)
-    mode = v2.InterpolationMode.BILINEAR if len(pixels) == 3 else v2.InterpolationMode.NEAREST_EXACT
-    size = [t.stop - t.start for t in target]
-    out[:, target[0], target[1]] = v2.functional.resize(pixels, size, mode, antialias=True)
-    return out
-
-
-class TrainSet(torch.utils.data.Dataset):
-    """Augmented crops: a drawn scale, mirrored or not, and a drawn window. Item (index, seed) -> image (3, h, w) uint8, mask
-    (h, w) uint8; padding is 255 in the mask. The device makes int64 of masks, so that workers send one byte per pixel.
-
-    With `labeled=False` no mask is opened: the mask then holds 0 for pixels of the image and 255 for padding.
-    """
-
-    def __init__(self, dataset, names, crop, scales, image_scale=1.0, labeled=True):
-        self.dataset, self.names, self.crop, self.labeled = dataset, names, crop, labeled
-        self.scales = [image_scale * s for s in scales]
-
-    def __getitem__(self, item):
-        index, seed = item
-        name = self.names[index]
-        rng = np.random.default_rng(seed)
-        image = self.dataset.image(name)
-        mask = self.dataset.mask(name) if self.labeled else np.broadcast_to(np.uint8(0), image.shape[:2])
-        # the window first, so that only its pixels are resized
-        source, target = draw_window(image.shape[:2], self.crop, rng.choice(self.scales), rng)
-        image = resize_window(image, source, self.crop, target, FILL)
-        mask = resize_window(mask[..., None], source, self.crop, target, [IGNORE_INDEX])[0]
-        if rng.random() < 0.5:
-            image, mask = image.flip(-1), mask.flip(-1)
-        return image, mask
-
-
-@functools.lru_cache(maxsize=4)
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-class StepSampler(torch.utils.data.Sampler):
-    """Lists of (index, augmentation seed), one a share of a step, for steps `start` to `steps`; each is a pure function of
-    (seed, step, share).
-
-    A step sees views · batch images, the views of a batch one after the other. A share of `size` images has the images
-    share · size to (share + 1) · size of each. The images come in an endless row of permutations of range(n), so each is seen
-    once an epoch.
-    """
-
-    def __init__(self, n, batch, seed, start, steps, views=1, shares=range(1), size=None):
-        self.n, self.batch, self.seed, self.start, self.steps = n, batch, seed, start, steps
-        self.views, self.shares, self.size = views, shares, size or batch
-
-    def __len__(self):
-        return (self.steps - self.start) * len(self.shares)
-
-    def __iter__(self):
-        for step in range(self.start, self.steps):
-            for share in self.shares:
-                yield [
-                    (int(permutation(self.n, self.seed, p // self.n)[p % self.n]), seed_of(self.seed, p))
-                    for view in range(step * self.views, (step + 1) * self.views)
-                    for p in range(view * self.batch + share * self.size, view * self.batch + (share + 1) * self.size)
-                ]
-
-
-def seed_of(*parts: int) -> int:
-    """A seed that is different for each tuple of whole numbers, whatever its length."""
-    return int(np.random.SeedSequence([len(parts), *parts]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def train_batches(dataset, names, args, views: int, start: int, labeled: bool):
-    """An iterator over this rank's shares of steps `start` to `args.steps`: images (views · m, 3, h, w) uint8, masks
-    (views · m, h, w) uint8, m images of each view (see `common.shares_of`)."""
-    train_set = TrainSet(dataset, names, args.crop, args.scales, args.image_scale, labeled)
-    seed, (shares, size) = seed_of(args.seed, int(labeled)), shares_of(args)
-    sampler = StepSampler(len(names), args.batch, seed, start, args.steps, views, shares, size)
-    workers = {"num_workers": args.workers, "persistent_workers": True, "prefetch_factor": 4} if args.workers else {}
-    loader = DataLoader(train_set, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), **workers)
-    return start_workers(loader)
-
-
-def cutmix_boxes(args, step: int, device) -> list[torch.Tensor | None]:
-    """The CutMix masks of a step, one (m, 1, h, w) bool on `device` for each of this rank's shares; None with --no-cutmix."""
-    shares, size = shares_of(args)
-    if not args.cutmix:
-        return [None] * len(shares)
-    boxes = cutmix_mask(args.batch, args.crop, seed_of(args.seed, 2, step))
-    if device.type == "cuda":
-        boxes = boxes.pin_memory().to(device, non_blocking=True)
-    return [boxes[share * size : (share + 1) * size] for share in shares]
-
-
-def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """(B, 3, H, W) uint8 -> float32 on `device`, channels_last, with ImageNet's mean and deviation taken out."""
-    images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-    mean, std = colour_statistics(device)
-    return (images / 255 - mean) / std
-
-
-@functools.lru_cache(maxsize=4)
-def colour_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(3, 1, 1) each, copied to the device once: a copy from pageable memory waits for it."""
-    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
-
-
-def cutmix_mask(batch: int, size: tuple[int, int], seed: int) -> torch.Tensor:
-    """(B, 1, H, W) bool, True where the second view goes: three boxes an image, as in French et al. 2020.
-
-    Each box covers a third of a share of the area drawn from 0.25 to 0.5, its shape drawn log-uniformly; where boxes
-    overlap, they toggle.
-    """
-    rng = np.random.default_rng(seed)
-    height, width = size
-    mask = np.zeros((batch, 1, height, width), bool)
-    for b in range(batch):
-        for area in rng.uniform(0.25, 0.5, 3):
-            tall = math.exp(rng.uniform(0, 1) * math.log(area))  # share of the height; the width's share is area / tall
-            h, w = round(tall * math.sqrt(1 / 3) * height), round(area / tall * math.sqrt(1 / 3) * width)
-            top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
-            mask[b, 0, top : top + h, left : left + w] ^= True
-    return torch.from_numpy(mask)
-
-
-def cutmix(views: torch.Tensor, box: torch.Tensor | None) -> torch.Tensor:
-    """views (2B, C, H, W) or (2B, H, W), box (B, 1, H, W) -> B mixed views: the first B outside the box, the last inside.
-
-    Maps of another size than the box are mixed along the box at their size. Without a box the views are as they are.
-    """
-    if box is None:
-        return views
-    if box.shape[-2:] != views.shape[-2:]:
-        box = torch.nn.functional.interpolate(box.float(), views.shape[-2:], mode="nearest-exact") > 0.5
-    outside, inside = views.chunk(2)
-    return torch.where(box if views.ndim == 4 else box[:, 0], inside, outside)
-
-
-# ---- command line ----
-
-
-def add_arguments(parser: argparse.ArgumentParser):
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="shapes", choices=list(RECIPES), help="shapes is embedded and needs no files")
-    group.add_argument("--data", type=pathlib.Path, help="folder of the data set")
-    group.add_argument("--part", default="1/8", help="1/K: so many of the training images are labeled, as far as they have "
-                       "masks; 1: all that have one")  # fmt: skip
-    group.add_argument("--labeled-list", type=pathlib.Path, help="instead of --part: a file that names the labeled images")
-    group.add_argument("--unlabeled-list", type=pathlib.Path, help="with --labeled-list: a file that names the unlabeled ones")
-    group.add_argument("--cache", type=pathlib.Path, help="folder in which decoded images are kept and found again")
-
-
-def add_view_arguments(parser: argparse.ArgumentParser):
-    """How networks see images."""
-    group = parser.add_argument_group("views")
-    group.add_argument("--scales", type=float, nargs="+", help="training: factors on the image size, one drawn an image")
-    group.add_argument("--image-scale", type=float, default=1.0, help="factor on the size of all images, in evaluation too")
-    group.add_argument("--window", type=window_size, help=WINDOW_HELP)
-
-
-WINDOW_HELP = "evaluation: size of sliding windows, SIDE or HEIGHTxWIDTH, or `whole` for whole images"
-
-
-def window_size(text: str) -> tuple[int, int] | bool:
-    """As `crop_size`, and False for `whole`."""
-    return False if text == "whole" else crop_size(text)

@@ -1,20 +1,27 @@
 r"""Distil frozen teachers, one or two, into a light student.
 
     python distill.py --out runs/shapes/1-8/mgd-r18 --student r18 \
-        --deep runs/shapes/1-8/teacher-deep/last.pt --wide runs/shapes/1-8/teacher-wide/last.pt
-    python distill.py --out ... --deep ... --wide ... --losses sup pixel image:T_D                # an ablation (Table 5a)
-    python distill.py --out ... --deep ... --wide ... --method cwd                                # a baseline
+        --deep runs/shapes/1-8/teacher-deep/last.pt \
+        --wide runs/shapes/1-8/teacher-wide/last.pt
+    python distill.py --out runs/shapes/1-8/cwd-r18 --method cwd \
+        --deep runs/shapes/1-8/teacher-deep/last.pt
 
---method mgd    the losses of the paper's Eq. 7. On labeled images: cross entropy with the ground truth (Eq. 1) and with the
-                teachers' labels (Eq. 2). On CutMix views of unlabeled images: cross entropy with the teachers' labels
-                (Eq. 2), the image-level loss against the deep teacher T_D (Eq. 4) and the region-level loss against the
-                wide one T_W (Eq. 6). `--losses` chooses among them.
---method kd     cross entropy with the ground truth, and on labeled images and views the divergence of the teachers' softened
-                class probabilities (Hinton, Vinyals & Dean 2015)
---method cwd    the same with channel-wise divergence over space (Shu et al. 2021)
+--method mgd    the losses of the paper's Eq. 7. On labeled images: cross
+                entropy with the ground truth (Eq. 1) and with the teachers'
+                pseudo labels (Eq. 2). On CutMix views of unlabeled images:
+                cross entropy with the teachers' pseudo labels (Eq. 2), the
+                image-level loss against the deep teacher T_D (Eq. 4) and the
+                region-level loss against the wide teacher T_W (Eq. 6).
+                --losses chooses among them.
+--method kd     cross entropy with the ground truth, and, on labeled images and
+                views, the divergence from the teachers' softened class
+                probabilities (Hinton, Vinyals & Dean 2015)
+--method cwd    the same with the channel-wise divergence over space (Shu et
+                al. 2021)
 """
 
 import collections
+import functools
 import pathlib
 import time
 from typing import NamedTuple
@@ -26,75 +33,63 @@ import evaluate
 import kernels
 import mgd_ops
 import models
+import recipes
+from batches import Batch, micro_batches, seed_of, step_batches, train_batches, valid_pixels
 from common import (
     IGNORE_INDEX,
     ArgumentParser,
-    Progress,
     UserError,
-    add_model_arguments,
-    add_training_arguments,
-    agree,
     autocast,
+    cli,
     compiled,
     distribute,
-    fill_from_recipe,
-    finish,
-    gradients_stay,
-    load_checkpoint,
-    load_for_resume,
+    due,
+    init_distributed,
+    maybe_no_sync,
     parameter_groups,
     pick_precision,
-    plain_args,
     poly_lr,
-    run,
-    save_checkpoint,
-    say,
-    say_plan,
-    shares_of,
-    start_ranks,
-    valid_pixels,
+    print0,
+    print_plan,
+    set_lr,
+    sync_buffers,
 )
+from run_folder import Progress, load_checkpoint, load_for_resume, plain_args, save_checkpoint
+
+LOSSES = ("sup", "pixel", "pixel:labeled", "pixel:unlabeled", "image:T_D", "image:T_W", "region:T_D", "region:T_W")
+# Each term of a method's loss, and the flag that weights it (Eq. 7); None: 1.
+WEIGHTS = {
+    "sup": None,
+    "pixel_l": None,
+    "pixel_u": None,
+    "image": "lambda_image",
+    "region": "lambda_region",
+    "kd": "kd_weight",
+    "cwd": "kd_weight",
+}
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--method", choices=["mgd", "kd", "cwd"], default="mgd")
-    parser.add_argument("--student", "--backbone", dest="backbone", default="resnet18", help="r18, mbv2, ...")
-    parser.add_argument("--deep", type=pathlib.Path, help="checkpoint of the deep teacher T_D")
-    parser.add_argument("--wide", type=pathlib.Path, help="checkpoint of the wide teacher T_W (of any kind: it is the second)")
-    datasets.add_arguments(parser)
-    datasets.add_view_arguments(parser)
-    add_model_arguments(parser)
-    add_training_arguments(parser)
-    group = parser.add_argument_group("mgd")
-    group.add_argument("--losses", nargs="+", metavar="LOSS", help=f"of {', '.join(LOSSES)}; by default sup, pixel, the image "
-                       "term of T_D and the region term of T_W, or of the one teacher there is")  # fmt: skip
-    group.add_argument("--lambda-image", type=float, help="λ1 of Eq. 7")
-    group.add_argument("--lambda-region", type=float, help="λ2 of Eq. 7")
-    group.add_argument("--image-reduction", choices=["sum", "mean"], default="sum", help="over the classes; mean is Eq. 4")
-    group.add_argument("--regions", type=int, default=7, help="regions a side, H_v = W_v of Eq. 6")
-    group = parser.add_argument_group("kd and cwd")
-    group.add_argument("--temperature", type=float, default=4.0, help="of the softened probabilities")
-    group.add_argument("--kd-weight", type=float, default=1.0, help="of the divergence")
-    group = parser.add_argument_group("teachers")
-    group.add_argument("--teacher-bn", choices=["eval", "train"], default="eval", help="train: with the batch's statistics")
-    group.add_argument("--mixed-terms", choices=["mixed", "clean"], default="mixed",
-                       help="where the teachers' outputs for mixed views come from: from mixed views, or from the clean views' "
-                       "outputs, mixed, which saves a quarter of their work")  # fmt: skip
-    parser.add_argument("--grad-norms", action="store_true",
-                        help="with each line of the log, the norm of each weighted term's gradient")  # fmt: skip
+    parser = ArgumentParser(__doc__, usage="%(prog)s --out DIR --deep CKPT --wide CKPT [options]")
+    parser.add_argument("--method", choices=recipes.STUDENT_METHODS, default="mgd", help="see above (default: mgd)")
+    parser.add_argument("--student", "--backbone", dest="backbone", default="resnet18", metavar="NAME",
+                        help="r18, mbv2, ... (default: r18)")  # fmt: skip
+    parser.add_argument("--deep", type=pathlib.Path, metavar="CKPT", help="checkpoint of the deep teacher T_D (default: none)")
+    parser.add_argument("--wide", type=pathlib.Path, metavar="CKPT",
+                        help="checkpoint of the second teacher T_W; any backbone (default: none)")  # fmt: skip
+    parser.add_argument("--losses", nargs="+", metavar="LOSS",
+                        help=f"mgd: of {', '.join(LOSSES)} (default: sup, pixel, the image term of T_D and the region term of "
+                        "T_W, or of the one teacher that is given)")  # fmt: skip
+    recipes.add_flags(parser, recipes.STUDENT_METHODS)
     args = parser.parse_args(argv)
     args.backbone = models.canonical_name(args.backbone, "--student")
-    fill_from_recipe(args, datasets.RECIPES[args.dataset], "student")
+    recipes.fill_from_recipe(args, "student")
     args.losses = chosen_losses(args)
     return args
 
 
-LOSSES = ("sup", "pixel", "pixel:labeled", "pixel:unlabeled", "image:T_D", "image:T_W", "region:T_D", "region:T_W")
-
-
 def chosen_losses(args) -> list[str]:
-    """The losses of the arguments, with `pixel` for both of its halves. Raises UserError for what makes no sense."""
+    """The losses of the arguments, with `pixel` for both of its halves. Raises UserError for combinations without a meaning."""
     teachers = [role for role, path in (("T_D", args.deep), ("T_W", args.wide)) if path]
     if not teachers:
         raise UserError("a teacher is needed: give --deep FILE, --wide FILE or both (train_teacher.py makes them)")
@@ -113,7 +108,7 @@ def chosen_losses(args) -> list[str]:
     if len({*names}) < len(names) or ("pixel" in names and halves & {*names}):
         raise UserError(f"{given}: names a loss twice ('pixel' is both of its halves)")
     if "sup" not in names:
-        raise UserError(f"{given}: the ground truth of the labeled images is always learnt; add sup")
+        raise UserError(f"{given}: the ground truth of the labeled images is always used; add sup")
     if names == ["sup"]:
         raise UserError(f"{given}: uses no teacher; that is train_teacher.py --method sup")
     for role in teachers:
@@ -147,107 +142,108 @@ def set_batch_norm_training(teacher):
             module.track_running_stats = False
 
 
-class Taught(NamedTuple):
-    """What a teacher says of a share of a step, m labeled images and m mixed views; what is not wanted is None."""
+class TeacherOutputs(NamedTuple):
+    """Of one teacher for one micro-batch of m labeled images and m mixed views; what the losses do not need is None."""
 
-    labels: torch.Tensor | None  # (m, H, W) int64, of the labeled images
-    pseudo_labels: torch.Tensor | None  # (m, H, W) int64, of the clean views, mixed as the views are
+    pseudo_labels_l: torch.Tensor | None  # (m, H, W) int64, of the labeled images
+    pseudo_labels_u: torch.Tensor | None  # (m, H, W) int64, of the clean views, mixed as the views are
     labeled: models.Output | None  # logits (m, N, h, w) and features (m, C, h, w) of the labeled images, h = H/4
     mixed: models.Output | None  # of the mixed views
 
 
-BATCH_PIXELS = 2**17  # a teacher's forward takes as many parts of a step as fit into so many pixels, at least one
+BATCH_PIXELS = 2**17  # a teacher's forward takes as many of a micro-batch's inputs as fit into so many pixels, at least one
 
 
-def wanted(args, role: str) -> set[str]:
-    """Which fields of the `Taught` of teacher `role` the losses look at."""
-    if args.method != "mgd":
+def needed_outputs(method: str, losses: list[str], role: str) -> set[str]:
+    """Which fields of the `TeacherOutputs` of teacher `role` the losses need."""
+    if method != "mgd":
         return {"labeled", "mixed"}
-    of_loss = {"pixel": {"labels", "pseudo_labels"}, "pixel:labeled": {"labels"}, "pixel:unlabeled": {"pseudo_labels"},
-               f"image:{role}": {"mixed"}, f"region:{role}": {"mixed"}}  # fmt: skip
-    return set().union(*(of_loss.get(loss, ()) for loss in args.losses))
+    fields = {
+        "pixel": {"pseudo_labels_l", "pseudo_labels_u"},
+        "pixel:labeled": {"pseudo_labels_l"},
+        "pixel:unlabeled": {"pseudo_labels_u"},
+        f"image:{role}": {"mixed"},
+        f"region:{role}": {"mixed"},
+    }
+    return set().union(*(fields.get(loss, ()) for loss in losses))
 
 
-def inputs_of(fields: set[str], cutmix: bool, mixed_terms: str) -> tuple[bool, bool, bool]:
-    """Whether a teacher has to see the labeled images, the clean views and the mixed views for those fields of `Taught`."""
-    mixed = "mixed" in fields and cutmix and mixed_terms == "mixed"
-    return bool(fields & {"labels", "labeled"}), "pseudo_labels" in fields or ("mixed" in fields and not mixed), mixed
+def needed_forwards(needed: set[str], cutmix: bool, mixed_terms: str) -> tuple[bool, bool, bool]:
+    """Whether a teacher has to see the labeled images, the clean views and the mixed views for the outputs `needed`."""
+    mixed = "mixed" in needed and cutmix and mixed_terms == "mixed"
+    clean = "pseudo_labels_u" in needed or ("mixed" in needed and not mixed)
+    return bool(needed & {"pseudo_labels_l", "labeled"}), clean, mixed
 
 
-def uses_views(args) -> bool:
+def uses_views(losses: list[str]) -> bool:
     """Whether any loss is on unlabeled images."""
-    return args.losses != ["sup", "pixel:labeled"]
+    return losses != ["sup", "pixel:labeled"]
 
 
-def teach(teacher, images, label, views, padding, box, args, fields: set[str]) -> Taught:
-    """Run a teacher (a `models.Coarse`, perhaps folded) for those `fields` of Taught on labeled images (m, 3, H, W) and
-    unlabeled views (2m, 3, H, W), which CutMix mixes along `box` (m, 1, H, W); or on views (m, 3, H, W) with box None.
-    Where `label` and the mixed views' `padding`, both (m, H, W), are 255, its labels are too: no pixel without ground truth, or
-    outside the image, takes part in Eq. 2.
+def teacher_outputs(teacher, batch: Batch, needed: set[str], *, teacher_bn="eval", mixed_terms="mixed") -> TeacherOutputs:
+    """Run a teacher for the outputs `needed`. Where a labeled image or a mixed view is ignored, its pseudo labels are 255: no
+    pixel without ground truth, or outside its image, takes part in Eq. 2.
 
-    Small crops go through in one forward. Large ones go m at a time, which takes a fifth off the memory of a step, and on two
-    CPU cores off its speed. With batch norm in training mode the released procedure's separate batches matter.
-    With --mixed-terms clean the mixed views are not run: their logits and features are those of the clean views, mixed.
+    Small crops run in one forward. Large crops run one input at a time: a step then needs a fifth less memory, and is a fifth
+    slower on two CPU cores. With batch norm in training mode the released code's separate batches matter. With
+    `mixed_terms="clean"` the mixed views are not run: their outputs are those of the clean views, mixed.
     """
-    size = images.shape[-2:]
-    run_labeled, run_clean, run_mixed = inputs_of(fields, box is not None, args.mixed_terms)
-    parts = [images] if run_labeled else []
-    parts += views.split(len(images)) if run_clean else []
-    parts += [datasets.cutmix(views, box)] if run_mixed else []
-    at_once = 1 if args.teacher_bn == "train" else max(1, BATCH_PIXELS // (len(images) * size.numel()))
+    m, size = len(batch.images), batch.images.shape[-2:]
+    run_labeled, run_clean, run_mixed = needed_forwards(needed, batch.cutmix_mask is not None, mixed_terms)
+    inputs = [batch.images] if run_labeled else []
+    inputs += batch.views.split(m) if run_clean else []
+    inputs += [batch.mixed] if run_mixed else []
+    at_once = 1 if teacher_bn == "train" else max(1, BATCH_PIXELS // (m * size.numel()))
     outputs = []
     with torch.inference_mode():
-        for i in range(0, len(parts), at_once):
-            logits, features = teacher(torch.cat(parts[i : i + at_once]))
-            outputs += map(models.Output, logits.split(len(images)), features.split(len(images)))
+        for i in range(0, len(inputs), at_once):
+            logits, features = teacher(torch.cat(inputs[i : i + at_once]))
+            outputs += map(models.Output, logits.split(m), features.split(m))
     labeled = outputs.pop(0) if run_labeled else None
     mixed = outputs.pop() if run_mixed else None
-    if mixed is None and "mixed" in fields:
-        mixed = models.Output(*(datasets.cutmix(torch.cat(maps), box) for maps in zip(*outputs, strict=True)))
-    labels = pseudo_labels = None
-    if "labels" in fields:
-        labels = mgd_ops.upsampled_argmax(labeled.logits, size).masked_fill(label == IGNORE_INDEX, IGNORE_INDEX)
-    if "pseudo_labels" in fields:  # maps of labels can be mixed as well as maps of logits: each pixel is of one view
-        clean = mgd_ops.upsampled_argmax(torch.cat([output.logits for output in outputs]), size)
-        pseudo_labels = datasets.cutmix(clean, box).masked_fill(padding == IGNORE_INDEX, IGNORE_INDEX)
-    return Taught(labels, pseudo_labels, labeled if "labeled" in fields else None, mixed)
+    if mixed is None and "mixed" in needed:
+        mixed = models.Output(*(batch.mix(torch.cat(maps)) for maps in zip(*outputs, strict=True)))
+    pseudo_labels_l = pseudo_labels_u = None
+    if "pseudo_labels_l" in needed:
+        labels = mgd_ops.upsampled_argmax(labeled.logits, size)
+        pseudo_labels_l = labels.masked_fill(batch.labels == IGNORE_INDEX, IGNORE_INDEX)
+    if "pseudo_labels_u" in needed:  # maps of labels can be mixed as well as maps of logits: each pixel is of one view
+        labels = mgd_ops.upsampled_argmax(torch.cat([output.logits for output in outputs]), size)
+        pseudo_labels_u = batch.mix(labels).masked_fill(batch.mixed_ignore, IGNORE_INDEX)
+    return TeacherOutputs(pseudo_labels_l, pseudo_labels_u, labeled if "labeled" in needed else None, mixed)
 
 
-def mgd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts) -> dict:
-    """The terms of Eq. 7 that are in args.losses, and their weighted sum as `loss`.
+def mgd_losses(
+    labeled, mixed, labels, teachers: dict[str, TeacherOutputs], normalizer, *, losses, ohem, regions=7, image_reduction="sum"
+) -> dict:
+    """The terms of Eq. 7 that are in `losses`, without their weights.
 
-    labeled, mixed: the student's coarse `Output` on labeled images and on the mixed views (None where no loss is on them);
-    label (m, H, W); `taught` by T_D, T_W or both, with labels of 255 where they are to be ignored; `counts` of the labeled
-    and, where a loss is on them, of the views' pixels (see `common.valid_pixels`).
+    labeled, mixed: the student's `Output` for the labeled images and the mixed views (None where no loss is on them); labels
+    (m, H, W); the outputs of T_D, T_W or both; `normalizer` for the labeled images and, where a loss is on them, the mixed
+    views (see `batches.valid_pixels`).
     """
-    size, losses = label.shape[-2:], args.losses
+    size = labels.shape[-2:]
 
-    def cross_entropies(logits, labels, count):
-        return mgd_ops.pixel_cross_entropies(logits, labels, [count] * len(labels))
+    def cross_entropies(logits, label_maps, normalizer):
+        return mgd_ops.pixel_cross_entropies(logits, label_maps, [normalizer] * len(label_maps))
 
-    labels = [] if args.ohem else [label]
-    labels += [t.labels for t in taught.values()] if {"pixel", "pixel:labeled"} & {*losses} else []
-    entropies = cross_entropies(labeled.logits, labels, counts[0])
-    terms = {"sup": mgd_ops.ohem_cross_entropy(labeled.logits, label) if args.ohem else entropies.pop(0)}  # Eq. 1
+    maps = [] if ohem else [labels]
+    maps += [teacher.pseudo_labels_l for teacher in teachers.values()] if {"pixel", "pixel:labeled"} & {*losses} else []
+    entropies = cross_entropies(labeled.logits, maps, normalizer[0])
+    terms = {"sup": mgd_ops.ohem_cross_entropy(labeled.logits, labels) if ohem else entropies.pop(0)}  # Eq. 1
     if entropies:
         terms["pixel_l"] = sum(entropies)  # Eq. 2
     if {"pixel", "pixel:unlabeled"} & {*losses}:
-        pseudo_labels = [t.pseudo_labels for t in taught.values()]
-        terms["pixel_u"] = sum(cross_entropies(mixed.logits, pseudo_labels, counts[1]))  # Eq. 2
-    for role, teacher in taught.items():
+        maps = [teacher.pseudo_labels_u for teacher in teachers.values()]
+        terms["pixel_u"] = sum(cross_entropies(mixed.logits, maps, normalizer[1]))  # Eq. 2
+    for role, teacher in teachers.items():
         if f"image:{role}" in losses:  # Eq. 4
-            image = mgd_ops.image_loss(mixed.logits, teacher.mixed.logits, size, args.image_reduction)
+            image = mgd_ops.image_loss(mixed.logits, teacher.mixed.logits, size, image_reduction)
             terms["image"] = terms.get("image", 0.0) + image
         if f"region:{role}" in losses:  # Eq. 6
-            region = mgd_ops.region_loss(mixed.features, teacher.mixed.features, args.regions)
+            region = mgd_ops.region_loss(mixed.features, teacher.mixed.features, regions)
             terms["region"] = terms.get("region", 0.0) + region
-    return {**terms, "loss": sum(weight_of(name, args) * term for name, term in terms.items())}  # Eq. 7
-
-
-def weight_of(term: str, args) -> float:
-    """Of a term in the loss."""
-    argument = {"image": "lambda_image", "region": "lambda_region", "kd": "kd_weight", "cwd": "kd_weight"}.get(term)
-    return getattr(args, argument) if argument else 1.0
+    return terms
 
 
 def kd_loss(student, teacher, temperature: float):
@@ -270,28 +266,36 @@ def cwd_loss(student, teacher, temperature: float):
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(2).mean()
 
 
-def kd_losses(labeled, mixed, label, taught: dict[str, Taught], args, counts) -> dict:
-    """The terms of --method kd or cwd, and their weighted sum as `loss`; arguments as of `mgd_losses`.
+def kd_losses(labeled, mixed, labels, teachers: dict[str, TeacherOutputs], normalizer, *, method, ohem, temperature) -> dict:
+    """The terms of --method kd or cwd, without their weights; arguments as of `mgd_losses`.
 
-    The divergence is taken between the classifiers' coarse logits, and added up over the teachers, and over labeled images
-    and mixed views.
+    The divergence is taken between coarse logits, and added up over the teachers, and over labeled images and mixed views.
     """
-    divergence = kd_loss if args.method == "kd" else cwd_loss
-    supervised_loss = mgd_ops.ohem_cross_entropy if args.ohem else mgd_ops.pixel_cross_entropy
-    sup = supervised_loss(labeled.logits, label, counts[0])
-    pairs = [(labeled, t.labeled) for t in taught.values()] + [(mixed, t.mixed) for t in taught.values()]
-    kd = sum(divergence(ours.logits, theirs.logits, args.temperature) for ours, theirs in pairs)
-    return {"sup": sup, args.method: kd, "loss": sup + weight_of(args.method, args) * kd}
+    divergence = kd_loss if method == "kd" else cwd_loss
+    supervised_loss = mgd_ops.ohem_cross_entropy if ohem else mgd_ops.pixel_cross_entropy
+    sup = supervised_loss(labeled.logits, labels, normalizer[0])
+    pairs = [(labeled, t.labeled) for t in teachers.values()] + [(mixed, t.mixed) for t in teachers.values()]
+    return {"sup": sup, method: sum(divergence(ours.logits, theirs.logits, temperature) for ours, theirs in pairs)}
 
 
-def gradient_norms(terms: dict, student, args) -> dict[str, float]:
-    """The norm, over all weights of the student, of the gradient of each weighted term of `mgd_losses` or `kd_losses` and of
-    their sum, as `grad_NAME`; the graph is kept."""
+def weights_of(args) -> dict[str, float]:
+    """The weight of each term in the loss (Eq. 7)."""
+    return {term: 1.0 if flag is None else getattr(args, flag) for term, flag in WEIGHTS.items()}
+
+
+def weighted_sum(terms: dict, weights: dict[str, float]):
+    """Eq. 7. A term without a row in `WEIGHTS` is an error, and never weighted silently."""
+    return sum(weights[name] * term for name, term in terms.items())
+
+
+def gradient_norms(terms: dict, weights: dict[str, float], student) -> dict[str, float]:
+    """The norm, over all weights of the student, of the gradient of each weighted term and of their sum, `loss`, as
+    `grad_NAME`; the graph is kept."""
     norms = {}
-    for name, term in terms.items():
+    for name, term in {**terms, "loss": weighted_sum(terms, weights)}.items():
         gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
         norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-        norms[f"grad_{name}"] = weight_of(name, args) * float(norm)
+        norms[f"grad_{name}"] = weights.get(name, 1.0) * float(norm)
     return norms
 
 
@@ -303,13 +307,13 @@ def labels_of_teachers(rows, partition) -> str:
     return "all" if names == ["1"] else " ".join(names)
 
 
-def main():
-    args = parse_args()
-    device = start_ranks(args.device)
+def main(argv=None):
+    args = parse_args(argv)
+    device = init_distributed(args.device)
     torch.backends.cudnn.benchmark = True  # crops are of one size
     args.precision = pick_precision(args.precision, device)
     kernels.load_kernels()
-    on_views = uses_views(args)
+    on_views = uses_views(args.losses)
     dataset, partition = datasets.open_training_data(args, unlabeled=on_views)
     resumed = load_for_resume(args, partition)
 
@@ -320,45 +324,63 @@ def main():
         teacher, checkpoint = load_teacher(path, dataset, args, device)
         row = checkpoint["row"]
         miou = evaluate.validate(teacher, dataset, device, args)
-        say(f"{role} {row['method']} {row['backbone']}: {miou:.2f} mIoU on val ({path})")
+        print0(f"{role} {row['method']} {row['backbone']}: {miou:.2f} mIoU on val ({path})")
         if checkpoint["partition"]["hash"] != partition.hash:
-            say(f"note: {path} was trained on partition {checkpoint['partition']['name']} "
-                f"({checkpoint['partition']['hash']}), the student's is {partition.name} ({partition.hash})")  # fmt: skip
-        teacher = models.Coarse(teacher)
+            print0(
+                f"note: {path} was trained on partition {checkpoint['partition']['name']} "
+                f"({checkpoint['partition']['hash']}), the student's is {partition.name} ({partition.hash})"
+            )
         if args.teacher_bn == "train":
             set_batch_norm_training(teacher)
         else:
             teacher = models.fold_batch_norm(teacher, args.precision)
         teachers[role], teacher_rows[role] = compiled(teacher, args, device), row
     if resumed and resumed.get("teachers") != list(teacher_rows.values()):
-        raise UserError(f"{args.out / 'resume.pt'}: learnt from other teachers than those of --deep and --wide now; give "
-                        "another --out, or remove it to start again")  # fmt: skip
-    fields = {role: wanted(args, role) for role in teachers}
-    all_losses = mgd_losses if args.method == "mgd" else kd_losses
+        raise UserError(
+            f"{args.out / 'resume.pt'}: was trained with different teachers than --deep and --wide; give another --out, or "
+            "delete it to start again"
+        )
+    needed = {role: needed_outputs(args.method, args.losses, role) for role in teachers}
+    weights = weights_of(args)
+    if args.method == "mgd":
+        losses_of = functools.partial(
+            mgd_losses,
+            losses=args.losses,
+            ohem=args.ohem,
+            regions=args.regions,
+            image_reduction=args.image_reduction,
+        )
+    else:
+        losses_of = functools.partial(kd_losses, method=args.method, ohem=args.ohem, temperature=args.temperature)
 
-    torch.manual_seed(datasets.seed_of(args.seed, 20))
-    student = models.build_model(args.backbone, len(dataset.classes), args.weights, args.stem, args.head_width,
-                                 args.separable_head).to(device).train()  # fmt: skip
+    torch.manual_seed(seed_of(args.seed, 20))
+    student = models.model_from_args(vars(args), len(dataset.classes), args.weights).to(device).train()
     optimizer = torch.optim.SGD(parameter_groups(student, args.weight_decay), lr=args.lr, momentum=0.9, fused=True)
-    activations = models.activation_bytes(student, shares_of(args)[1], args.crop, args.precision, whole=args.ohem)
-    weights = 4 * sum(p.numel() for p in student.parameters())
+    activations = models.activation_bytes(student, micro_batches(args)[1], args.crop, args.precision, whole=args.ohem)
+    parameters = 4 * sum(p.numel() for p in student.parameters())
     images = f"{len(partition.labeled)} labeled and {len(partition.unlabeled) if on_views else 'no'} unlabeled images"
-    say_plan(args, device, f"{images}, {' + '.join(args.losses)}, ops {kernels.backend(device.type)}",
-             needed=3 * weights + (1 + on_views) * activations)  # gradients, momentum; the student's forwards  # fmt: skip
+    plan = f"{images}, {' + '.join(args.losses)}, ops {kernels.backend(device.type)}"
+    # weights, gradients and momentum, and the student's forwards
+    print_plan(args, device, plan, needed=3 * parameters + (1 + on_views) * activations)
     start, seconds = 0, 0.0
     if resumed:
         start, seconds = resumed["step"], resumed["row"]["seconds"]
         student.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizers"][0])
         torch.set_rng_state(resumed["rng"])
-    running = compiled(distribute(student), args, device)  # what the steps run; `student` is what is validated and saved
+    ddp_model = compiled(distribute(student), args, device)  # what the steps run; `student` is validated and saved
 
-    labeled = datasets.train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
+    labeled = train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
     views = on_views * (2 if args.cutmix else 1)
-    unlabeled = datasets.train_batches(dataset, partition.unlabeled, args, views, start, labeled=False) if on_views else None
+    unlabeled = train_batches(dataset, partition.unlabeled, args, views, start, labeled=False) if on_views else None
 
     row = evaluate.result_row(
-        args, dataset, partition, device, role="student", losses=args.losses,
+        args,
+        dataset,
+        partition,
+        device,
+        role="student",
+        losses=args.losses,
         teachers=[*teacher_rows],
         teacher_roles=[row["role"] for row in teacher_rows.values()],
         teacher_backbones=[row["backbone"] for row in teacher_rows.values()],
@@ -367,9 +389,15 @@ def main():
         teacher_seeds=[row["seed"] for row in teacher_rows.values()],
         teacher_labels=labels_of_teachers(teacher_rows.values(), partition),
         regions=args.regions if any(loss.startswith("region") for loss in args.losses) else None,
-    )  # fmt: skip
-    checkpoint = {"args": plain_args(args), "classes": dataset.classes, "palette": dataset.palette,
-                  "partition": partition._asdict(), "row": row, "teachers": list(teacher_rows.values())}  # fmt: skip
+    )
+    checkpoint = {
+        "args": plain_args(args),
+        "classes": dataset.classes,
+        "palette": dataset.palette,
+        "partition": partition._asdict(),
+        "row": row,
+        "teachers": list(teacher_rows.values()),
+    }
 
     def save(step, path):
         row["seconds"] = round(seconds + time.perf_counter() - began, 1)
@@ -377,59 +405,51 @@ def main():
         save_checkpoint(path, {**checkpoint, "model": student.state_dict(), "optimizers": optimizers, "step": step})
 
     progress = Progress(args, start)
+    next_labeled = functools.partial(progress.next_batch, labeled)
+    next_unlabeled = functools.partial(progress.next_batch, unlabeled) if on_views else None
     began = time.perf_counter()
     for step in range(start, args.steps):
         lr = poly_lr(step, args.steps, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
+        set_lr([optimizer], lr)
 
-        shares = []  # of the batch; the teachers see all of them first, so that their valid pixels can be counted
-        for box in datasets.cutmix_boxes(args, step, device):
-            images, label = progress.waiting(labeled)
-            images, label = datasets.normalize(images, device), label.to(device, non_blocking=True).long()
-            bare = mixed = padding = None
-            if on_views:
-                bare, padding = progress.waiting(unlabeled)
-                bare, padding = datasets.normalize(bare, device), padding.to(device, non_blocking=True).long()
-                mixed, padding = datasets.cutmix(bare, box), datasets.cutmix(padding, box)
-            taught = {}
-            for role, teacher in teachers.items():
-                with autocast(device, args.precision):
-                    taught[role] = teach(teacher, images, label, bare, padding, box, args, fields[role])
-            shares.append((images, mixed, label, taught, padding))
-        counts = valid_pixels([[label, padding] if on_views else [label] for _, _, label, _, padding in shares])
+        # All teachers come first, since cross entropies are divided by the valid pixels of the whole batch.
+        batches = step_batches(args, step, device, next_labeled, next_unlabeled)
+        with autocast(device, args.precision):
+            outputs = [
+                {
+                    role: teacher_outputs(
+                        teacher, batch, needed[role], teacher_bn=args.teacher_bn, mixed_terms=args.mixed_terms
+                    )
+                    for role, teacher in teachers.items()
+                }
+                for batch in batches
+            ]
+        ignored = [[batch.labels == IGNORE_INDEX, *([batch.mixed_ignore] if on_views else [])] for batch in batches]
+        normalizer = valid_pixels(ignored)
 
         losses = collections.Counter()
-        for i, (images, mixed, label, taught, _) in enumerate(shares):
-            with gradients_stay(running, last=i + 1 == len(shares)):
+        for k, (batch, teacher) in enumerate(zip(batches, outputs, strict=True)):
+            with maybe_no_sync(ddp_model, last=k + 1 == len(batches)):
                 with autocast(device, args.precision):
-                    of_labeled = running(images, upsample=False)
-                    of_mixed = running(mixed, upsample=False) if on_views else None
-                terms = all_losses(of_labeled, of_mixed, label, taught, args, counts)
-                if args.grad_norms and i == 0 and (step + 1) % args.log_every == 0:  # of the batch's first share
-                    progress.write(step=step + 1, **gradient_norms(terms, student, args))
-                (terms["loss"] / len(shares)).backward()
-            for name, term in terms.items():
-                losses[name] += term.detach() / len(shares)
+                    of_labeled = ddp_model(batch.images)
+                    of_mixed = ddp_model(batch.mixed) if on_views else None
+                terms = losses_of(of_labeled, of_mixed, batch.labels, teacher, normalizer)
+                if args.grad_norms and k == 0 and (step + 1) % args.log_every == 0:  # of the first micro-batch
+                    progress.write(step=step + 1, **gradient_norms(terms, weights, student))
+                loss = weighted_sum(terms, weights)  # Eq. 7
+                (loss / len(batches)).backward()
+            for name, term in {**terms, "loss": loss}.items():
+                losses[name] += term.detach() / len(batches)
         optimizer.step()
+
         progress.step(step, args.batch * (1 + views), lr, losses)
-
-        if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+        if due(step, args.save_every, args.steps):
             save(step + 1, args.out / "resume.pt")
-        if args.val_every and (step + 1) % args.val_every == 0 and step + 1 < args.steps:
-            agree(student)
+        if due(step, args.val_every, args.steps):
+            sync_buffers(student)
             progress.validated(step + 1, evaluate.validate(student, dataset, device, args))
-
-    agree(student)
-    save(args.steps, args.out / "resume.pt")  # so that nothing is lost should the validation fail
-    row["miou"] = evaluate.validate(student, dataset, device, args)
-    save(args.steps, args.out / "last.pt")
-    finish(args)
-    progress.write(step=args.steps, miou=row["miou"])
-    progress.close()
-    say(f"{args.out}/last.pt: {row['miou']:.2f} mIoU after {args.steps} steps, {row['seconds']:.0f} s")
+    evaluate.finish_run(args, student, dataset, device, row, save, progress)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -1,12 +1,14 @@
-"""Evaluate checkpoints: mIoU and IoU of each class, as a table, as JSON, and as a picture.
+"""Evaluate checkpoints: mIoU and the IoU of each class, as a table, as JSON, and
+as pictures.
 
     python evaluate.py --ckpt runs/shapes/1-8/mgd-r18/last.pt
-    python evaluate.py --ckpt A/last.pt --compare B/last.pt C/last.pt --json out.json --panels out.png --confusion matrix.png
-    torchrun --nproc-per-node 4 evaluate.py --ckpt A/last.pt                       # the same figures, faster
+    python evaluate.py --ckpt A/last.pt B/last.pt --json out.json --panels out.png
+    torchrun --nproc-per-node 4 evaluate.py --ckpt A/last.pt
 
-The same `evaluate` validates during training, so the figures cannot differ. Images are seen as in the training's
-validation (whole, or in the sliding windows of its --window), at one scale and not mirrored unless told otherwise;
-predictions are compared at the size of the mask.
+The same `evaluate` validates during training, so the numbers cannot differ.
+Images are seen as in the training's validation (whole, or in the sliding windows
+of its --window), at one scale and not mirrored unless told otherwise. Predictions
+are compared at the size of the mask. Under torchrun the images are shared out.
 """
 
 import math
@@ -15,41 +17,33 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
+import checks
 import datasets
 import kernels
 import mgd_ops
 import models
+from batches import normalize
 from common import (
     IGNORE_INDEX,
     ArgumentParser,
     UserError,
     autocast,
-    load_checkpoint,
+    cli,
+    init_distributed,
     pick_precision,
+    print0,
     printable,
     rank_and_size,
-    run,
-    start_ranks,
+    sync_buffers,
 )
-from result_files import (
-    ALIKE,
-    TRAINING_SETTINGS,
-    class_labels,
-    git_commit,
-    refuse_outputs,
-    save_figure,
-    values,
-    write_result,
-)
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from recipes import WINDOW_HELP, window_size
+from result_files import GROUP_BY, git_commit, refuse_outputs, setting_values, settings_of, write_result
+from run_folder import load_checkpoint, remove_resume_checkpoint
 
 STRIP_BYTES = 2**27  # of finished logits: with fewer an image is one strip, with more memory grows
 
@@ -164,7 +158,8 @@ def predict(model, image: np.ndarray, device, precision: str, protocol: Protocol
 
     def forward(x):
         with autocast(device, precision):
-            return model(x).logits
+            logits = model(x).logits
+        return mgd_ops.upsample(logits, x.shape[2:])
 
     for scale in protocol.scales:
         scaled = tuple(max(1, round(side * protocol.image_scale * scale)) for side in size)
@@ -173,7 +168,7 @@ def predict(model, image: np.ndarray, device, precision: str, protocol: Protocol
 
             def rows(top, bottom, resized=resized, mirrored=mirrored):
                 pixels = torch.from_numpy(np.array(resized[top:bottom])).permute(2, 0, 1)[None]
-                x = datasets.normalize(pixels, device)
+                x = normalize(pixels, device)
                 return x.flip(-1) if mirrored else x
 
             strips = window_strips(forward, rows, scaled, protocol.window)
@@ -244,85 +239,47 @@ def validate(model, dataset, device, args) -> float:
     return iou(evaluate(model, dataset, dataset.val, device, args.precision, protocol_of(vars(args))))[0]
 
 
+def finish_run(args, model, dataset, device, row: dict, save, progress):
+    """End a training: save, validate, write OUT/last.pt with its mIoU, and remove OUT/resume.pt. `save(step, path)` writes a
+    checkpoint of `model` with its `row`."""
+    sync_buffers(model)
+    save(args.steps, args.out / "resume.pt")  # so that nothing is lost should the validation fail
+    row["miou"] = validate(model, dataset, device, args)
+    save(args.steps, args.out / "last.pt")
+    remove_resume_checkpoint(args)
+    progress.write(step=args.steps, miou=row["miou"])
+    progress.close()
+    print0(f"{args.out}/last.pt: {row['miou']:.2f} mIoU after {args.steps} steps, {row['seconds']:.0f} s")
+
+
 def result_row(args, dataset, partition, device, **fields) -> dict:
     """A training's entry in result files, without its outcome. GMACs are those at 512x512."""
     cost = models.measure(args.backbone, args.stem, args.head_width, args.separable_head, len(dataset.classes))
     return {
-        "dataset": dataset.name, "partition": partition.name, "partition_hash": partition.hash,
-        "labeled": len(partition.labeled), "method": args.method, "backbone": args.backbone, "head_width": args.head_width,
-        "weights": args.weights, "crop": list(args.crop), "seed": args.seed, "steps": args.steps, "seconds": 0.0,
-        "gmacs_backbone": cost["gmacs_512"], "gmacs_model": cost["model_gmacs_512"],
-        "mgd_ops": kernels.backend(device.type), "code": git_commit(), **fields,
-    }  # fmt: skip
+        "dataset": dataset.name,
+        "partition": partition.name,
+        "partition_hash": partition.hash,
+        "labeled": len(partition.labeled),
+        "method": args.method,
+        "backbone": args.backbone,
+        "head_width": args.head_width,
+        "weights": args.weights,
+        "crop": list(args.crop),
+        "seed": args.seed,
+        "steps": args.steps,
+        "seconds": 0.0,
+        "gmacs_backbone": cost["gmacs_512"],
+        "gmacs_model": cost["model_gmacs_512"],
+        "mgd_ops": kernels.backend(device.type),
+        "code": git_commit(),
+        **fields,
+    }
 
 
 def label_of(row: dict) -> str:
     """How tables and pictures call a run: `Sup resnet18`, `MGD resnet18`, `CPS resnet34 (T_D)`."""
     role = {"teacher_deep": " (T_D)", "teacher_wide": " (T_W)"}.get(row["role"], "")
     return f"{row['method'].upper() if row['method'] != 'sup' else 'Sup'} {row['backbone']}{role}"
-
-
-def draw_panels(path: pathlib.Path, dataset, names: list[str], columns: list[tuple[str, list[np.ndarray]]]):
-    """A PNG with one row per image: the image, its ground truth, and the prediction of each model, with a legend (Fig. 4)."""
-    palette = datasets.colour_table(dataset.palette)
-    heads = ["image", "ground truth", *(head for head, _ in columns)]
-    aspect = min(3.0, max(0.25, np.divide(*dataset.image(names[0]).shape[:2])))
-    figure, axes = plt.subplots(len(names), len(heads), squeeze=False, layout="constrained",
-                                figsize=(2 * len(heads), 2 * aspect * len(names) + 0.4))  # fmt: skip
-    occur = np.zeros(256, bool)
-    for r, name in enumerate(names):
-        masks = [dataset.mask(name), *(masks[r] for _, masks in columns)]
-        for mask in masks:
-            occur[np.unique(mask)] = True
-        for axis, cell, head in zip(axes[r], [dataset.image(name), *(palette[mask] for mask in masks)], heads, strict=True):
-            thin = max(cell.shape[:2]) > 8 * min(cell.shape[:2])  # such as one row of pixels, which would be a hairline
-            axis.imshow(cell, interpolation="nearest", aspect="auto" if thin else "equal")
-            axis.set_axis_off()
-            if r == 0:
-                axis.set_title(head, fontsize=8, parse_math=False)
-    add_legend(figure, dataset.classes, dataset.palette, np.flatnonzero(occur[: len(dataset.classes)]))
-    save_figure(path, figure)
-
-
-def add_legend(figure, classes: Sequence[str], palette, shown: Sequence[int]):
-    """A legend of the classes `shown`, sorted indices, below a figure of constrained layout, which grows by its height."""
-    if len(shown) == 0:
-        return
-    names = class_labels(classes)
-    patches = [plt.Rectangle((0, 0), 1, 1, color=np.array(palette[i]) / 255) for i in shown]
-
-    def draw(columns):
-        """The legend and its width and height in inches."""
-        labels = [names[i] for i in shown]
-        legend = figure.legend(patches, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-        return legend, *legend.get_window_extent(figure.canvas.get_renderer()).size / figure.dpi
-
-    trial, width, _ = draw(1)  # how wide an entry is
-    trial.remove()
-    figure.set_figwidth(max(figure.get_figwidth(), width))
-    _, _, height = draw(max(1, int(figure.get_figwidth() / (width + 0.2))))  # 0.2 inches between columns
-    figure.set_figheight(figure.get_figheight() + height)
-
-
-def draw_confusion(path: pathlib.Path, confusion: torch.Tensor, classes: list[str], title: str):
-    """A PNG of the confusion matrix of the classes that occur, each row (a true class) in percent of its pixels."""
-    occur = (confusion.sum(0) + confusion.sum(1)).nonzero()[:, 0]
-    shares = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1))[occur][:, occur].numpy()
-    names, n = class_labels(classes), len(occur)
-    names = [names[i] for i in occur]
-    side, size, least = (0.4, 8, 0.5) if n <= 50 else (0.2, 6, 5)  # of a cell in inches, of the font, in percent
-    figure, axis = plt.subplots(figsize=(2.5 + side * n, 2 + side * n), layout="constrained")
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    for i, j in np.argwhere(shares >= least):
-        colour = "white" if shares[i, j] > 50 else "black"
-        axis.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=size - 1, color=colour)
-    axis.set_xticks(range(n), names, rotation=90, fontsize=size, parse_math=False)
-    axis.set_yticks(range(n), names, fontsize=size, parse_math=False)
-    axis.set(xlabel="predicted", ylabel="true (rows sum to 100%)")
-    axis.set_title(title, fontsize=9, parse_math=False)
-    save_figure(path, figure)
 
 
 def print_table(rows: list[dict], names: list[str], classes: list[str]):
@@ -344,7 +301,7 @@ def print_seeds(rows: list[dict]):
     """Mean and standard deviation over the seeds, for what was trained with more than one."""
     groups = {}
     for row in rows:
-        groups.setdefault(str(values(row, ALIKE)), {})[row["seed"], str(row.get("teacher_seeds"))] = row
+        groups.setdefault(str(setting_values(row, GROUP_BY)), {})[row["seed"], str(row.get("teacher_seeds"))] = row
     groups = [list(group.values()) for group in groups.values() if len(group) > 1]
     if groups:
         print("\nover seeds")
@@ -355,15 +312,26 @@ def print_seeds(rows: list[dict]):
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--ckpt", type=pathlib.Path, required=True, help="checkpoint of train_teacher.py or distill.py")
-    parser.add_argument("--compare", type=pathlib.Path, nargs="+", default=[], help="more checkpoints, beside the first")
-    parser.add_argument("--data", type=pathlib.Path, help="folder of the data set, where it is not the one of training")
-    parser.add_argument("--json", type=pathlib.Path, help="write a result file")
-    parser.add_argument("--panels", type=pathlib.Path, help="write a picture: image, ground truth, each model")
-    parser.add_argument("--panel-rows", type=int, default=6, help="images in the picture, evenly spread over val")
-    parser.add_argument("--confusion", type=pathlib.Path, help="write a picture of the first checkpoint's confusion matrix")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
+    parser = ArgumentParser(__doc__, usage="%(prog)s --ckpt FILE [FILE ...] [options]")
+    path = {"type": pathlib.Path, "metavar": "FILE"}
+    parser.add_argument("--ckpt", nargs="+", required=True, help="checkpoints of train_teacher.py or distill.py", **path)
+    parser.add_argument(
+        "--data",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder of the data set (default: the one of the training)",
+    )
+    parser.add_argument("--json", help="write a result file (default: none)", **path)
+    parser.add_argument("--panels", help="write a PNG: image, ground truth, each model (default: none)", **path)
+    parser.add_argument(
+        "--panel-rows",
+        type=int,
+        default=6,
+        metavar="IMAGES",
+        help="images in the panels, evenly spread over val (default: 6)",
+    )
+    parser.add_argument("--confusion", help="write a PNG of the first checkpoint's confusion matrix (default: none)", **path)
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write (default: off)")
     add_protocol_arguments(parser)
     args = parser.parse_args(argv)
     if not 1 <= args.panel_rows <= 100:
@@ -373,7 +341,7 @@ def parse_args(argv=None):
     for flag, path, suffix in outputs:
         if path and (path.is_dir() or path.suffix.lower() != suffix):
             raise UserError(f"{flag} {path}: give a file's name that ends in {suffix}")
-    refuse_outputs([(flag, path) for flag, path, _ in outputs], [args.ckpt, *args.compare], args.overwrite)
+    refuse_outputs([(flag, path) for flag, path, _ in outputs], args.ckpt, args.overwrite)
     return args
 
 
@@ -390,63 +358,80 @@ def open_model(path: pathlib.Path, args, device) -> tuple[dict, models.DeepLabV3
 
 def add_protocol_arguments(parser):
     """How a checkpoint sees images, in evaluation and prediction."""
-    parser.add_argument("--window", type=datasets.window_size, help=f"{datasets.WINDOW_HELP}; by default as in training")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="average over these sizes")
-    parser.add_argument("--flip", action="store_true", help="average over mirrored images too")
-    parser.add_argument("--device", help="cuda, cpu, ...; by default cuda where there is one")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], help="by default that of the training")
+    parser.add_argument("--window", type=window_size, metavar="SIZE", help=f"{WINDOW_HELP} (default: as in training)")
+    parser.add_argument(
+        "--tta-scales",
+        dest="scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="FACTOR",
+        help="average over these image sizes (default: 1)",
+    )
+    parser.add_argument("--flip", action="store_true", help="average over mirrored images too (default: off)")
+    parser.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="of autocast (default: that of the training)")
 
 
 def check_protocol_arguments(args):
     if not min(args.scales) > 0:
-        raise UserError(f"--scales {min(args.scales)}: must be above 0")
+        raise UserError(f"--tta-scales {min(args.scales)}: must be above 0")
 
 
 def main(argv=None):
     args = parse_args(argv)
     began = time.perf_counter()
-    device = start_ranks(args.device)
+    device = init_distributed(args.device)
     main_rank = rank_and_size()[0] == 0
 
-    paths = [args.ckpt, *args.compare]
-    trained = load_checkpoint(args.ckpt)["args"]
+    if args.panels or args.confusion:
+        import pictures  # and matplotlib, which trainings do not need
+
+    trained = load_checkpoint(args.ckpt[0])["args"]
     dataset = datasets.open_dataset(trained["dataset"], args.data or trained["data"])
-    datasets.refuse_faults(dataset, {"val": dataset.val})
+    checks.refuse_faults(dataset, {"val": dataset.val})
     rows, panels = [], []
     shown = dataset.val[:: max(1, len(dataset.val) // args.panel_rows)][: args.panel_rows]
-    for path in paths:
+    for path in args.ckpt:
         checkpoint, model, precision, protocol = open_model(path, args, device)
         if checkpoint["classes"] != dataset.classes:
             raise UserError(f"{path}: was trained on the classes {', '.join(checkpoint['classes'])}, but the data set has "
                             f"{', '.join(dataset.classes)}; give the data set of the training with --data")  # fmt: skip
         confusion = evaluate(model, dataset, dataset.val, device, precision, protocol)
         miou, ious = iou(confusion)
-        settings = {key: checkpoint["args"].get(key) for key in TRAINING_SETTINGS}
-        settings["train_scales"] = checkpoint["args"]["scales"]
-        rows.append({**checkpoint["row"], **settings, "miou": miou, "iou": dict(zip(dataset.classes, ious, strict=True)),
-                     "params_m": sum(p.numel() for p in model.parameters()) / 1e6,
-                     "window": protocol.window, "scales": protocol.scales, "flip": protocol.flip})  # fmt: skip
+        rows.append(
+            {
+                **settings_of(checkpoint["args"]),
+                **checkpoint["row"],
+                "miou": miou,
+                "iou": dict(zip(dataset.classes, ious, strict=True)),
+                "params_m": sum(p.numel() for p in model.parameters()) / 1e6,
+                "window": protocol.window,
+                "scales": protocol.scales,
+                "flip": protocol.flip,
+            }
+        )
         if not main_rank:
             continue
         if args.panels and rows[-1]["seed"] == rows[0]["seed"]:  # one seed is enough to look at
             masks = [predict(model, dataset.image(name), device, precision, protocol).cpu().numpy() for name in shown]
             panels.append((f"{label_of(rows[-1])}\n{rows[-1]['steps']} steps: {miou:.1f} mIoU", masks))
         if args.confusion and len(rows) == 1:
-            draw_confusion(args.confusion, confusion, dataset.classes, f"{label_of(rows[0])}: {miou:.1f} mIoU")
+            pictures.draw_confusion(args.confusion, confusion, dataset.classes, f"{label_of(rows[0])}: {miou:.1f} mIoU")
     if not main_rank:
         return
-    print_table(rows, [path.resolve().parent.name for path in paths], dataset.classes)
+    print_table(rows, [path.resolve().parent.name for path in args.ckpt], dataset.classes)
     print_seeds(rows)
     if args.json:
         ops = "+".join(sorted({row["mgd_ops"] for row in rows}))  # of the trainings
         write_result(args.json, "evaluation", rows, time.perf_counter() - began, ops)
         print(f"\nresults: {args.json}")
     if args.panels:
-        draw_panels(args.panels, dataset, shown, panels)
+        pictures.draw_panels(args.panels, dataset, shown, panels)
         print(f"panels: {args.panels}")
     if args.confusion:
         print(f"confusion matrix: {args.confusion}")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

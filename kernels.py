@@ -20,7 +20,7 @@ import time
 import filelock  # of torch's own requirements
 import torch
 
-from common import ArgumentParser, UserError, run
+from common import ArgumentParser, UserError, cli
 
 SOURCES = pathlib.Path(__file__).parent / "csrc"
 LOCK_TIMEOUT = 120.0  # seconds; a build takes 20 to 40
@@ -210,4 +210,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

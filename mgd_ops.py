@@ -52,12 +52,12 @@ def upsample_any(logits: torch.Tensor, size) -> torch.Tensor:
     return upsample(torch.where(finite, logits, 0.0), size) + other
 
 
-def pixel_cross_entropies_reference(logits: torch.Tensor, labels: list[torch.Tensor], counts=None) -> list[torch.Tensor]:
+def pixel_cross_entropies_reference(logits: torch.Tensor, labels: list[torch.Tensor], normalizers=None) -> list[torch.Tensor]:
     """`pixel_cross_entropies` in plain PyTorch, differentiable by autograd; it holds the full-size logits several times."""
     with torch.autocast(logits.device.type, enabled=False):
         log_probabilities = upsample_any(logits, labels[0].shape[1:]).log_softmax(1)
         sums = [F.nll_loss(log_probabilities, label, ignore_index=IGNORE_INDEX, reduction="sum") for label in labels]
-    return divide(sums, labels, counts)
+    return divide(sums, labels, normalizers)
 
 
 def upsampled_argmax_reference(logits: torch.Tensor, size: tuple[int, int], threshold: float = 0.0) -> torch.Tensor:
@@ -73,14 +73,14 @@ def upsampled_argmax_reference(logits: torch.Tensor, size: tuple[int, int], thre
 # ---- pixel level: the public functions ----
 
 
-def pixel_cross_entropies(logits: torch.Tensor, labels: list[torch.Tensor], counts=None) -> list[torch.Tensor]:
+def pixel_cross_entropies(logits: torch.Tensor, labels: list[torch.Tensor], normalizers=None) -> list[torch.Tensor]:
     """Cross entropies of the same logits against several label maps, each the mean over its pixels that are not 255 (Eq. 1);
     0 where all are.
 
     logits (B, N, h, w) in float64, float32, float16 or bfloat16, N at most 255, as if they were first brought to the labels'
-    size by bilinear interpolation with aligned corners; labels (B, H, W) int64 each -> scalars, float32 or float64. `counts`, a
-    scalar tensor each, are divided by instead of the number of valid pixels: where this is one of several shares of a batch,
-    their mean number, so that the mean over the shares is the loss of the batch.
+    size by bilinear interpolation with aligned corners; labels (B, H, W) int64 each -> scalars, float32 or float64. The sums
+    are divided by `normalizers`, a scalar tensor each, instead of the numbers of valid pixels: where this is one of several
+    micro-batches, by the mean number, so that the mean over the micro-batches is the loss of the batch.
 
     The large logits are never held whole. The gradient reaches the logits once (no second derivative). Infinite logits are as
     in F.cross_entropy, also between others; NaN and the gradient where the loss is not finite: see the top of this file. Raises
@@ -92,19 +92,19 @@ def pixel_cross_entropies(logits: torch.Tensor, labels: list[torch.Tensor], coun
         return []
     check_logits("pixel_cross_entropies", logits, labels[0].shape[1:])
     check_labels("pixel_cross_entropies", logits, labels)
-    return divide(torch.ops.mgd.upsampled_cross_entropy(logits, list(labels)).unbind(), labels, counts)
+    return divide(torch.ops.mgd.upsampled_cross_entropy(logits, list(labels)).unbind(), labels, normalizers)
 
 
-def divide(sums, labels, counts):
-    """The sums of cross entropies over the numbers of valid pixels of their labels, or over `counts`."""
-    if counts is None:  # not sum(), which on a CPU makes 8 bytes of each pixel first
-        counts = [(label != IGNORE_INDEX).count_nonzero() for label in labels]
-    return [total / count.clamp(min=1e-6) for total, count in zip(sums, counts, strict=True)]
+def divide(sums, labels, normalizers):
+    """The sums of cross entropies over the numbers of valid pixels of their labels, or over `normalizers`."""
+    if normalizers is None:  # not sum(), which on a CPU makes 8 bytes of each pixel first
+        normalizers = [(label != IGNORE_INDEX).count_nonzero() for label in labels]
+    return [total / normalizer.clamp(min=1e-6) for total, normalizer in zip(sums, normalizers, strict=True)]
 
 
-def pixel_cross_entropy(logits: torch.Tensor, label: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
+def pixel_cross_entropy(logits: torch.Tensor, label: torch.Tensor, normalizer: torch.Tensor | None = None) -> torch.Tensor:
     """`pixel_cross_entropies` against one label map (Eq. 1)."""
-    return pixel_cross_entropies(logits, [label], None if count is None else [count])[0]
+    return pixel_cross_entropies(logits, [label], None if normalizer is None else [normalizer])[0]
 
 
 def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int], threshold: float = 0.0) -> torch.Tensor:
@@ -147,10 +147,11 @@ def check_labels(op: str, logits: torch.Tensor, labels: list[torch.Tensor]):
             raise ValueError(f"{op}: the logits are on {logits.device}, a label on {label.device}")
 
 
-def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, count=None, threshold=0.7, keep=0.08) -> torch.Tensor:
+def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, normalizer=None, threshold=0.7, keep=0.08) -> torch.Tensor:
     """Cross entropy, mean over the hard pixels: those whose true class has a probability below `threshold`, and at least
     the share `keep` of all pixels, hardest first, as far as they have labels (Shrivastava et al. 2016; CPS on Cityscapes
-    keeps 50,000 of 800x800). `count` is there for `pixel_cross_entropy`'s sake: each share has its own hard pixels.
+    keeps 50,000 of 800x800). `normalizer` is ignored, and there so that this can stand in for
+    `pixel_cross_entropy`: each micro-batch has hard pixels of its own.
 
     logits (B, N, h, w) floating, brought to the label's size as there, but held whole, since it is single pixels' losses that
     are sorted; label (B, H, W) int64, 255 = ignore -> scalar, float32 or float64; 0 for an empty batch.

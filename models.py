@@ -3,9 +3,8 @@
     python models.py            # params and GMACs of every backbone, beside the paper's
     python models.py --json     # the same figures for a program
 
-A model maps images (B, 3, H, W) to `Output(logits, features)`: logits (B, N, H, W) in float32 at the size of the images,
-and the decoder's features (B, C, H/4, W/4), the F of the paper's region-level loss. With `upsample=False` the logits are
-those of the classifier, (B, N, H/4, W/4), and `mgd_ops.upsample` brings them to any size.
+A model maps images (B, 3, H, W) to `Output(logits, features)`: the classifier's logits (B, N, H/4, W/4) in float32, and the
+decoder's features (B, C, H/4, W/4), the F of the paper's region-level loss. `mgd_ops.upsample` brings logits to any size.
 """
 
 import copy
@@ -25,8 +24,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-import mgd_ops
-from common import ArgumentParser, UserError, run
+from common import ArgumentParser, UserError, cli
 
 # The paper's name for a backbone -> torchvision's. "Wide ResNet-34" counts 66.83M parameters only as Wide ResNet-50-2.
 BACKBONES = {
@@ -58,7 +56,7 @@ PAPER = {
 
 
 class Output(NamedTuple):
-    logits: torch.Tensor  # (B, N, H, W), or (B, N, H/4, W/4) with upsample=False; float32
+    logits: torch.Tensor  # (B, N, H/4, W/4), float32
     features: torch.Tensor  # (B, C, H/4, W/4)
 
 
@@ -111,11 +109,11 @@ class DeepLabV3Plus(nn.Module):
             make_separable(self.aspp)
             make_separable(self.decoder)
 
-    def forward(self, images, upsample: bool = True) -> Output:
+    def forward(self, images) -> Output:
         low, high = self.backbone(images)
         features = self.decoder(low, self.aspp(high))  # (B, C, H/4, W/4)
         logits = self.classifier(features).float()  # losses and argmax see float32, also under autocast
-        return Output(mgd_ops.upsample(logits, images.shape[-2:]) if upsample else logits, features)
+        return Output(logits, features)
 
 
 def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -307,32 +305,30 @@ def canonical_name(name: str, flag: str = "--backbone") -> str:
     return name
 
 
-def build_model(backbone: str, classes: int, weights: str = "none", stem: str = "standard", head_width: int = 256,
-                separable_head: bool = False) -> DeepLabV3Plus:  # fmt: skip
-    """The DeepLabV3+ that a checkpoint's arguments describe; see `build_backbone` and `DeepLabV3Plus`."""
+def build_model(
+    backbone: str,
+    classes: int,
+    weights: str = "none",
+    stem: str = "standard",
+    head_width: int = 256,
+    separable_head: bool = False,
+) -> DeepLabV3Plus:
+    """See `build_backbone` and `DeepLabV3Plus`."""
     low_width = 24 if canonical_name(backbone) == "mobilenetv2" else 48
     model = DeepLabV3Plus(build_backbone(backbone, weights, stem), classes, head_width, separable_head, low_width)
     return model.to(memory_format=torch.channels_last)
 
 
+def model_from_args(args: dict, classes: int, weights: str = "none") -> DeepLabV3Plus:
+    """The network that a training's arguments describe."""
+    return build_model(args["backbone"], classes, weights, args["stem"], args["head_width"], args["separable_head"])
+
+
 def model_from_checkpoint(checkpoint: dict) -> DeepLabV3Plus:
-    """The trained network of a checkpoint (see `common.load_checkpoint`), in evaluation mode."""
-    args = checkpoint["args"]
-    model = build_model(args["backbone"], len(checkpoint["classes"]), "none", args["stem"], args["head_width"],
-                        args["separable_head"])  # fmt: skip
+    """The trained network of a checkpoint (see `run_folder.load_checkpoint`), in evaluation mode."""
+    model = model_from_args(checkpoint["args"], len(checkpoint["classes"]))
     model.load_state_dict(checkpoint["model"])
     return model.eval()
-
-
-class Coarse(nn.Module):
-    """A model that stops at the classifier's logits (`upsample=False`); teachers are run so."""
-
-    def __init__(self, model: DeepLabV3Plus):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images) -> Output:
-        return self.model(images, upsample=False)
 
 
 def fold_batch_norm(model: nn.Module, precision: str = "fp32") -> nn.Module:
@@ -360,7 +356,10 @@ def activation_bytes(model: nn.Module, images: int, crop: tuple[int, int], preci
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = meta(torch.empty(images, 3, *crop, device="meta"), upsample=whole).logits.log_softmax(1)
+        logits = meta(torch.empty(images, 3, *crop, device="meta")).logits
+        if whole:
+            logits = F.interpolate(logits, crop, mode="bilinear", align_corners=True)
+        output = logits.log_softmax(1)
     del output  # the graph, and with it the storages, had to live until here
     return sum(kept.values())
 
@@ -409,4 +408,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -31,10 +31,12 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-import datasets
-from common import ArgumentParser, UserError, free_memory, make_folder, pick_device, printable, run
-from evaluate import Protocol, add_legend, add_protocol_arguments, check_protocol_arguments, open_model, predict
-from result_files import drawable, refuse_foreign, save_figure, save_png
+import readers
+from common import ArgumentParser, UserError, cli, free_memory, pick_device, printable
+from evaluate import Protocol, add_protocol_arguments, check_protocol_arguments, open_model, predict
+from pictures import add_legend, drawable, save_figure
+from result_files import refuse_foreign, save_png
+from run_folder import make_folder
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -198,12 +200,12 @@ def draw_sheet(path: pathlib.Path, tiles: list[tuple[str, Image.Image]], checkpo
 def predict_files(model, checkpoint: dict, paths: list[pathlib.Path], out: pathlib.Path, device, precision, protocol) -> int:
     """Predict images into the folders masks and overlays of OUT and a sheet. What goes wrong with a file is reported on stderr;
     returns the number of those."""
-    palette, classes = datasets.colour_table(checkpoint["palette"]), len(checkpoint["classes"])
+    palette, classes = readers.colour_table(checkpoint["palette"]), len(checkpoint["classes"])
     whole = bytes_per_pixel(model, precision) if protocol.window is None else 0.0
     tiles, failed, shown = [], 0, np.zeros(256, bool)
     for path, name in zip(tqdm(paths, "predict", disable=None), output_names(paths), strict=True):
         try:
-            image = np.asarray(datasets.open_image(path))
+            image = np.asarray(readers.open_image(path))
             check_memory(path, image.shape[:2], classes, whole, device, protocol)
             labels = predict(model, image, device, precision, protocol).cpu().numpy()
         except Exception as error:  # whatever it is, it is this file's
@@ -266,4 +268,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -26,23 +26,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+import checks
 import datasets
-from common import IGNORE_INDEX, ArgumentParser, UserError, atomic_write, make_folder, printable, run
-from datasets import (
-    VOC_BORDER,
-    VOC_FOLDERS,
-    Voc,
-    colour_table,
-    mask_values,
-    name_of,
-    open_mask,
-    opened,
-    read_lines,
-    upright,
-    voc_palette,
-    voc_root,
-)
-from result_files import class_labels, png_text, refuse_outputs, save_figure, save_png
+import readers
+from common import IGNORE_INDEX, ArgumentParser, UserError, cli, printable
+from datasets import VOC_FOLDERS, Voc, voc_root
+from pictures import class_labels, save_figure
+from readers import VOC_BORDER, colour_table, mask_values, name_of, open_mask, opened, read_lines, upright, voc_palette
+from recipes import METHODS, add_flags
+from result_files import png_text, refuse_outputs, save_png
+from run_folder import atomic_write, make_folder
 
 # ---- check ----
 
@@ -57,8 +50,8 @@ def check(args: argparse.Namespace) -> int:
     dataset = datasets.open_dataset(args.dataset, args.data, args.cache)
     part = datasets.partition_of(dataset, args)
     groups = {"labeled": part.labeled, "unlabeled": part.unlabeled, "val": dataset.val}
-    look = datasets.look_at(dataset, groups, whole=True)
-    problems = [*look.problems.values(), *datasets.faults(dataset, look)]
+    look = checks.look_at(dataset, groups, whole=True)
+    problems = [*look.problems.values(), *checks.faults(dataset, look)]
     if dataset.missing():
         problems.append(dataset.missing())
 
@@ -365,7 +358,7 @@ def read_keys(path: pathlib.Path, classes: Classes) -> np.ndarray:
             return mask_values(file).astype(np.int64) * white
         pixels = rgb_of(file, path)
     if (pixels != pixels[..., :1]).any():
-        raise UserError(f"{path}: is a colour image; say which colour is which class: {datasets.flags_for_file(path)}")
+        raise UserError(f"{path}: is a colour image; say which colour is which class: {readers.flags_for_file(path)}")
     return pixels[..., 0].astype(np.int64)
 
 
@@ -381,7 +374,7 @@ def convert_masks(args: argparse.Namespace) -> int:
     if args.images and not args.images.is_dir():
         raise UserError(f"--images {args.images}: no such folder")
     folder = args.images or (beside if beside.is_dir() else None)
-    images = {name_of(path.name) for path in folder.iterdir() if path.suffix.lower() in datasets.SUFFIXES} if folder else set()
+    images = {name_of(path.name) for path in folder.iterdir() if path.suffix.lower() in readers.SUFFIXES} if folder else set()
     masks, others = find_masks(args.masks, images, args.suffix)
     classes = read_classes(args, next(iter(masks.values())))
     foreign = [path for path in (args.out / f"{name}.png" for name in masks) if path.exists() and not is_converted(path)]
@@ -494,7 +487,7 @@ def main():
     parser = ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="{check,voc,masks}")
     checker = commands.add_parser("check", help="look at every file of a data set before training")
-    datasets.add_arguments(checker)
+    add_flags(checker, METHODS, groups=("data",))
     checker.add_argument("--picture", type=pathlib.Path, help="write a PNG of eight labeled images and their masks")
     checker.add_argument("--chart", type=pathlib.Path, help="write a PNG of each class's percentage of the pixels")
     preparer = commands.add_parser("voc", help="build VOC's augmented masks from SBD")
@@ -530,4 +523,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -5,7 +5,6 @@ chunk, its JSON files say what they are, its logs and tables are known by their 
 """
 
 import datetime
-import functools
 import json
 import os
 import pathlib
@@ -18,38 +17,36 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from common import UserError, atomic_write, is_log, load_checkpoint, make_folder, printable, without_nan
+from common import UserError, printable
+from recipes import FLAGS, METHODS
+from run_folder import atomic_write, is_log, load_checkpoint, make_folder, without_nan
 
 # ---- rows ----
 
-# Arguments of the training that stand in a result's row, beside what the training itself has put there.
-TRAINING_SETTINGS = ("stem", "separable_head", "image_scale", "batch", "lr", "weight_decay", "precision", "ohem", "cutmix",
-            "lambda_image", "lambda_region", "image_reduction", "mixed_terms", "teacher_bn", "kd_weight", "temperature",
-            "cps_weight", "mt_weight", "ema_decay", "sup_only", "ramp_up", "threshold")  # fmt: skip
-
-# What may not differ between runs that are averaged over their seeds. Older result files lack the NEWER keys, which are None
-# then.
+# The keys of a row that may not differ between runs whose seeds are averaged. Older result files lack the OPTIONAL keys, which
+# are None then.
 DATA = ("dataset", "partition", "partition_hash", "labeled")
 NETWORK = ("role", "backbone", "method")
-OF_TEACHERS = ("teacher_backbones", "teacher_methods", "teacher_steps")
-NEWER = (*TRAINING_SETTINGS, "train_scales", *OF_TEACHERS, "window", "scales", "flip")
-SETTINGS = ("steps", "head_width", "crop", "weights", "teachers", "teacher_labels", "losses", "regions", *NEWER)
-ALIKE = (*DATA, *NETWORK, *SETTINGS)
+MAIN = ("steps", "head_width", "crop", "weights", "teachers", "teacher_labels", "losses", "regions")
+RECORDED = dict.fromkeys(flag.key(name) for name, flag in FLAGS.items() if flag.column is not None)
+OPTIONAL = tuple(key for key in RECORDED if key not in (*DATA, *NETWORK, *MAIN, "seed"))
+OPTIONAL += ("teacher_backbones", "teacher_methods", "teacher_steps", "scales", "flip")
+SETTINGS = (*MAIN, *OPTIONAL)
+GROUP_BY = (*DATA, *NETWORK, *SETTINGS)
+# The settings that only some methods have; of the MAIN ones a row says so itself.
+METHODS_WITH = {flag.key(name): flag.methods for name, flag in FLAGS.items() if flag.methods != METHODS}
+METHODS_WITH = {key: methods for key, methods in METHODS_WITH.items() if key not in MAIN}
 
 
-# The settings that only some methods have.
-METHODS_OF = {
-    "lambda_image": ("mgd",), "lambda_region": ("mgd",), "image_reduction": ("mgd",), "mixed_terms": ("mgd", "kd", "cwd"),
-    "kd_weight": ("kd", "cwd"), "temperature": ("kd", "cwd"), "mt_weight": ("mt",), "ema_decay": ("mt",),
-    "cps_weight": ("cps",), "threshold": ("cps",), "sup_only": ("mt", "cps"), "ramp_up": ("mt", "cps"),
-    "cutmix": ("mt", "cps", "kd", "cwd", "mgd"),
-}  # fmt: skip
+def settings_of(args: dict) -> dict:
+    """What a training's arguments say for a result's row."""
+    return {flag.key(name): args[name] for name, flag in FLAGS.items() if flag.column is not None and name in args}
 
 
-def values(row: dict, keys) -> tuple:
+def setting_values(row: dict, keys) -> tuple:
     """What a result's row has under `keys`; None for settings that its method does not have."""
     method = row.get("method")
-    return tuple(row.get(key) if method in METHODS_OF.get(key, (method,)) else None for key in keys)
+    return tuple(row.get(key) if method in METHODS_WITH.get(key, (method,)) else None for key in keys)
 
 
 # ---- writing ----
@@ -95,64 +92,6 @@ def save_png(path: pathlib.Path, image: Image.Image):
         chunk.add_text(key, text)
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunk)
-
-
-def save_figure(path: pathlib.Path, figure, dpi: int = 100):
-    """Write a matplotlib figure as a PNG that `is_ours`, whole or not at all, and close it."""
-    from matplotlib import pyplot as plt
-
-    try:
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=dpi, metadata=PNG_CHUNK)
-    finally:
-        plt.close(figure)
-
-
-# ---- names in pictures ----
-
-
-def class_labels(classes: Sequence[str]) -> list[str]:
-    """The names of classes for a picture, at most 40 characters each; a name that no installed font can draw becomes `class 3`,
-    and one line says so."""
-    able = drawable(classes)
-    labels = [name if can else f"class {i}" for i, (name, can) in enumerate(zip(classes, able, strict=True))]
-    if not all(able):
-        first = printable(classes[able.index(False)])
-        more = f" and {able.count(False) - 1} more class names" if able.count(False) > 1 else ""
-        note_once(f"note: no font here can draw '{first}'{more}; the pictures show the class's number instead")
-    return [label if len(label) <= 40 else f"{label[:20]}…{label[-19:]}" for label in labels]
-
-
-@functools.cache
-def note_once(text: str):
-    print(text, file=sys.stderr)
-
-
-def drawable(texts: Sequence[str]) -> list[bool]:
-    """Whether matplotlib can draw each of `texts`; installed fonts that have what its own lacks are added to `font.family`."""
-    import matplotlib
-    from matplotlib import font_manager
-
-    def has(path: str, characters: set[str]) -> set[str]:
-        try:
-            font = font_manager.get_font(path)
-            font.set_size(10, 100)  # fails for fonts of bitmaps, as of colour emoji
-            return {c for c in characters if font.get_char_index(ord(c))}
-        except (RuntimeError, OSError, ValueError):
-            return set()
-
-    missing = set("".join(texts))
-    families = [*matplotlib.rcParams["font.family"]]
-    unfit = ("Last Resort", "STIXNonUnicode", "cm")  # matplotlib's own, whose glyphs are boxes or symbols of formulas
-    for family in families:
-        missing -= has(font_manager.findfont(font_manager.FontProperties(family=[family])), missing)
-    for font in font_manager.fontManager.ttflist if missing else ():
-        fit = font.style == "normal" and font.name not in families and not font.name.startswith(unfit)
-        if fit and (found := has(font.fname, missing)):
-            families.append(font.name)
-            missing -= found
-    matplotlib.rcParams["font.family"] = families
-    return [missing.isdisjoint(text) for text in texts]
 
 
 # ---- whose files ----

@@ -21,12 +21,14 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+import batches
 import datasets
-from common import ArgumentParser, UserError, run
+import recipes
+from common import ArgumentParser, UserError, cli
 from result_files import refuse_outputs, write_result
 
 CASES = {"cityscapes 2048x1024 PNG": ((1024, 2048), 800, "png"), "voc 500x375 JPEG": ((375, 500), 512, "jpg")}
-SCALES = datasets.FOLDER_RECIPE["scales"]
+SCALES = recipes.FOLDER_RECIPE["scales"]
 
 
 class Drawn(datasets.Files):
@@ -53,7 +55,7 @@ class Drawn(datasets.Files):
 
 def plain_order(dataset, crop):
     """The usual pipeline; `scale` is drawn outside, so that both orders get the same."""
-    fill = {tv_tensors.Image: datasets.FILL, tv_tensors.Mask: datasets.IGNORE_INDEX}
+    fill = {tv_tensors.Image: batches.FILL, tv_tensors.Mask: datasets.IGNORE_INDEX}
     rest = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(crop, pad_if_needed=True, fill=fill)])
 
     def item(scale):
@@ -66,7 +68,7 @@ def plain_order(dataset, crop):
 
 
 def window_first(dataset, crop):
-    sets = {scale: datasets.TrainSet(dataset, ["a"], (crop, crop), [scale]) for scale in SCALES}
+    sets = {scale: batches.TrainSet(dataset, ["a"], (crop, crop), [scale]) for scale in SCALES}
     seeds = iter(range(10**9))
     return lambda scale: sets[scale][0, next(seeds)]
 
@@ -114,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -25,7 +25,7 @@ import torch
 
 import kernels
 import mgd_ops
-from common import ArgumentParser, UserError, device_slug, run
+from common import ArgumentParser, UserError, cli, device_slug
 from result_files import refuse_outputs, write_result
 
 CASES = {  # (B, C, H, W) of student and teacher
@@ -214,4 +214,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

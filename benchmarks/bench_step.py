@@ -3,7 +3,7 @@
     python benchmarks/bench_step.py [--json FILE] [--curves PNG]     (make bench; writes results/step-DEVICE.json)
 
 The released procedure is written out below, plainly, from the paper's code: float32 (TF32 convolutions on GPUs, as PyTorch's
-default is), cudnn.benchmark, all networks in training mode, eight teacher and four student forwards a labeled image, eleven
+default is), cudnn.benchmark, all networks in training mode, eight teacher and four student forwards per labeled image, eleven
 cross entropies of which those of the student's own logits can give a gradient, every term read on the host. This project's
 steps follow the loops of distill.py and train_teacher.py, and call what these call. Both see the same models, batch and crop,
 drawn on the device. Each arm runs in a process of its own. On the CPU `peak_mb` is resident memory above that after models and
@@ -18,6 +18,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -25,24 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import datasets
+import batches
 import distill
 import kernels
 import mgd_ops
 import models
-from common import (
-    ArgumentParser,
-    UserError,
-    autocast,
-    device_slug,
-    parameter_groups,
-    pick_precision,
-    run,
-    valid_pixels,
-)
-from result_files import refuse_outputs, save_figure, write_result
+from common import ArgumentParser, UserError, autocast, cli, device_slug, parameter_groups, pick_precision
+from pictures import save_figure
+from result_files import refuse_outputs, write_result
 
-# stage and student, crop, labeled images a step, classes
+# stage and student, crop, labeled images per step, classes
 CASES = {
     "cuda": {
         "distill r18 512": ("resnet18", 512, 8, 21), "distill mbv2 512": ("mobilenetv2", 512, 8, 21),
@@ -56,9 +49,22 @@ CASES = {
 }  # fmt: skip
 ARMS = {"distill": ["released", "ours", "ours: clean", "ours: compile"], "cps": ["released", "ours"]}
 LR = 0.0025
+LOSSES = ["sup", "pixel", "image:T_D", "region:T_W"]
+WEIGHTS = {"sup": 1.0, "pixel_l": 1.0, "pixel_u": 1.0, "image": 0.002, "region": 100.0}  # of Eq. 7
+
+
+class Arm(NamedTuple):
+    precision: str
+    mixed_terms: str
 
 
 # ---- the released procedure, in words of its description ----
+
+
+def full(net, images):
+    """The network's output with logits at the size of the images, where the released code takes its losses."""
+    logits, features = net(images)
+    return models.Output(mgd_ops.upsample(logits, images.shape[-2:]), features)
 
 
 def released_distill(nets, optimizer, batch):
@@ -69,13 +75,13 @@ def released_distill(nets, optimizer, batch):
     with torch.no_grad():
         pseudo = {}
         for name, net in (("student", student), ("wide", wide), ("deep", deep)):
-            logits = torch.where(box, net(u1).logits, net(u0).logits)
+            logits = torch.where(box, full(net, u1).logits, full(net, u0).logits)
             pseudo[name] = logits.argmax(1)
-    student_mixed = student(mixed)
-    student_labeled = student(images)
+    student_mixed = full(student, mixed)
+    student_labeled = full(student, images)
     with torch.no_grad():
-        wide_mixed, deep_mixed = wide(mixed), deep(mixed)
-        wide_labeled, deep_labeled = wide(images), deep(images)
+        wide_mixed, deep_mixed = full(wide, mixed), full(deep, mixed)
+        wide_labeled, deep_labeled = full(wide, images), full(deep, images)
     entropy = F.cross_entropy
     on_mixed = entropy(student_mixed.logits, pseudo["wide"]) + entropy(student_mixed.logits, pseudo["deep"])
     unused = entropy(wide_mixed.logits, pseudo["student"]) + entropy(deep_mixed.logits, pseudo["student"])
@@ -100,10 +106,10 @@ def released_cps(nets, optimizer, batch):
     """Cross pseudo supervision as published: float32, each batch by itself."""
     images, label, u0, u1, box = batch
     with torch.no_grad():
-        pseudo = [torch.where(box, net(u1).logits, net(u0).logits).argmax(1) for net in nets]
+        pseudo = [torch.where(box, full(net, u1).logits, full(net, u0).logits).argmax(1) for net in nets]
     mixed = torch.where(box, u1, u0)
-    on_mixed = [net(mixed).logits for net in nets]
-    on_labeled = [net(images).logits for net in nets]
+    on_mixed = [full(net, mixed).logits for net in nets]
+    on_labeled = [full(net, images).logits for net in nets]
     cps = F.cross_entropy(on_mixed[0], pseudo[1]) + F.cross_entropy(on_mixed[1], pseudo[0])
     supervised = sum(F.cross_entropy(logits, label, ignore_index=255) for logits in on_labeled)
     optimizer.zero_grad()
@@ -115,22 +121,37 @@ def released_cps(nets, optimizer, batch):
 # ---- this project's steps, after the loops of distill.py and train_teacher.py ----
 
 
+def as_batch(images, label, u0, u1, box):
+    """The micro-batch that `batches.step_batches` would make of these images."""
+    views = torch.cat([u0, u1])
+    ignore = torch.zeros(len(views), *label.shape[1:], dtype=torch.bool, device=label.device)
+    mixed, mixed_ignore = batches.cutmix(views, box), batches.cutmix(ignore, box)
+    return batches.Batch(images, label, views, ignore, mixed, mixed_ignore, box)
+
+
 def our_distill(nets, optimizer, batch, args, clock=lambda name: None):
     """One step; returns its terms, on the device. `clock(name)` is called at the end of each part."""
     student, deep, wide = nets
     images, label, u0, u1, box = batch
-    bare, device = torch.cat([u0, u1]), images.device
-    padding = datasets.cutmix(torch.zeros_like(label).repeat(2, 1, 1), box)
+    micro_batch, device = as_batch(images, label, u0, u1, box), images.device
     optimizer.zero_grad(set_to_none=True)
     with autocast(device, args.precision):
-        taught = {role: distill.teach(teacher, images, label, bare, padding, box, args, distill.wanted(args, role))
-                  for role, teacher in (("T_D", deep), ("T_W", wide))}  # fmt: skip
-    counts = valid_pixels([[label, padding]])
+        teachers = {
+            role: distill.teacher_outputs(
+                teacher,
+                micro_batch,
+                distill.needed_outputs("mgd", LOSSES, role),
+                mixed_terms=args.mixed_terms,
+            )
+            for role, teacher in (("T_D", deep), ("T_W", wide))
+        }
+    normalizer = batches.valid_pixels([[label == 255, micro_batch.mixed_ignore]])
     clock("teachers")
     with autocast(device, args.precision):
-        outputs = student(images, upsample=False), student(datasets.cutmix(bare, box), upsample=False)
+        outputs = student(images), student(micro_batch.mixed)
     clock("student forward")
-    terms = distill.mgd_losses(*outputs, label, taught, args, counts)
+    terms = distill.mgd_losses(*outputs, label, teachers, normalizer, losses=LOSSES, ohem=False)
+    terms["loss"] = distill.weighted_sum(terms, WEIGHTS)
     clock("losses")
     terms["loss"].backward()
     clock("backward")
@@ -141,20 +162,20 @@ def our_distill(nets, optimizer, batch, args, clock=lambda name: None):
 
 def our_cps(nets, optimizer, batch, args, clock=lambda name: None):
     images, label, u0, u1, box = batch
-    bare, device = torch.cat([u0, u1]), images.device
+    views, device = torch.cat([u0, u1]), images.device
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad(), autocast(device, args.precision):
-        labels = [mgd_ops.upsampled_argmax(net(bare, upsample=False).logits, label.shape[1:]) for net in nets]
-    pseudo = [datasets.cutmix(each, box) for each in labels]
-    mixed = datasets.cutmix(bare, box)
+        labels = [mgd_ops.upsampled_argmax(net(views).logits, label.shape[1:]) for net in nets]
+    pseudo = [batches.cutmix(each, box) for each in labels]
+    mixed = batches.cutmix(views, box)
     clock("pseudo labels")
     terms = {"sup": 0.0, "cps": 0.0}
     for i, net in enumerate(nets):
         with autocast(device, args.precision):
-            logits = net(images, upsample=False).logits
+            logits = net(images).logits
         sup = mgd_ops.pixel_cross_entropy(logits, label)
         with autocast(device, args.precision):
-            logits = net(mixed, upsample=False).logits
+            logits = net(mixed).logits
         cps = mgd_ops.pixel_cross_entropy(logits, pseudo[1 - i])
         clock("student forward")
         (sup + cps).backward()
@@ -174,21 +195,14 @@ def draw_batch(batch, crop, classes, device, channels_last):
     if channels_last:
         images, u0, u1 = (x.contiguous(memory_format=torch.channels_last) for x in (images, u0, u1))
     label = torch.randint(classes, (batch, crop, crop), generator=generator).to(device)
-    return images, label, u0, u1, datasets.cutmix_mask(batch, (crop, crop), 0).to(device)
-
-
-def distillation_args(precision, mixed_terms):
-    """The arguments of distill.py that its functions look at."""
-    return argparse.Namespace(precision=precision, mixed_terms=mixed_terms, teacher_bn="eval", ohem=False, regions=7,
-                              image_reduction="sum", lambda_image=0.002, lambda_region=100.0, method="mgd",
-                              losses=["sup", "pixel", "image:T_D", "region:T_W"])  # fmt: skip
+    return images, label, u0, u1, batches.cutmix_mask(batch, (crop, crop), 0).to(device)
 
 
 def make_arm(stage, backbone, crop, batch, classes, impl, device):
     """(step, clocked step, unit of labeled images): functions without arguments that run one step."""
     torch.manual_seed(0)
     ours = impl != "released"
-    args = distillation_args(pick_precision(None, device), "clean" if impl == "ours: clean" else "mixed")
+    args = Arm(pick_precision(None, device), "clean" if impl == "ours: clean" else "mixed")
     names = [backbone, "resnet101", "wide_resnet34"] if stage == "distill" else [backbone] * 2
     nets = [models.build_model(name, classes).to(device).train() for name in names]
     if not ours:
@@ -200,7 +214,7 @@ def make_arm(stage, backbone, crop, batch, classes, impl, device):
         for net in nets[1:]:
             net.requires_grad_(False)
         if ours:
-            nets[1:] = [models.fold_batch_norm(models.Coarse(net), args.precision) for net in nets[1:]]
+            nets[1:] = [models.fold_batch_norm(net, args.precision) for net in nets[1:]]
     if impl == "ours: compile":
         nets = [torch.compile(net, dynamic=False) for net in nets]
     data = draw_batch(batch, crop, classes, device, ours)
@@ -386,4 +400,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -23,7 +23,7 @@ from bench_region_loss import FORMATS, peak_mb, timed_cpu, timed_cuda
 
 import kernels
 import mgd_ops
-from common import ArgumentParser, UserError, device_slug, run
+from common import ArgumentParser, UserError, cli, device_slug
 from result_files import refuse_outputs, write_result
 
 CASES = {  # (B, N, H, W) at full size
@@ -158,4 +158,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -28,11 +28,12 @@ from typing import NamedTuple
 
 import torch
 
-import datasets
 import distill
 import models
+import recipes
 import train_teacher
-from common import ArgumentParser, UserError, autocast, load_checkpoint, pick_device, pick_precision, run
+from common import ArgumentParser, UserError, autocast, cli, pick_device, pick_precision
+from run_folder import load_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_teacher.py": train_teacher, "distill.py": distill}
@@ -58,8 +59,8 @@ def distilled(flags: str = "", method: str = "mgd", teachers: tuple = ("deep", "
 # By the name of the run's folder. "deep 2" is the second deep teacher, of another seed.
 ROWS = {
     "sup": trained("sup"),
-    "sup-x2": trained("sup", "--schedule 2"),
-    "sup-x3": trained("sup", "--schedule 3"),
+    "sup-x2": trained("sup", "--steps-factor 2"),
+    "sup-x3": trained("sup", "--steps-factor 3"),
     "mt": trained("mt"),
     "cps": trained("cps"),
     "kd": distilled(method="kd"),
@@ -207,24 +208,25 @@ def cost_of(args: argparse.Namespace, runs: dict[pathlib.Path, argparse.Namespac
     total = 0.0
     for role, path in (("T_D", args.deep), ("T_W", args.wide)):
         if path:
-            labeled, clean, mixed = distill.inputs_of(distill.wanted(args, role), args.cutmix, args.mixed_terms)
+            needed = distill.needed_outputs(args.method, args.losses, role)
+            labeled, clean, mixed = distill.needed_forwards(needed, args.cutmix, args.mixed_terms)
             forwards = labeled + clean * views + mixed
             teacher = runs.get(path) or argparse.Namespace(**load_checkpoint(path)["args"])
             total += forwards * gmacs(argparse.Namespace(**{**vars(teacher), "crop": args.crop}))
-    return args.steps * args.batch * (total + 3 * own * (1 + distill.uses_views(args)))
+    return args.steps * args.batch * (total + 3 * own * (1 + distill.uses_views(args.losses)))
 
 
 def seconds_per_gmac(args: argparse.Namespace) -> float:
     """Measured, by one process: a training step of the network of `args` on one batch."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    model = models.build_model(args.backbone, 8, "none", args.stem, args.head_width, args.separable_head).to(device).train()
+    model = models.model_from_args(vars(args), 8).to(device).train()
     images = torch.randn(args.batch, 3, *args.crop, device=device).contiguous(memory_format=torch.channels_last)
     times = []
     for _ in range(4):
         began = time.perf_counter()
         with autocast(device, precision):
-            loss = model(images, upsample=False).logits.square().mean()
+            loss = model(images).logits.square().mean()
         loss.backward()
         float(loss.detach())  # waits for the device
         times.append(time.perf_counter() - began)
@@ -280,7 +282,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the plan with an estimate of its time, and run nothing")
     parser.add_argument("--json", type=pathlib.Path, help="result file (default: RUN/matrix-TABLES-STUDENT.json)")
     group = parser.add_argument_group("runs")
-    group.add_argument("--dataset", default="shapes", choices=list(datasets.RECIPES))
+    group.add_argument("--dataset", default="shapes", choices=list(recipes.RECIPES))
     group.add_argument("--data", help="folder of the data set")
     group.add_argument("--part", type=fraction, default="1/8", help="fraction of the training images that is labeled")
     group.add_argument("--student", default="r18", choices=list(models.ALIASES), help="backbone of the students")
@@ -348,9 +350,7 @@ def main(argv=None):
             failed.append(str(out))
     found = to_evaluate(args)
     if found:
-        code = start(
-            ["evaluate.py", "--ckpt", found[0], *(["--compare", *found[1:]] if found[1:] else []), "--json", str(args.json)]
-        )
+        code = start(["evaluate.py", "--ckpt", *found, "--json", str(args.json)])
         if code:
             sys.exit(code)
     if failed:
@@ -359,4 +359,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -19,19 +19,20 @@ import statistics
 
 import matplotlib
 
-from common import ArgumentParser, UserError, make_folder, printable, run
+from common import ArgumentParser, UserError, cli, printable
+from pictures import save_figure
 from result_files import (
-    ALIKE,
+    GROUP_BY,
     NETWORK,
-    NEWER,
+    OPTIONAL,
     SETTINGS,
     TABLE_MARK,
     refuse_foreign,
     refuse_outputs,
-    save_figure,
-    values,
+    setting_values,
     write_text,
 )
+from run_folder import make_folder
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -86,9 +87,9 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path}: holds no rows; give result files of evaluate.py --json")
         # not those of benchmarks, nor the paper's
-        rows = [{**dict.fromkeys(NEWER), **row, "file": path.name} for row in rows if "miou" in row and "table" not in row]
+        rows = [{**dict.fromkeys(OPTIONAL), **row, "file": path.name} for row in rows if "miou" in row and "table" not in row]
         for row in rows:
-            absent = [key for key in (*ALIKE, "seed", *GMACS) if key not in row]
+            absent = [key for key in (*GROUP_BY, "seed", *GMACS) if key not in row]
             if absent:
                 raise UserError(f"{path}: a row lacks '{absent[0]}'; write the file again with evaluate.py --json")
             if not isinstance(row["miou"], (int, float)) or not math.isfinite(row["miou"]):
@@ -118,7 +119,7 @@ def average(rows: list[dict]) -> list[dict]:
     teachers', the newest counts."""
     alike, replaced = collections.defaultdict(dict), 0
     for row in rows:
-        seeds, seed = alike[values(row, ALIKE)], (row["seed"], row.get("teacher_seeds"))
+        seeds, seed = alike[setting_values(row, GROUP_BY)], (row["seed"], row.get("teacher_seeds"))
         replaced += seed in seeds and seeds[seed]["miou"] != row["miou"]
         seeds[seed] = row
     if replaced:
@@ -126,7 +127,7 @@ def average(rows: list[dict]) -> list[dict]:
     groups = []
     for seeds in alike.values():
         mious, files = [row["miou"] for row in seeds.values()], sorted({row["file"] for row in seeds.values()})
-        shared = {key: row[key] for row in seeds.values() for key in (*ALIKE, *GMACS)}
+        shared = {key: row[key] for row in seeds.values() for key in (*GROUP_BY, *GMACS)}
         deviation = statistics.stdev(mious) if len(mious) > 1 else None
         groups.append({**shared, "source": "ours", "miou": statistics.fmean(mious), "deviation": deviation, "n": len(mious),
                        "seeds": sorted(row["seed"] for row in seeds.values()), "files": files})  # fmt: skip
@@ -166,12 +167,12 @@ def select(groups: list[dict], table: str) -> list[dict]:
     """The runs of a table: of an ablation the variants and what is like them, of `heads` students trained alike. Or none."""
     groups = [g for g in groups if is_shown(g, table)]
     if table == "heads":
-        like = [key for key in ALIKE if key not in HEAD]
-        counts = collections.Counter(values(g, like) for g in groups)
-        return [g for g in groups if g["role"] == "student" and counts[values(g, like)] > 1]
+        like = [key for key in GROUP_BY if key not in HEAD]
+        counts = collections.Counter(setting_values(g, like) for g in groups)
+        return [g for g in groups if g["role"] == "student" and counts[setting_values(g, like)] > 1]
     like = ("partition_hash", "backbone", *HEAD, "crop", "weights")
-    variants = {values(g, like) for g in groups if table == "methods" or not is_shown(g, "methods")}
-    return [g for g in groups if values(g, like) in variants]
+    variants = {setting_values(g, like) for g in groups if table == "methods" or not is_shown(g, "methods")}
+    return [g for g in groups if setting_values(g, like) in variants]
 
 
 def write_tables(groups: list[dict], dataset: str, name: str, out: pathlib.Path):
@@ -199,21 +200,23 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
     lines of the same `fields` differ. Without ours nothing is written."""
     if not ours:
         return
-    alike = {values(g, fields) for g in ours}
-    settings = [key for key in SETTINGS if key == "steps" or len({values(g, (*fields, key)) for g in ours}) > len(alike)]
+    alike = {setting_values(g, fields) for g in ours}
+    settings = [
+        key for key in SETTINGS if key == "steps" or len({setting_values(g, (*fields, key)) for g in ours}) > len(alike)
+    ]
     settings += GMACS if "method" in fields else ()
-    lists = collections.Counter(part for part, _ in {values(g, ("partition", "partition_hash")) for g in ours})
+    lists = collections.Counter(part for part, _ in {setting_values(g, ("partition", "partition_hash")) for g in ours})
 
     lines = collections.defaultdict(dict)  # (fields, settings) -> (labeled, heading) of a column -> text
     for g in ours:
         column = g["partition"] + (f" ({g['partition_hash']})" if lists[g["partition"]] > 1 else "")
         text = f"{g['miou']:.2f}" + (f" ± {g['deviation']:.2f} ({g['n']})" if g["n"] > 1 else "")
-        lines[values(g, fields), values(g, settings)][g["labeled"], column] = text
+        lines[setting_values(g, fields), setting_values(g, settings)][g["labeled"], column] = text
     for cell in paper:
         column = f"{cell['partition']} paper" + ("" if cell["dataset"] == ours[0]["dataset"] else f", {TITLES['voc']}")
-        key = values(cell, fields)
+        key = setting_values(cell, fields)
         # the paper's figure stands in the line of each of our schedules, or in one of its own
-        for line in [line for line in lines if line[0] == key] or [(key, values(cell, settings))]:
+        for line in [line for line in lines if line[0] == key] or [(key, setting_values(cell, settings))]:
             lines[line][cell["labeled"], column] = f"{cell['miou']:.2f}"
 
     columns, keys = sorted({column for cells in lines.values() for column in cells}), (*fields, *settings)
@@ -227,12 +230,12 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
     note = f"mIoU in percent on val, mean ± sample deviation (number of seeds); labeled images: {labels}."
     write_text(out / f"{name}.md", f"{TABLE_MARK}\n\n**{title}**\n\n{text}\n\n{note}\n")
 
-    header = ("source", *ALIKE, *GMACS, "n", "seeds", "miou", "deviation", "files")
+    header = ("source", *GROUP_BY, *GMACS, "n", "seeds", "miou", "deviation", "files")
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(header)
     for cell in ours + paper:
-        writer.writerow([" ".join(map(str, v)) if isinstance(v, (tuple, list)) else v for v in values(cell, header)])
+        writer.writerow([" ".join(map(str, v)) if isinstance(v, (tuple, list)) else v for v in setting_values(cell, header)])
     write_text(out / f"{name}.csv", lines.getvalue())
     print(f"{out / name}.md, .csv: {title}")
 
@@ -262,8 +265,8 @@ def usual(groups: list[dict], keys: tuple[str, ...], within: tuple[str, ...] = (
     """The groups in which `keys` have their most frequent values among the groups that agree in `within`."""
     counts = collections.defaultdict(collections.Counter)
     for g in groups:
-        counts[values(g, within)][values(g, keys)] += 1
-    return [g for g in groups if values(g, keys) == counts[values(g, within)].most_common(1)[0][0]]
+        counts[setting_values(g, within)][setting_values(g, keys)] += 1
+    return [g for g in groups if setting_values(g, keys) == counts[setting_values(g, within)].most_common(1)[0][0]]
 
 
 def draw_figures(groups: list[dict], dataset: str, name: str, out: pathlib.Path):
@@ -332,7 +335,7 @@ def lines_along(x: str, groups: list[dict]) -> dict[tuple, list[dict]]:
     """The groups that differ in `x` and the head's width alone, in the order of `x`, by what they share: first the method."""
     lines = collections.defaultdict(list)
     for g in sorted(groups, key=lambda g: g[x]):
-        lines[values(g, (*NETWORK[::-1], *(key for key in SETTINGS if key != "head_width")))].append(g)
+        lines[setting_values(g, (*NETWORK[::-1], *(key for key in SETTINGS if key != "head_width")))].append(g)
     return lines
 
 
@@ -467,4 +470,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

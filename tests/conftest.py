@@ -15,6 +15,7 @@ import common
 import datasets
 import kernels
 import models
+import run_folder
 import train_teacher
 
 ROOT = pathlib.Path(common.__file__).parent
@@ -36,7 +37,7 @@ def script(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         code = 0
         try:
-            common.run(module.main)
+            common.cli(module.main)
         except SystemExit as exit:
             code = exit.code or 0
         out, err = capsys.readouterr()
@@ -82,7 +83,7 @@ def ckpt(tmp_path, tiny_networks):
     model = models.build_model("r18", 6, head_width=16)
     row = {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1/8", "labeled": 64, "steps": 0, "seed": 0,
            "gmacs_model": 1.0, "mgd_ops": "torch"}  # fmt: skip
-    common.save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict(), "args": args, "classes": data.classes,
+    run_folder.save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict(), "args": args, "classes": data.classes,
                                                   "palette": data.palette, "row": row})  # fmt: skip
     return tmp_path / "last.pt"
 
@@ -216,7 +217,9 @@ def resume_equals_uninterrupted(script, module, arguments, tmp_path):
         code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--resume")
     assert code == 2 and "lists or masks have changed" in err
     code, _, err = script(module, "--out", tmp_path / "cut", *arguments)
-    assert code == 2 and "resume.pt: is of an earlier run; add --resume" in err and (tmp_path / "cut" / "resume.pt").exists()
+    assert (
+        code == 2 and "resume.pt: belongs to an earlier run; pass --resume" in err and (tmp_path / "cut" / "resume.pt").exists()
+    )
     code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--crop", "40", "--resume")
     assert code == 2 and "--crop [48, 48], not [40, 40]" in err
     code, _, err = script(module, "--out", tmp_path / "cut", *arguments, "--steps", "7", "--resume")

@@ -25,7 +25,7 @@ def test_the_released_step_and_ours_have_equal_terms(mixed_terms):
         for module in net.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(std=0.1)
-    folded = [nets[0], *(models.fold_batch_norm(models.Coarse(net)).requires_grad_(False) for net in nets[1:])]
+    folded = [nets[0], *(models.fold_batch_norm(net).requires_grad_(False) for net in nets[1:])]
     batch = bench_step.draw_batch(2, 64, 5, torch.device("cpu"), channels_last=True)
     args = bench_step.distillation_args("fp32", mixed_terms)
     still = torch.optim.SGD(nets[0].parameters(), lr=0.0)

@@ -17,6 +17,8 @@ from PIL import Image
 import common
 import datasets
 import models
+import recipes
+import run_folder
 from common import UserError
 
 
@@ -31,13 +33,13 @@ def test_poly_lr_and_ramp_up_are_their_formulas():
 
 @pytest.mark.parametrize("text,expected", [("64", (64, 64)), ("96x128", (96, 128))])
 def test_crop_size(text, expected):
-    assert common.crop_size(text) == expected
+    assert recipes.crop_size(text) == expected
 
 
 @pytest.mark.parametrize("text", ["0", "1x2x3", "ten", "-5"])
 def test_crop_size_refuses_nonsense(text):
     with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-        common.crop_size(text)
+        recipes.crop_size(text)
 
 
 def test_norms_and_biases_do_not_decay():
@@ -50,23 +52,23 @@ def test_norms_and_biases_do_not_decay():
 def test_a_checkpoint_is_the_old_one_until_it_is_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "run" / "last.pt"
     row = {"model": {}, "args": {}, "classes": [], "row": {}}
-    common.save_checkpoint(path, {**row, "step": 1})
+    run_folder.save_checkpoint(path, {**row, "step": 1})
 
     def fails(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(common.os, "fsync", fails)
     with pytest.raises(UserError, match=r"last.pt: cannot be written \(disk full\)"):
-        common.save_checkpoint(path, {**row, "step": 2})
+        run_folder.save_checkpoint(path, {**row, "step": 2})
     assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
-    checkpoint = common.load_checkpoint(path)
+    checkpoint = run_folder.load_checkpoint(path)
     assert checkpoint["step"] == 1 and checkpoint["versions"]["torch"] == str(torch.__version__)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path):
     """In a process whose files may have 100 kB."""
-    save = "import pathlib, torch, common; common.save_checkpoint(pathlib.Path('last.pt'), {'model': torch.zeros(100_000)})"
+    save = "import pathlib, torch, common; run_folder.save_checkpoint(pathlib.Path('last.pt'), {'model': torch.zeros(100_000)})"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", f"{limit}; {save}"]
@@ -81,7 +83,7 @@ def test_an_error_of_torch_save_that_is_no_failed_write_stays_itself(tmp_path, m
 
     monkeypatch.setattr(common.torch, "save", fails)
     with pytest.raises(RuntimeError, match="cannot be serialized"):
-        common.save_checkpoint(tmp_path / "last.pt", {})
+        run_folder.save_checkpoint(tmp_path / "last.pt", {})
     assert not list(tmp_path.iterdir())
 
 
@@ -90,20 +92,22 @@ def test_a_full_disk_is_one_clear_line(monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(SystemExit) as ended:
-        common.run(main)
-    assert ended.value.code == 2 and capsys.readouterr().err.endswith("the disk is full; make room, then run the same again\n")
+        common.cli(main)
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith(
+        "the disk is full; free some space and run the same command again\n"
+    )
 
 
 def test_what_is_no_checkpoint_is_one_clear_line(tmp_path, recwarn):
     with pytest.raises(UserError, match="no such checkpoint"):
-        common.load_checkpoint(tmp_path / "absent.pt")
+        run_folder.load_checkpoint(tmp_path / "absent.pt")
     (tmp_path / "noise.pt").write_bytes(b"\x80noise")
     with pytest.raises(UserError, match="cannot be read"):
-        common.load_checkpoint(tmp_path / "noise.pt")
+        run_folder.load_checkpoint(tmp_path / "noise.pt")
     assert not recwarn.list  # which would be more lines on stderr
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="not a checkpoint of"):
-        common.load_checkpoint(tmp_path / "other.pt")
+        run_folder.load_checkpoint(tmp_path / "other.pt")
 
 
 def test_unknown_device():
@@ -122,7 +126,7 @@ def test_benchmarks_are_named_after_the_whole_gpu(monkeypatch):
 def ended(main, capsys):
     """The exit code and the lines on stderr."""
     with pytest.raises(SystemExit) as stopped:
-        common.run(main)
+        common.cli(main)
     return stopped.value.code, capsys.readouterr().err.splitlines()
 
 
@@ -165,7 +169,7 @@ def test_no_other_exception_is_caught(error):
         raise error
 
     with pytest.raises(type(error)) as raised:
-        common.run(main)
+        common.cli(main)
     assert raised.value is error
 
 
@@ -204,15 +208,15 @@ class Images(torch.utils.data.Dataset):
 
 def main():
     args = types.SimpleNamespace(out=common.pathlib.Path("run"), steps=8)
-    common.make_folder("--out", args.out)
+    run_folder.make_folder("--out", args.out)
     batches = common.start_workers(torch.utils.data.DataLoader(Images(), batch_size=8, num_workers=2))
-    progress = common.Progress(args, 0)
+    progress = run_folder.Progress(args, 0)
     for _ in range(8):
-        progress.waiting(batches)
+        progress.next_batch(batches)
         time.sleep(0.2)  # a step, in which the signal of a lost worker arrives
 
 if __name__ == "__main__":
-    common.run(main)
+    common.cli(main)
 """
 
 
@@ -299,9 +303,9 @@ def test_messages_and_tables_are_printed_on_a_terminal_that_has_ascii_alone(tmp_
     rows = [{"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1/8", "labeled": 64, "steps": 0,
              "seed": seed, "gmacs_model": 1.0, "mgd_ops": "torch"} for seed in (0, 1)]  # fmt: skip
     for row in rows:
-        common.save_checkpoint(tmp_path / f"{row['seed']}.pt", {"model": net.state_dict(), "args": args, "row": row,
+        run_folder.save_checkpoint(tmp_path / f"{row['seed']}.pt", {"model": net.state_dict(), "args": args, "row": row,
                                                                 "classes": data.classes, "palette": data.palette})  # fmt: skip
-    done = on_ascii_terminal("evaluate.py", "--ckpt", tmp_path / "0.pt", "--compare", tmp_path / "1.pt", "--device", "cpu",
+    done = on_ascii_terminal("evaluate.py", "--ckpt", tmp_path / "0.pt", tmp_path / "1.pt", "--device", "cpu",
                              "--panels", tmp_path / "p.png", "--confusion", tmp_path / "c.png")  # fmt: skip
     assert done.returncode == 0 and b"\\u9053" in done.stdout and b"\\xb1" in done.stdout, done.stderr
     assert len(done.stderr.splitlines()) == 1 and b"no font here can draw '\\u9053" in done.stderr
@@ -311,7 +315,7 @@ def test_messages_and_tables_are_printed_on_a_terminal_that_has_ascii_alone(tmp_
 
 
 def resumes(out, resume=False, data=None):
-    return common.load_for_resume(argparse.Namespace(out=out, resume=resume, data=data), types.SimpleNamespace(hash="aaa"))
+    return run_folder.load_for_resume(argparse.Namespace(out=out, resume=resume, data=data), types.SimpleNamespace(hash="aaa"))
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "last.pt", "resume.pt"])
@@ -319,7 +323,7 @@ def resumes(out, resume=False, data=None):
 def test_a_training_never_replaces_somebody_elses_file(tmp_path, name, resume):
     (tmp_path / name).write_text("precious")
     if resume and name == "last.pt":
-        common.save_checkpoint(tmp_path / "resume.pt", {"model": {}, "args": {}, "classes": [], "row": {}})
+        run_folder.save_checkpoint(tmp_path / "resume.pt", {"model": {}, "args": {}, "classes": [], "row": {}})
     with pytest.raises(UserError, match=name):
         resumes(tmp_path, resume)
     assert (tmp_path / name).read_text() == "precious"
@@ -334,7 +338,7 @@ def test_a_log_goes_on_where_its_last_line_was_cut_off(tmp_path):
     lines = ['{"step": 1, "lr": 1, "images_per_s": 1, "data_wait": 0}', '{"step": 3, "miou": 1}', '{"step": 2, "mi']
     for end in ("", "\n", "\x00\x00"):
         (tmp_path / "log.jsonl").write_text("\n".join(lines) + end)
-        progress = common.Progress(types.SimpleNamespace(out=tmp_path, steps=4), 2)
+        progress = run_folder.Progress(types.SimpleNamespace(out=tmp_path, steps=4), 2)
         progress.write(step=3)
         progress.close()
         assert (tmp_path / "log.jsonl").read_text() == lines[0] + '\n{"step": 3}\n'

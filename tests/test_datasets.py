@@ -13,10 +13,13 @@ from conftest import TINY, save_jpeg, save_mask, write_lines
 from PIL import Image
 from torchvision.transforms import v2
 
-import common
+import batches
+import checks
 import datasets
 import evaluate
 import prepare
+import readers
+import run_folder
 import train_teacher
 from common import UserError
 
@@ -78,7 +81,7 @@ def test_masks_of_unlabeled_images_are_never_opened(folder, names):
         path.write_bytes(b"junk")
     dataset, again = open_folder(folder, "1/4")
     assert again.labeled == split.labeled and len(dataset.classes) == 3
-    image, mask = datasets.TrainSet(dataset, split.unlabeled, (48, 48), [1.0], labeled=False)[0, 7]
+    image, mask = batches.TrainSet(dataset, split.unlabeled, (48, 48), [1.0], labeled=False)[0, 7]
     assert image.shape == (3, 48, 48) and set(mask.unique().tolist()) == {0, 255}  # 40x56 is padded to a height of 48
     for path in masks:
         path.unlink()
@@ -442,7 +445,7 @@ def test_broken_folders_are_one_clear_line(folder, break_it):
     with pytest.raises(UserError, match=expected) as error:
         dataset, split = open_folder(folder)
         for names, labeled in ((split.labeled, True), (split.unlabeled, False)):  # what only training decodes
-            train_set = datasets.TrainSet(dataset, names, (32, 32), [1.0], labeled=labeled)
+            train_set = batches.TrainSet(dataset, names, (32, 32), [1.0], labeled=labeled)
             for i in range(len(names)):
                 train_set[i, 0]
     assert "\n" not in str(error.value)
@@ -473,7 +476,7 @@ def test_broken_masks_are_named(folder):
 
 
 def test_augmentation_is_a_function_of_the_seed(folder):
-    train_set = datasets.TrainSet(datasets.Folder(folder), ["im00"], (32, 32), [0.5, 1.0, 2.0])
+    train_set = batches.TrainSet(datasets.Folder(folder), ["im00"], (32, 32), [0.5, 1.0, 2.0])
     state = torch.get_rng_state()
     a, b, c = train_set[0, 1], train_set[0, 1], train_set[0, 2]
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[0], c[0])
@@ -488,16 +491,16 @@ def test_image_and_mask_are_cropped_alike_and_padding_is_ignored():
             return np.repeat(self.mask(name)[..., None], 3, 2)
 
     for seed in range(8):
-        image, mask = datasets.TrainSet(Painted(), ["train-0000"], (80, 80), [1.0])[0, seed]
+        image, mask = batches.TrainSet(Painted(), ["train-0000"], (80, 80), [1.0])[0, seed]
         inside = mask != 255
         assert torch.equal(image[0][inside], mask[inside]) and int(inside.sum()) == 64 * 64
-        assert (torch.tensor([round(255 * m) for m in datasets.MEAN]) == image[:, ~inside].T).all()
+        assert (torch.tensor([round(255 * m) for m in batches.MEAN]) == image[:, ~inside].T).all()
 
 
 def test_sampler_is_a_function_of_seed_and_step():
-    whole = list(datasets.StepSampler(10, 4, seed=3, start=0, steps=20))
-    assert list(datasets.StepSampler(10, 4, seed=3, start=7, steps=20)) == whole[7:]
-    assert whole != list(datasets.StepSampler(10, 4, seed=4, start=0, steps=20))
+    whole = list(batches.StepSampler(10, 4, seed=3, start=0, steps=20))
+    assert list(batches.StepSampler(10, 4, seed=3, start=7, steps=20)) == whole[7:]
+    assert whole != list(batches.StepSampler(10, 4, seed=4, start=0, steps=20))
     order = [index for batch in whole for index, _ in batch]
     assert all(sorted(order[i : i + 10]) == list(range(10)) for i in range(0, 80, 10))  # each image once an epoch
     seeds = [seed for batch in whole for _, seed in batch]
@@ -505,24 +508,24 @@ def test_sampler_is_a_function_of_seed_and_step():
 
 
 def test_shares_of_a_step_are_its_batch():
-    whole = list(datasets.StepSampler(10, 6, seed=3, start=2, steps=5, views=2))
-    shares = list(datasets.StepSampler(10, 6, seed=3, start=2, steps=5, views=2, shares=range(3), size=2))
+    whole = list(batches.StepSampler(10, 6, seed=3, start=2, steps=5, views=2))
+    shares = list(batches.StepSampler(10, 6, seed=3, start=2, steps=5, views=2, parts=range(3), size=2))
     assert len(whole) == 3 and len(shares) == 9
     for step, (first, second) in enumerate(zip([w[:6] for w in whole], [w[6:] for w in whole], strict=True)):
         of_step = shares[3 * step : 3 * step + 3]
         assert [item for share in of_step for item in share[:2]] == first  # the views stay apart
         assert [item for share in of_step for item in share[2:]] == second
-    assert list(datasets.StepSampler(10, 6, 3, 2, 5, 2, range(1, 3), 2)) == [s for i, s in enumerate(shares) if i % 3]
+    assert list(batches.StepSampler(10, 6, 3, 2, 5, 2, range(1, 3), 2)) == [s for i, s in enumerate(shares) if i % 3]
 
 
 def test_cutmix_mask_covers_what_three_boxes_may():
-    masks = datasets.cutmix_mask(200, (64, 96), seed=0)
+    masks = batches.cutmix_mask(200, (64, 96), seed=0)
     assert masks.shape == (200, 1, 64, 96) and masks.dtype == torch.bool
     shares = masks.float().mean((1, 2, 3))
     # three boxes of a third of 0.25 to 0.5 of the area each; overlaps toggle, so the mean share is below 0.375
     assert 0.2 < shares.mean() < 0.375 and shares.max() < 0.52
-    assert torch.equal(masks, datasets.cutmix_mask(200, (64, 96), seed=0))
-    assert not torch.equal(masks, datasets.cutmix_mask(200, (64, 96), seed=1))
+    assert torch.equal(masks, batches.cutmix_mask(200, (64, 96), seed=0))
+    assert not torch.equal(masks, batches.cutmix_mask(200, (64, 96), seed=1))
 
 
 def test_overlapping_cutmix_boxes_toggle():
@@ -541,14 +544,14 @@ def test_overlapping_cutmix_boxes_toggle():
     import unittest.mock
 
     with unittest.mock.patch.object(datasets.np.random, "default_rng", lambda seed: Boxes()):
-        mask = datasets.cutmix_mask(1, (10, 10), 0)[0, 0]
+        mask = batches.cutmix_mask(1, (10, 10), 0)[0, 0]
     # sides of 0.6 / sqrt(3) of 10 pixels are 3: two equal boxes cancel, the third stays
     assert mask.sum() == 9 and mask[2:5, :3].all()
 
 
 def test_seeds_differ_for_every_tuple():
     tuples = [(5,), (5, 0), (5, 0, 0), (0,), (0, 0), (5, 2), (5, 2, 0), (2, 5)]
-    assert len({datasets.seed_of(*parts) for parts in tuples}) == len(tuples)
+    assert len({batches.seed_of(*parts) for parts in tuples}) == len(tuples)
 
 
 def test_a_mask_turned_by_exif_is_turned_like_its_image(folder):
@@ -563,21 +566,21 @@ def test_cutmix_takes_the_second_view_inside_the_box():
     box = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     box[:, :, :2] = True
     views = torch.stack([torch.full((3, 4, 4), float(i)) for i in range(4)])
-    mixed = datasets.cutmix(views, box)
+    mixed = batches.cutmix(views, box)
     assert (mixed[0, :, :2] == 2).all() and (mixed[0, :, 2:] == 0).all() and (mixed[1, :, :2] == 3).all()
-    assert torch.equal(datasets.cutmix(views[:, 0], box), mixed[:, 0])
-    assert torch.equal(datasets.cutmix(views[:, :, ::2, ::2], box), mixed[:, :, ::2, ::2])
-    assert datasets.cutmix(views, None) is views
+    assert torch.equal(batches.cutmix(views[:, 0], box), mixed[:, 0])
+    assert torch.equal(batches.cutmix(views[:, :, ::2, ::2], box), mixed[:, :, ::2, ::2])
+    assert batches.cutmix(views, None) is views
 
 
 def test_normalize_gives_imagenets_mean_zero():
-    grey = torch.tensor([round(255 * m) for m in datasets.MEAN], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
-    assert datasets.normalize(grey, torch.device("cpu")).abs().max() < 0.01
+    grey = torch.tensor([round(255 * m) for m in batches.MEAN], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    assert batches.normalize(grey, torch.device("cpu")).abs().max() < 0.01
 
 
 def test_voc_palette():
-    assert datasets.voc_palette(21)[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
-    assert datasets.voc_palette(21)[20] == (0, 64, 128)
+    assert readers.voc_palette(21)[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
+    assert readers.voc_palette(21)[20] == (0, 64, 128)
 
 
 # ---- the official layouts ----
@@ -621,7 +624,7 @@ def train_and_evaluate(script, tmp_path, options, labeled, unlabeled, classes):
     assert code == 0, err
     row = json.loads((tmp_path / "r.json").read_text())["rows"][0]
     assert len(row["iou"]) == classes and row["window"] == [48, 48] and (tmp_path / "m.png").exists()
-    assert row["miou"] == common.load_checkpoint(tmp_path / "run" / "last.pt")["row"]["miou"]
+    assert row["miou"] == run_folder.load_checkpoint(tmp_path / "run" / "last.pt")["row"]["miou"]
 
 
 def test_voc_few_takes_vocs_own_training_images(voc, capsys):
@@ -682,12 +685,12 @@ def test_palettes_of_cityscapes_are_read_by_label_id(cityscapes):
     palette[datasets.CITYSCAPES_IDS] = datasets.CITYSCAPES_PALETTE
     image.putpalette(palette.ravel().tolist())
     image.save(path)
-    datasets.refuse_faults(dataset, groups)
+    checks.refuse_faults(dataset, groups)
     palette[[7, 26]] = palette[[26, 7]]
     image.putpalette(palette.ravel().tolist())
     image.save(path)
     with pytest.raises(UserError, match=r"its palette gives .* but Cityscapes' palette to index"):
-        datasets.refuse_faults(dataset, groups)
+        checks.refuse_faults(dataset, groups)
 
 
 SPLITS = pathlib.Path(os.environ.get("MGD_SPLITS", pathlib.Path(datasets.__file__).parent / "data" / "splits"))
@@ -704,7 +707,7 @@ def touch(paths):
 @needs_splits
 def test_the_public_lists_of_voc_load_to_the_papers_counts(tmp_path, capsys):
     root, lists = tmp_path / "VOCdevkit" / "VOC2012", SPLITS / "voc"
-    names = {file: datasets.read_lines(lists / f"{file}.txt") for file in ("train", "val", "train_aug")}
+    names = {file: readers.read_lines(lists / f"{file}.txt") for file in ("train", "val", "train_aug")}
     touch(root / "JPEGImages" / f"{name}.jpg" for name in names["train_aug"] + names["val"])
     touch(root / "SegmentationClassAug" / f"{name}.png" for name in names["train_aug"] + names["val"])
     for file in ("train", "val"):
@@ -728,8 +731,8 @@ def test_the_public_lists_of_voc_load_to_the_papers_counts(tmp_path, capsys):
 def test_the_public_lists_of_cityscapes_load_to_the_papers_counts(tmp_path):
     lists = SPLITS / "cityscapes"
     for split in ("train", "val"):
-        for line in datasets.read_lines(lists / f"{split}.txt"):
-            name = datasets.name_of(line.split()[0])
+        for line in readers.read_lines(lists / f"{split}.txt"):
+            name = readers.name_of(line.split()[0])
             city = name.split("_")[0]
             touch([tmp_path / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png",
                    tmp_path / "gtFine" / split / city / f"{name}_gtFine_labelIds.png"])  # fmt: skip
@@ -756,7 +759,7 @@ def test_the_public_lists_of_cityscapes_load_to_the_papers_counts(tmp_path):
 ])  # fmt: skip
 def test_lists_in_the_forms_people_have(tmp_path, line, name):
     write_lines(tmp_path / "list.txt", [line])
-    assert datasets.read_names(tmp_path / "list.txt", {name, "my", "other"}) == [name]
+    assert readers.read_names(tmp_path / "list.txt", {name, "my", "other"}) == [name]
 
 
 def test_broken_lists_are_named(folder):
@@ -800,7 +803,7 @@ def test_cache_gives_the_same_and_notices_changes(folder, tmp_path):
         assert np.array_equal(plain.image("im00"), cached.image("im00"))
         assert np.array_equal(plain.mask("im00"), cached.mask("im00"))
     assert isinstance(cached.image("im00"), np.memmap) and len(list(cached.cache.iterdir())) == 2
-    train_sets = [datasets.TrainSet(d, ["im00"], (32, 32), [0.5, 1.5]) for d in (plain, cached)]
+    train_sets = [batches.TrainSet(d, ["im00"], (32, 32), [0.5, 1.5]) for d in (plain, cached)]
     for seed in range(4):
         assert all(torch.equal(a, b) for a, b in zip(*(t[0, seed] for t in train_sets), strict=True))
     for entry in cached.cache.iterdir():
@@ -822,11 +825,11 @@ def test_resizing_a_window_equals_resizing_all(scale):
     whole = v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), size, antialias=True).int()
     whole_mask = np.asarray(Image.fromarray(mask[..., 0]).resize(size[::-1], Image.Resampling.NEAREST))
     for _ in range(20):
-        source, target = datasets.draw_window((80, 122), (40, 48), scale, rng)
+        source, target = batches.draw_window((80, 122), (40, 48), scale, rng)
         if any(s.start * scale % 1 for s in source):
             continue
-        crop = datasets.resize_window(image, source, (40, 48), target, [1, 2, 3]).int()
-        labels = datasets.resize_window(mask, source, (40, 48), target, [255])[0].numpy()
+        crop = batches.resize_window(image, source, (40, 48), target, [1, 2, 3]).int()
+        labels = batches.resize_window(mask, source, (40, 48), target, [255])[0].numpy()
         top, left = (round(s.start * scale) for s in source)
         assert (crop[:, 4:-4, 4:-4] - whole[:, top : top + 40, left : left + 48][:, 4:-4, 4:-4]).abs().max() <= 1
         assert np.array_equal(labels, whole_mask[top : top + 40, left : left + 48])
@@ -834,12 +837,12 @@ def test_resizing_a_window_equals_resizing_all(scale):
 
 def test_windows_are_drawn_uniformly_and_small_images_are_surrounded():
     rng = np.random.default_rng(0)
-    drawn = [datasets.draw_window((10, 4), (6, 10), 1.5, rng) for _ in range(2000)]
+    drawn = [batches.draw_window((10, 4), (6, 10), 1.5, rng) for _ in range(2000)]
     rows = np.bincount([source[0].start for source, _ in drawn])
     cols = np.bincount([target[1].start for _, target in drawn])
     assert len(rows) == 7 and (rows > 200).all() and len(cols) == 5 and (cols > 300).all()
     source, target = drawn[0]
     assert source[1] == slice(0, 4) and target[1].stop - target[1].start == 6 and target[0] == slice(0, 6)
-    crop = datasets.resize_window(np.zeros((10, 4, 3), np.uint8), source, (6, 10), target, [1, 2, 3])
+    crop = batches.resize_window(np.zeros((10, 4, 3), np.uint8), source, (6, 10), target, [1, 2, 3])
     assert (crop[:, 0, target[1].start - 1 if target[1].start else -1] == torch.tensor([1, 2, 3])).all()
     assert (crop[:, :, target[1]] == 0).all()

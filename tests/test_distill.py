@@ -17,10 +17,12 @@ from conftest import (
     same_weights,
 )
 
+import batches
 import common
 import datasets
 import distill
 import models
+import run_folder
 import train_teacher
 
 pytestmark = pytest.mark.usefixtures("tiny_networks")
@@ -61,8 +63,9 @@ def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_p
 def test_gradient_norms_are_those_of_the_weighted_terms(script, teachers, tmp_path):
     student = torch.nn.Linear(2, 1)  # a term c · Σ weights has the gradient c everywhere, and none for the bias
     terms = {name: c * student.weight.sum() for name, c in (("sup", 3.0), ("image", -2.0), ("cwd", 0.5))}
-    norms = distill.gradient_norms(terms, student, argparse.Namespace(lambda_image=0.1, kd_weight=10))
-    assert norms == pytest.approx({"grad_sup": 3 * 2**0.5, "grad_image": 0.2 * 2**0.5, "grad_cwd": 5 * 2**0.5})
+    norms = distill.gradient_norms(terms, {"sup": 1.0, "image": 0.1, "cwd": 10.0}, student)
+    expected = {"grad_sup": 3.0, "grad_image": 0.2, "grad_cwd": 5.0, "grad_loss": 3 - 0.2 + 5}
+    assert norms == pytest.approx({name: norm * 2**0.5 for name, norm in expected.items()})
     assert student.weight.grad is None
     for name, flags in (("with", ["--grad-norms"]), ("without", [])):
         assert script(distill, *distill_args(tmp_path / name, teachers, *flags))[0] == 0
@@ -99,7 +102,7 @@ def test_losses_are_what_they_are_called(script, teachers, tmp_path):
         options = [*given, "--steps", "1", *TINY, *(["--losses", *losses.split()] if losses else [])]
         code, _, err = script(distill, "--out", tmp_path / str(i), *options)
         assert code == 0, err
-        entry, row = log(tmp_path / str(i))[0], common.load_checkpoint(tmp_path / str(i) / "last.pt")["row"]
+        entry, row = log(tmp_path / str(i))[0], run_folder.load_checkpoint(tmp_path / str(i) / "last.pt")["row"]
         assert {*entry} - {"step", "lr", "loss"} == {*terms.split()}
         assert row["teachers"] == names.split() and row["losses"] == expected.split()
         assert (row["regions"] == 7) == ("region" in terms)
@@ -177,22 +180,23 @@ def test_kd_and_cwd_distil_from_both_teachers_on_labeled_images_and_views(script
 
     label = torch.randint(3, (2, 6, 6), generator=generator)
     labeled, mixed = output(ours=True), output(ours=True)
-    taught = {role: distill.Taught(None, None, output(), output()) for role in ("T_D", "T_W")}
-    args = argparse.Namespace(method=method, temperature=4.0, kd_weight=3.0, ohem=False)
-    terms = distill.kd_losses(labeled, mixed, label, taught, args, torch.tensor([72.0, 72.0]))  # all pixels are valid
+    taught = {role: distill.TeacherOutputs(None, None, output(), output()) for role in ("T_D", "T_W")}
+    normalizer = torch.tensor([72.0, 72.0])  # all pixels are valid
+    terms = distill.kd_losses(labeled, mixed, label, taught, normalizer, method=method, ohem=False, temperature=4.0)
+    loss = distill.weighted_sum(terms, {"sup": 1.0, method: 3.0})
     each = distill.kd_loss if method == "kd" else distill.cwd_loss
     expected = sum(
         each(labeled.logits, t.labeled.logits, 4.0) + each(mixed.logits, t.mixed.logits, 4.0) for t in taught.values()
     )
     torch.testing.assert_close(terms[method], expected)
     expected = F.cross_entropy(labeled.logits, label) + 3 * expected
-    torch.testing.assert_close(terms["loss"], expected)
+    torch.testing.assert_close(loss, expected)
     for logits in (labeled.logits, mixed.logits):
-        ours, theirs = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (terms["loss"], expected))
+        ours, theirs = (torch.autograd.grad(total, logits, retain_graph=True)[0] for total in (loss, expected))
         torch.testing.assert_close(ours, theirs)
     options = ["--method", method, "--temperature", "4", "--kd-weight", "3", "--steps", "1"]
     assert script(distill, *distill_args(tmp_path / method, teachers, *options))[0] == 0
-    entry, row = log(tmp_path / method)[0], common.load_checkpoint(tmp_path / method / "last.pt")["row"]
+    entry, row = log(tmp_path / method)[0], run_folder.load_checkpoint(tmp_path / method / "last.pt")["row"]
     assert entry["loss"] == pytest.approx(entry["sup"] + 3 * entry[method], rel=1e-4) and entry[method] > 0
     assert row["method"] == method and row["losses"] == ["sup", method] and row["regions"] is None
 
@@ -211,8 +215,8 @@ def test_total_loss_is_eq_7():
     unlabeled = models.Output(random(2, 3, 6, 6).requires_grad_(), random(2, 4, 3, 3).requires_grad_())
     label, on_labeled, on_views = labels(), [labels(), labels()], [labels(), labels()]
     deep_logits, wide_features = random(2, 3, 6, 6), random(2, 5, 3, 3)
-    args = argparse.Namespace(lambda_image=0.3, lambda_region=11.0, image_reduction="sum", regions=3, ohem=False,
-                              losses=["sup", "pixel", "image:T_D", "region:T_W"])  # fmt: skip
+    options = {"losses": ["sup", "pixel", "image:T_D", "region:T_W"], "regions": 3}
+    weights = {"sup": 1.0, "pixel_l": 1.0, "pixel_u": 1.0, "image": 0.3, "region": 11.0}
 
     def cross_entropy(logits, label):
         return -logits.log_softmax(1).gather(1, label[:, None]).mean()
@@ -226,10 +230,11 @@ def test_total_loss_is_eq_7():
     expected += sum(cross_entropy(unlabeled.logits, each) for each in on_views)
     expected += 0.3 * (unlabeled.logits.mean((2, 3)) - deep_logits.mean((2, 3))).abs().sum(1).mean()
     expected += 11.0 * (correlation(unlabeled.features) - correlation(wide_features)).square().mean()
-    taught = {"T_D": distill.Taught(on_labeled[0], on_views[0], None, models.Output(deep_logits, None)),
-              "T_W": distill.Taught(on_labeled[1], on_views[1], None, models.Output(None, wide_features))}  # fmt: skip
+    taught = {"T_D": distill.TeacherOutputs(on_labeled[0], on_views[0], None, models.Output(deep_logits, None)),
+              "T_W": distill.TeacherOutputs(on_labeled[1], on_views[1], None, models.Output(None, wide_features))}  # fmt: skip
     counts = torch.tensor([72.0, 72.0])  # all pixels of both
-    losses = distill.mgd_losses(labeled, unlabeled, label, taught, args, counts)
+    losses = distill.mgd_losses(labeled, unlabeled, label, taught, counts, ohem=False, **options)
+    losses["loss"] = distill.weighted_sum(losses, weights)
     torch.testing.assert_close(losses["loss"], expected)
     inputs = {"labeled": labeled.logits, "unlabeled": unlabeled.logits, "features": unlabeled.features}
     gradients = torch.autograd.grad(losses["loss"], inputs.values(), retain_graph=True)
@@ -238,12 +243,11 @@ def test_total_loss_is_eq_7():
     reached = {"sup": "labeled", "pixel_l": "labeled", "pixel_u": "unlabeled", "image": "unlabeled", "region": "features"}
     for term, name in reached.items():  # so that no sum hides a term that has lost its gradient
         assert torch.autograd.grad(losses[term], inputs[name], retain_graph=True)[0].abs().sum() > 0, term
-    fewer = distill.mgd_losses(labeled, unlabeled, label, taught, args, counts / torch.tensor([2, 3]))
+    fewer = distill.mgd_losses(labeled, unlabeled, label, taught, counts / torch.tensor([2, 3]), ohem=False, **options)
     for name, factor in {"sup": 2, "pixel_l": 2, "pixel_u": 3, "image": 1, "region": 1}.items():
         torch.testing.assert_close(fewer[name], factor * losses[name])
-    args.ohem = True
-    hard = distill.mgd_losses(labeled, unlabeled, label, taught, args, counts)
-    assert {name for name in losses if losses[name] != hard[name]} == {"sup", "loss"}
+    hard = distill.mgd_losses(labeled, unlabeled, label, taught, counts, ohem=True, **options)
+    assert {name for name in hard if losses[name] != hard[name]} == {"sup"}
 
 
 @pytest.mark.parametrize("teacher_bn", ["eval", "train"])
@@ -262,47 +266,61 @@ def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
     views = torch.tensor([-1.0, 1.0, 1.0, -1.0]).view(4, 1, 1, 1).expand(4, 3, 4, 4)
     box = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     box[:, :, :2] = True  # the corner of the mixed view comes from the second view
-    args = argparse.Namespace(teacher_bn=teacher_bn, mixed_terms=mixed_terms)
-    everything = {*distill.Taught._fields}
-    label, padding = torch.zeros(2, 2, 4, 4, dtype=torch.int64)
-    taught = distill.teach(Teacher(), images, label, views, padding, box, args, everything)
+
+    def outputs(needed, views=views, box=box):
+        padding = torch.cat([ignore, ignore]) if box is not None else ignore
+        batch = batches.Batch(images, label, views, padding, batches.cutmix(views, box), ignore, box)
+        return distill.teacher_outputs(Teacher(), batch, needed, teacher_bn=teacher_bn, mixed_terms=mixed_terms)
+
+    everything = {*distill.TeacherOutputs._fields}
+    label, ignore = torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, 4, 4, dtype=torch.bool)
+    taught = outputs(everything)
     runs = 4 if mixed_terms == "mixed" else 3
     assert seen == ([2] * runs if teacher_bn == "train" else [2 * runs])
-    assert (taught.labels[0] == 1).all() and (taught.labels[1] == 0).all() and torch.equal(taught.labeled.features, images)
-    assert (taught.pseudo_labels[0, :2] == 1).all() and (taught.pseudo_labels[0, 2:] == 0).all()
-    assert (taught.pseudo_labels[1, :2] == 0).all() and (taught.pseudo_labels[1, 2:] == 1).all()
-    assert torch.equal(taught.mixed.features, datasets.cutmix(views, box)) and (taught.mixed.logits[0, 1, :2] == 1).all()
+    assert (
+        (taught.pseudo_labels_l[0] == 1).all()
+        and (taught.pseudo_labels_l[1] == 0).all()
+        and torch.equal(taught.labeled.features, images)
+    )
+    assert (taught.pseudo_labels_u[0, :2] == 1).all() and (taught.pseudo_labels_u[0, 2:] == 0).all()
+    assert (taught.pseudo_labels_u[1, :2] == 0).all() and (taught.pseudo_labels_u[1, 2:] == 1).all()
+    assert torch.equal(taught.mixed.features, batches.cutmix(views, box)) and (taught.mixed.logits[0, 1, :2] == 1).all()
     # by its corner, or each view by its own
     assert (taught.mixed.logits[0, 1, 2:] == (1 if mixed_terms == "mixed" else -1)).all()
     # what is not wanted is not run, and what is wanted is the same alone
-    for field, runs in {"labels": 1, "labeled": 1, "pseudo_labels": 2, "mixed": 1 if mixed_terms == "mixed" else 2}.items():
+    for field, runs in {
+        "pseudo_labels_l": 1,
+        "labeled": 1,
+        "pseudo_labels_u": 2,
+        "mixed": 1 if mixed_terms == "mixed" else 2,
+    }.items():
         seen.clear()
-        alone = distill.teach(Teacher(), images, label, views, padding, box, args, {field})
+        alone = outputs({field})
         assert sum(seen) == 2 * runs and [name for name in everything if getattr(alone, name) is not None] == [field]
         got, expected = getattr(alone, field), getattr(taught, field)
         torch.testing.assert_close(tuple(got) if isinstance(got, tuple) else got,
                                    tuple(expected) if isinstance(expected, tuple) else expected)  # fmt: skip
-    label[0, 3], padding[1, :, 3] = 255, 255  # what has no label, or lies outside the image, is not learnt from
-    masked = distill.teach(Teacher(), images, label, views, padding, box, args, everything)
-    assert torch.equal(masked.labels, taught.labels.masked_fill(label == 255, 255))
-    assert torch.equal(masked.pseudo_labels, taught.pseudo_labels.masked_fill(padding == 255, 255))
-    padding.zero_()
-    taught = distill.teach(Teacher(), images, label, views[:2], padding, None, args, everything)
-    assert (taught.pseudo_labels[0] == 0).all() and (taught.pseudo_labels[1] == 1).all()
+    label[0, 3], ignore[1, :, 3] = 255, True  # what has no label, or lies outside the image, is not learnt from
+    masked = outputs(everything)
+    assert torch.equal(masked.pseudo_labels_l, taught.pseudo_labels_l.masked_fill(label == 255, 255))
+    assert torch.equal(masked.pseudo_labels_u, taught.pseudo_labels_u.masked_fill(ignore, 255))
+    ignore.zero_()
+    taught = outputs(everything, views[:2], None)
+    assert (taught.pseudo_labels_u[0] == 0).all() and (taught.pseudo_labels_u[1] == 1).all()
     assert torch.equal(taught.mixed.features, views[:2])
 
 
 def test_folded_teachers_say_the_same(teachers):
-    dataset, args = datasets.Shapes(), argparse.Namespace(image_scale=1.0, teacher_bn="eval", mixed_terms="mixed")
+    dataset, args = datasets.Shapes(), argparse.Namespace(image_scale=1.0)
     for path in teachers:
         teacher, _ = distill.load_teacher(path, dataset, args, torch.device("cpu"))
-        plain, folded = models.Coarse(teacher), models.fold_batch_norm(models.Coarse(teacher))
+        plain, folded = teacher, models.fold_batch_norm(teacher)
         assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
         images = torch.randn(2, 3, 48, 64)
         with torch.no_grad():
             for a, b in zip(plain(images), folded(images), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-            folded = models.fold_batch_norm(models.Coarse(teacher), "bf16")
+            folded = models.fold_batch_norm(teacher, "bf16")
             with torch.autocast("cpu", torch.bfloat16):
                 for a, b in zip(plain(images), folded(images), strict=True):
                     torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05 * float(a.abs().max()))
@@ -329,22 +347,22 @@ def test_resume_of_distillation_equals_an_uninterrupted_run(script, teachers, tm
 
 
 def test_a_student_does_not_go_on_with_teachers_trained_anew(script, teachers, tmp_path, monkeypatch):
-    teacher = common.load_checkpoint(teachers[0])
-    common.save_checkpoint(tmp_path / "teacher.pt", teacher)
+    teacher = run_folder.load_checkpoint(teachers[0])
+    run_folder.save_checkpoint(tmp_path / "teacher.pt", teacher)
     arguments = ["--out", tmp_path / "x", "--deep", tmp_path / "teacher.pt", *TINY, "--steps", "2", "--save-every", "1"]
     interrupt_at(monkeypatch, distill, 1)
     assert script(distill, *arguments)[0] == 130
     teacher["row"]["miou"] += 1
-    common.save_checkpoint(tmp_path / "teacher.pt", teacher)
+    run_folder.save_checkpoint(tmp_path / "teacher.pt", teacher)
     code, _, err = script(distill, *arguments, "--resume")
-    assert code == 2 and "resume.pt: learnt from other teachers than those of --deep and --wide now" in err
+    assert code == 2 and "resume.pt: was trained with different teachers than --deep and --wide" in err
     assert (tmp_path / "x" / "resume.pt").exists()
 
 
 def test_a_teacher_is_called_by_the_flag_it_is_given_under(script, teachers, tmp_path):
     """Whatever it was trained as."""
     assert script(distill, *distill_args(tmp_path / "x", teachers[::-1], "--steps", "1"))[0] == 0
-    row = common.load_checkpoint(tmp_path / "x" / "last.pt")["row"]
+    row = run_folder.load_checkpoint(tmp_path / "x" / "last.pt")["row"]
     assert row["teachers"] == ["T_D", "T_W"] and row["teacher_roles"] == ["teacher_wide", "teacher_deep"]
 
 

@@ -13,8 +13,11 @@ from conftest import NO_GPU, ROOT
 from matplotlib import pyplot as plt
 from PIL import Image
 
+import batches
 import datasets
 import evaluate
+import pictures
+import readers
 
 SHAPES = datasets.Shapes()
 
@@ -126,7 +129,7 @@ def test_scales_and_mirroring_average_probabilities():
     for scale in (1.0, 2.0):
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
         x = evaluate.v2.functional.resize(pixels, [round(12 * scale), round(16 * scale)], antialias=True)
-        x = datasets.normalize(x, cpu)
+        x = batches.normalize(x, cpu)
         for mirror in (lambda t: t, lambda t: t.flip(-1)):
             logits = mirror(model(mirror(x)).logits)
             total += torch.nn.functional.interpolate(logits, (12, 16), mode="bilinear", align_corners=True).softmax(1)
@@ -158,7 +161,7 @@ def test_only_runs_alike_are_averaged_over_their_seeds(capsys):
     (["--panel-rows", "0"], "--panel-rows"), (["--panel-rows", "101"], "--panel-rows"),
     (["--panels", "x.png", "--confusion", "x.png"], "--confusion x.png: is also where --panels is written"),
     (["--panels", "x.png", "--confusion", "empty/../x.png"], "is also where --panels is written"),
-    (["--compare", "b.json", "--json", "b.json"], "--json b.json: is a file that is read"),
+    (["b.json", "--json", "b.json"], "--json b.json: is a file that is read"),
     (["--json", "mine.json"], "--json: mine.json exists and was not written by this project"),
     (["--panels", "photos/a.png"], "--panels: photos/a.png exists"), (["--confusion", "photos/a.png"], "add --overwrite"),
 ])  # fmt: skip
@@ -209,7 +212,7 @@ class ManyClasses(datasets.Shapes):
         super().__init__(train=2, val=3)
         self.classes = [f"a class with quite a long name, no. {i}" if i % 2 else f"$x_{i}$ {i}" for i in range(count)]
         self.classes[:4] = ["\u9053\u8def", "\u0637\u0631\u064a\u0642", "\U0001f697", "a_b^{c"]
-        self.palette, self.occur, self.size = datasets.voc_palette(count), [*occur], size
+        self.palette, self.occur, self.size = readers.voc_palette(count), [*occur], size
 
     def image(self, name):
         return np.full((*self.size, 3), int(name[-1]), np.uint8)
@@ -227,7 +230,7 @@ def figures(monkeypatch):
         figure.savefig(path)
         kept.append(figure)
 
-    monkeypatch.setattr(evaluate, "save_figure", save)
+    monkeypatch.setattr(pictures, "save_figure", save)
     with warnings.catch_warnings(), matplotlib.rc_context():
         warnings.simplefilter("error", UserWarning)  # of matplotlib, about glyphs and layout
         yield kept
@@ -239,7 +242,7 @@ def figures(monkeypatch):
 def test_a_legend_shows_the_classes_that_occur_below_panels_that_stay_as_large(figures, tmp_path):
     for data in (ManyClasses(occur=[3, 5]), ManyClasses(), ManyClasses(occur=range(150))):
         masks = [data.mask(name) for name in data.val]
-        evaluate.draw_panels(tmp_path / "p.png", data, data.val, [("a\nb", masks), ("c", masks)])
+        pictures.draw_panels(tmp_path / "p.png", data, data.val, [("a\nb", masks), ("c", masks)])
         shown = [text.get_text() for text in figures[-1].legends[0].get_texts()]
         assert len(shown) == len(data.occur)
         assert all(len(text) <= 40 for text in shown) and len(set(shown)) == len(shown)
@@ -255,7 +258,7 @@ def test_a_legend_shows_the_classes_that_occur_below_panels_that_stay_as_large(f
 def test_images_of_one_row_or_column_are_drawn(figures, tmp_path, size):
     data = ManyClasses(6, range(6), size)
     data.classes = SHAPES.classes
-    evaluate.draw_panels(tmp_path / "p.png", data, data.val, [("a", [data.mask(name) for name in data.val])])
+    pictures.draw_panels(tmp_path / "p.png", data, data.val, [("a", [data.mask(name) for name in data.val])])
     assert all(min(axis.get_window_extent().size) >= 30 for axis in figures[0].axes)
     assert max(Image.open(tmp_path / "p.png").size) < 5000
 
@@ -265,11 +268,11 @@ def test_a_confusion_matrix_shows_the_classes_that_occur(figures, tmp_path):
     classes = ManyClasses().classes
     confusion = torch.zeros(150, 150, dtype=torch.int64)
     confusion[5, 5], confusion[5, 140], confusion[8, 8] = 3, 1, 2
-    evaluate.draw_confusion(tmp_path / "c.png", confusion, classes, "$t_t$")
+    pictures.draw_confusion(tmp_path / "c.png", confusion, classes, "$t_t$")
     axis = figures[0].axes[0]
     shown = [text.get_text() for text in axis.get_yticklabels()]
     assert shown[1] == classes[8] and len(shown) == 3 and sorted(text.get_text() for text in axis.texts) == ["100", "25", "75"]
-    evaluate.draw_confusion(tmp_path / "c.png", confusion + 1, classes, "all")
+    pictures.draw_confusion(tmp_path / "c.png", confusion + 1, classes, "all")
     assert len(figures[1].axes[0].get_yticklabels()) == 150 and 2000 < Image.open(tmp_path / "c.png").width < 10_000
 
 

@@ -9,8 +9,8 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-import datasets
 import models
+import recipes
 from paper import matrix
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -278,7 +278,7 @@ def test_what_scripts_take_make_takes():
     """Their lists stand in the Makefile once more, since it checks before there is a Python with torch."""
     for name in models.ALIASES:
         plan("distill", f"STUDENT={name}", f"DEEP={name}", f"WIDE={name}")
-    for name in datasets.RECIPES:
+    for name in recipes.RECIPES:
         plan("distill", f"DATASET={name}", *([] if name == "shapes" else ["DATA=x"]))
     plan("matrix", f"TABLES={' '.join(matrix.TABLES)}")
     extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.S)[1]

@@ -10,6 +10,7 @@ from conftest import TINY
 
 import common
 import distill
+import run_folder
 from paper import matrix
 
 STEPS = ["--steps", "2", "--save-every", "1", "--sup-only", "0", "--ramp-up", "0"]
@@ -253,7 +254,7 @@ def test_interrupted_and_continued_equals_uninterrupted(monkeypatch, tmp_path):
     assert run_matrix(monkeypatch, *SMALL).trained == expected[2:]  # kd goes on after its first step
     for name in expected:
         whole, cut = (
-            common.load_checkpoint(tmp_path / folder / "runs/shapes/1-8" / name / "last.pt")["model"]
+            run_folder.load_checkpoint(tmp_path / folder / "runs/shapes/1-8" / name / "last.pt")["model"]
             for folder in ("whole", "cut")
         )
         assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole), name

@@ -15,6 +15,7 @@ import common
 import datasets
 import distill
 import evaluate
+import run_folder
 import train_teacher
 
 # for several processes on a small machine
@@ -35,7 +36,7 @@ for script, *arguments in json.loads(sys.argv[1]):
 """
 NOW = ["--sup-only", "0", "--ramp-up", "0"]
 JOINED = {  # script and options; two steps or one of plain descent, so that the weights tell the gradient
-    "cps": ["train_teacher", *NOW, "--threshold", "0.17", "--steps", "1", "--lr", "1"],
+    "cps": ["train_teacher", *NOW, "--conf-thresh", "0.17", "--steps", "1", "--lr", "1"],
     # Mean Teacher's average is the network itself at the first step
     "mt": ["train_teacher", *NOW, "--method", "mt", "--steps", "2", "--lr", "0.1", "--log-every", "2"],
     "mgd": ["distill", "--steps", "1", "--lr", "1"],
@@ -57,7 +58,7 @@ def joined(teachers, tmp_path_factory):
             script, *options = JOINED[case]
             options += ["--deep", teachers[0], "--wide", teachers[1]] if script == "distill" else []
             # crops larger than the images, so that shares differ in their valid pixels
-            options = [*TINY, *options, "--batch", "12", "--crop", "72", "--precision", "fp32", "--accumulate", parts]
+            options = [*TINY, *options, "--batch", "12", "--crop", "72", "--precision", "fp32", "--grad-accum", parts]
             commands.append([script, *map(str, options), "--out", str(out)])
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         command = [sys.executable, *launch, root / "program.py", json.dumps(commands)]
@@ -150,11 +151,9 @@ def test_distil_and_evaluate(script, full_teachers, tmp_path, student, monkeypat
         assert all(torch.equal(after[key], state[key]) for key in state)  # weights and batch-norm statistics
 
     ckpt = tmp_path / "mgd" / "last.pt"
-    code, out, err = script(
-        evaluate, "--ckpt", ckpt, "--compare", *teachers, "--json", tmp_path / "r.json", "--panels", tmp_path / "p.png"
-    )
+    code, out, err = script(evaluate, "--ckpt", ckpt, *teachers, "--json", tmp_path / "r.json", "--panels", tmp_path / "p.png")
     assert code == 0, err
-    assert f"MGD {common.load_checkpoint(ckpt)['row']['backbone']}" in out and str(tmp_path / "p.png") in out
+    assert f"MGD {run_folder.load_checkpoint(ckpt)['row']['backbone']}" in out and str(tmp_path / "p.png") in out
     result = json.loads((tmp_path / "r.json").read_text())
     row = result["rows"][0]
     assert {"dataset", "partition", "partition_hash", "labeled", "method", "role", "backbone", "head_width", "weights", "crop",
@@ -162,7 +161,7 @@ def test_distil_and_evaluate(script, full_teachers, tmp_path, student, monkeypat
             "miou", "iou"} <= row.keys()  # fmt: skip
     assert row["teachers"] == ["T_D", "T_W"] and row["teacher_backbones"] == ["resnet18", "mobilenetv2"]
     assert row["teacher_labels"] == "partition" and row["steps"] == 4
-    assert row["miou"] == common.load_checkpoint(ckpt)["row"]["miou"]  # evaluation and training agree to the last digit
+    assert row["miou"] == run_folder.load_checkpoint(ckpt)["row"]["miou"]  # evaluation and training agree to the last digit
     assert Image.open(tmp_path / "p.png").size[0] > 400
 
 
@@ -178,7 +177,7 @@ def test_folder_data_from_training_to_evaluation_without_the_unlabeled_masks(scr
     assert script(distill, *distill_args(tmp_path / "s", teachers), *data)[0] == 0
     code, out, _ = script(evaluate, "--ckpt", tmp_path / "s" / "last.pt")
     assert code == 0 and all(name in out for name in ("road", "tree", "car"))
-    row = common.load_checkpoint(tmp_path / "s" / "last.pt")["row"]
+    row = run_folder.load_checkpoint(tmp_path / "s" / "last.pt")["row"]
     assert row["labeled"] == 3 and row["partition_hash"] == part.hash
 
 
@@ -191,7 +190,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
     assert "unknown backbone 'vgg'" in errors(script, train_teacher, *run, "--backbone", "vgg")
     assert "--stem" in errors(script, train_teacher, *run, "--stem", "odd")
     assert "--batch 1" in errors(script, train_teacher, *run, "--batch", "1")
-    assert "must be a multiple of 3" in errors(script, train_teacher, *run, "--batch", "8", "--accumulate", "3")
+    assert "must be a multiple of 3" in errors(script, train_teacher, *run, "--batch", "8", "--grad-accum", "3")
     assert "--steps 0" in errors(script, train_teacher, *run, "--steps", "0")
     assert "--part 2/3" in errors(script, train_teacher, *run, "--part", "2/3")
     assert "no unlabeled image" in errors(script, train_teacher, *run, "--part", "1")
@@ -204,7 +203,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
                                   "--lr", "1e30")  # fmt: skip
     assert not (tmp_path / "x" / "last.pt").exists() and not (tmp_path / "x" / "resume.pt").exists()
     (tmp_path / "file").write_text("words, not weights")
-    wrong = ["--seed -1", "--workers -1", "--schedule nan", "--threshold 95", "--sup-only 40", "--scales 0",
+    wrong = ["--seed -1", "--workers -1", "--steps-factor nan", "--conf-thresh 95", "--sup-only 40", "--scales 0",
              "--image-scale 0", "--weight-decay -1", "--val-every -1", "--part 1/", "--crop abc", "--dataset imagenet",
              "--no-such-flag"]  # fmt: skip
     for flags in [["--weights", tmp_path / "file"], *map(str.split, wrong)]:
@@ -228,9 +227,9 @@ def test_what_does_not_fit_into_memory_is_refused_with_advice(script, teachers, 
     ):
         with monkeypatch.context() as patch:
             patch.setattr(common, "free_memory", lambda device: 1e6)
-            assert "add --accumulate, or lower --batch or --crop" in errors(script, module, *arguments, "--steps", "6")
+            assert "raise --grad-accum, or lower --batch or --crop" in errors(script, module, *arguments, "--steps", "6")
         code, out, _ = script(module, *arguments, "--steps", "6")
-        assert code == 0 and " GB of " in out and "more steps such as the last 3" in out
+        assert code == 0 and " GB of " in out and "estimated " in out
 
 
 CAMVID = pathlib.Path(os.environ.get("MGD_CAMVID", ROOT / "data" / "camvid"))
@@ -238,11 +237,11 @@ CAMVID = pathlib.Path(os.environ.get("MGD_CAMVID", ROOT / "data" / "camvid"))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CAMVID.is_dir(), reason="no CamVid in data/camvid or MGD_CAMVID")
-def test_camvid(script, tmp_path):
+def test_camvid(script, tmp_path, tiny_networks):
     data = ["--dataset", "folder", "--data", CAMVID, "--weights", "none", "--image-scale", "0.25"]
     code, _, err = script(train_teacher, "--out", tmp_path / "x", "--method", "sup", *TINY, *data, "--steps", "2")
     assert code == 0, err
-    row = common.load_checkpoint(tmp_path / "x" / "last.pt")["row"]
+    row = run_folder.load_checkpoint(tmp_path / "x" / "last.pt")["row"]
     assert row["labeled"] == 46 and row["dataset"] == "camvid" and 0 < row["miou"] < 30
 
 
@@ -260,7 +259,7 @@ def test_native_kernels_and_pytorch_train_alike(teachers, tmp_path):
         program = "import tiny; tiny.install(); import distill; distill.main()"
         subprocess.run([sys.executable, "-c", program, *map(str, options)], check=True, capture_output=True,
                        env={**ONE_THREAD, "MGD_OPS": ops})  # fmt: skip
-        assert common.load_checkpoint(tmp_path / ops / "last.pt")["row"]["mgd_ops"] == ops
+        assert run_folder.load_checkpoint(tmp_path / ops / "last.pt")["row"]["mgd_ops"] == ops
         logs.append(log(tmp_path / ops))
     assert len(logs[0]) == 21  # one a step, and the validation
     for plain, native in zip(logs[0][:3], logs[1][:3], strict=True):

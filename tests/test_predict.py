@@ -13,11 +13,14 @@ import torch
 from conftest import ROOT, python
 from PIL import Image, features
 
-import common
+import batches
+import checks
 import datasets
 import evaluate
 import models
 import predict
+import readers
+import run_folder
 from common import UserError
 from evaluate import Protocol
 
@@ -52,7 +55,7 @@ def labels_of_the_whole(model, image, protocol):
         if scaled != list(size):
             pixels = evaluate.v2.functional.resize(pixels, scaled, antialias=True)
         for mirrored in (False, True)[: 1 + protocol.flip]:
-            x = datasets.normalize(pixels, CPU)
+            x = batches.normalize(pixels, CPU)
             x = x.flip(-1) if mirrored else x
             logits = windows_of_the_whole(model, x, protocol.window) if protocol.window else model(x).logits
             logits = logits.flip(-1) if mirrored else logits
@@ -163,7 +166,7 @@ def saved(array, path, **more):
 
 
 def read(path):
-    return np.asarray(datasets.open_image(path))
+    return np.asarray(readers.open_image(path))
 
 
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
@@ -196,7 +199,7 @@ def test_grey_values_have_their_brightness(tmp_path, values, suffix, tags):
 def test_grey_values_without_a_white_are_refused(tmp_path, values, tags, expected):
     path = saved(values, tmp_path / "a.tif", **({"tiffinfo": tags} if tags else {}))
     with pytest.raises(UserError, match=f"a.tif: holds .*{expected}.*; save it with") as error:
-        datasets.open_image(path)
+        readers.open_image(path)
     assert "\n" not in str(error.value)
 
 
@@ -218,7 +221,7 @@ def test_colours_of_16_bits(tmp_path):
     assert np.abs(read(tmp_path / "a.png") - values.astype(int)).max() <= 1
     (tmp_path / "b.png").write_bytes(png_of_16_bits(values * 16))  # 12 bits, of which Pillow keeps 4
     with pytest.raises(UserError, match=r"b.png: holds 16-bit colours.*12-bit"):
-        datasets.open_image(tmp_path / "b.png")
+        readers.open_image(tmp_path / "b.png")
 
 
 @pytest.mark.filterwarnings("error")
@@ -256,11 +259,11 @@ def test_images_and_masks_are_turned_by_their_orientation_alone(tmp_path, suffix
     Image.fromarray(array).save(turned, exif=exif_bytes(orientation, [UNWRITABLE]))
     expected = TURNED[orientation](np.asarray(Image.open(plain).convert("RGB")))
     assert np.array_equal(read(turned), expected)
-    assert datasets.upright_size(turned) == expected.shape[1::-1]
+    assert readers.upright_size(turned) == expected.shape[1::-1]
     if suffix == "png":
         mask = array[..., 0] % 3
         Image.fromarray(mask).save(turned, exif=exif_bytes(orientation, [UNWRITABLE]))
-        assert np.array_equal(datasets.open_mask(turned), TURNED[orientation](mask))
+        assert np.array_equal(readers.open_mask(turned), TURNED[orientation](mask))
 
 
 @pytest.mark.filterwarnings("ignore")  # of Pillow, which says that the entry is broken
@@ -268,7 +271,7 @@ def test_images_and_masks_are_turned_by_their_orientation_alone(tmp_path, suffix
 def test_a_broken_exif_entry_turns_nothing(tmp_path, exif):
     array = np.random.default_rng(0).integers(0, 3, (6, 9), np.uint8)
     path = saved(array, tmp_path / "a.png", exif=exif)
-    assert np.array_equal(datasets.open_mask(path), array) and datasets.upright_size(path) == (9, 6)
+    assert np.array_equal(readers.open_mask(path), array) and readers.upright_size(path) == (9, 6)
     assert np.array_equal(read(path)[..., 0], array)
 
 
@@ -286,7 +289,7 @@ def test_whatever_is_raised_while_a_file_is_read_is_one_line_with_its_name(folde
     monkeypatch.setattr(Image, "open", broken)
     dataset = datasets.Folder(folder)
     groups = {"labeled": dataset.train[:5]}
-    for call in (lambda: datasets.refuse_faults(dataset, groups), lambda: (dataset.image("im03"), dataset.mask("im03"))):
+    for call in (lambda: checks.refuse_faults(dataset, groups), lambda: (dataset.image("im03"), dataset.mask("im03"))):
         with pytest.raises(UserError, match=rf"im03.png: .*{type(error).__name__}.*; replace it") as caught:
             call()
         assert "\n" not in str(caught.value)
@@ -296,9 +299,9 @@ def test_whatever_is_raised_while_a_file_is_read_is_one_line_with_its_name(folde
 @pytest.mark.filterwarnings("error")
 def test_large_images_need_no_warning_and_larger_ones_are_refused(tmp_path):
     Image.new("1", (12000, 8000)).save(tmp_path / "large.png")
-    assert datasets.upright_size(tmp_path / "large.png") == (12000, 8000)
+    assert readers.upright_size(tmp_path / "large.png") == (12000, 8000)
     Image.new("1", (40000, 8000)).save(tmp_path / "huge.png")
-    for read in (datasets.upright_size, datasets.open_image, datasets.open_mask):
+    for read in (readers.upright_size, readers.open_image, readers.open_mask):
         with pytest.raises(UserError, match=r"huge\.png: has 40000x8000 pixels, more than"):
             read(tmp_path / "huge.png")
 
@@ -318,10 +321,10 @@ def test_overlays_leave_black_classes_out(script, ckpt, tmp_path):
     (tmp_path / "photos").mkdir()
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(photo).save(tmp_path / "photos" / "a.png")
-    checkpoint = common.load_checkpoint(ckpt)
+    checkpoint = run_folder.load_checkpoint(ckpt)
     labels = evaluate.predict(models.model_from_checkpoint(checkpoint), photo, torch.device("cpu"), "fp32").numpy()
     checkpoint["palette"][np.bincount(labels.ravel()).argmax()] = (0, 0, 0)
-    common.save_checkpoint(ckpt, checkpoint)
+    run_folder.save_checkpoint(ckpt, checkpoint)
     assert script(predict, "--ckpt", ckpt, "--images", tmp_path / "photos", "--out", tmp_path / "out")[0] == 0
     colours = np.asarray(checkpoint["palette"])[labels]
     black = colours.max(2, keepdims=True) == 0
@@ -347,8 +350,8 @@ def test_prediction_of_any_images(script, ckpt, tmp_path):
         and mask.size == (33, 71)
         and mask.getpalette()[:18] == [v for c in datasets.Shapes().palette for v in c]
     )
-    model = models.model_from_checkpoint(common.load_checkpoint(ckpt))
-    expected = evaluate.predict(model, np.asarray(datasets.open_image(images / "tall.webp")), torch.device("cpu"), "fp32")
+    model = models.model_from_checkpoint(run_folder.load_checkpoint(ckpt))
+    expected = evaluate.predict(model, np.asarray(readers.open_image(images / "tall.webp")), torch.device("cpu"), "fp32")
     assert np.array_equal(np.asarray(mask), expected.numpy())
     assert Image.open(out / "overlays" / "wide.jpg.png").size == (90, 30) and (out / "sheet.png").exists()
 
@@ -389,7 +392,7 @@ def test_every_file_is_predicted_or_named(script, ckpt, photos, tmp_path):
     assert code == 0, err
     assert sorted(p.stem for p in (out / "masks").iterdir()) == list("abcdefg") and "7 masks" in text
     # the first frame of the animation
-    model = models.model_from_checkpoint(common.load_checkpoint(ckpt))
+    model = models.model_from_checkpoint(run_folder.load_checkpoint(ckpt))
     first = evaluate.predict(model, np.asarray(Image.open(photos / "g.gif").convert("RGB")), CPU, "fp32")
     assert np.array_equal(np.asarray(Image.open(out / "masks" / "g.png")), first)
     no_images, folders = lines(err)
@@ -466,7 +469,7 @@ def test_an_exception_belongs_to_its_file(script, ckpt, photos, tmp_path, monkey
             raise ERRORS["bcdefg"[image.shape[1] - 1]][0]
         return run_model(model, image, *more)
 
-    open_image, run_model = datasets.open_image, evaluate.predict
+    open_image, run_model = readers.open_image, evaluate.predict
     monkeypatch.setattr(datasets, "open_image", read)
     monkeypatch.setattr(predict, "predict", run)
     code, text, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")
@@ -573,7 +576,7 @@ def test_an_output_folder_that_cannot_be_written_is_one_line_before_any_work(scr
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(common.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(predict, "open_model", None)
     code, _, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")
     assert code == 2 and len(lines(err)) == 1 and f"--out {tmp_path / 'out'}: cannot be written to" in err

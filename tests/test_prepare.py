@@ -11,10 +11,12 @@ import torch
 from conftest import save_mask, write_lines
 from PIL import Image, ImageFilter
 
+import checks
 import datasets
 import evaluate
 import models
 import prepare
+import readers
 from common import UserError
 
 COLOURS = np.array([(0, 0, 0), (128, 64, 128), (0, 128, 0)], np.uint8)  # of the three classes
@@ -152,17 +154,17 @@ def test_a_file_with_the_palette_of_palette_txt_says_nothing_for_another(folder)
     write_lines(folder / "palette.txt", [" ".join(map(str, colour)) for colour in COLOURS])
     dataset = datasets.Folder(folder)
     right, wrong = (COLOURS[list(order)].tobytes() for order in ((0, 1, 2), (0, 2, 1)))
-    assert datasets.palette_clash(dataset, {right: {0: "a.png"}}) is None
-    assert "b.png: its palette gives" in datasets.palette_clash(dataset, {right: {0: "a.png"}, wrong: {1: "b.png"}})
+    assert checks.palette_clash(dataset, {right: {0: "a.png"}}) is None
+    assert "b.png: its palette gives" in checks.palette_clash(dataset, {right: {0: "a.png"}, wrong: {1: "b.png"}})
 
 
 def test_evaluation_refuses_val_masks_without_a_number(folder):
     dataset = datasets.Folder(folder)
-    datasets.refuse_faults(dataset, {"val": dataset.val})
+    checks.refuse_faults(dataset, {"val": dataset.val})
     for spoil in (fault_one_class_in_val, fault_nothing_in_val):
         expected = spoil(folder)
         with pytest.raises(UserError, match=expected):
-            datasets.refuse_faults(dataset, {"val": dataset.val})
+            checks.refuse_faults(dataset, {"val": dataset.val})
     with pytest.raises(UserError, match="nothing to evaluate"):
         evaluate.iou(torch.zeros(3, 3, dtype=torch.int64))
 
@@ -175,7 +177,7 @@ def test_no_result_file_is_written_where_there_is_nothing_to_evaluate(script, fo
             "precision": "fp32"}  # fmt: skip
     row = {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1", "labeled": 8, "steps": 2, "seed": 0,
            "gmacs_model": 1.0, "mgd_ops": "torch", "head_width": 16}  # fmt: skip
-    of_data = {"classes": ["road", "tree", "car"], "palette": datasets.voc_palette(3)}
+    of_data = {"classes": ["road", "tree", "car"], "palette": readers.voc_palette(3)}
     torch.save({"model": model.state_dict(), "args": args, "row": row, **of_data}, tmp_path / "m.pt")
     arguments = ["--ckpt", tmp_path / "m.pt", "--json", tmp_path / "r.json"]
     code, _, err = script(evaluate, *arguments)
@@ -192,7 +194,7 @@ def test_no_result_file_is_written_where_there_is_nothing_to_evaluate(script, fo
 
 def fine_voc_palettes(root):
     """As VOC's masks: 256 colours, of which few occur, and 255 ignored."""
-    palette = [channel for colour in datasets.voc_palette(256) for channel in colour]
+    palette = [channel for colour in readers.voc_palette(256) for channel in colour]
     rewrite(root, lambda mask: with_palette(mask, palette))
 
 
@@ -203,7 +205,7 @@ def with_palette(mask, palette):
 
 
 def fine_some_files_without_palettes(root):
-    rewrite(root, lambda mask: with_palette(mask, datasets.colour_table(COLOURS).ravel().tolist()), ["im00", "im10"])
+    rewrite(root, lambda mask: with_palette(mask, readers.colour_table(COLOURS).ravel().tolist()), ["im00", "im10"])
 
 
 def fine_unused_entries_differ(root):
@@ -261,7 +263,7 @@ def test_what_says_nothing_against_the_labels_passes(script, folder, change):
     assert code == 0 and "no problem found" in out and "no image" not in out, out
     training(folder)
     dataset = datasets.Folder(folder)
-    datasets.refuse_faults(dataset, {"val": dataset.val})  # as evaluate.py
+    checks.refuse_faults(dataset, {"val": dataset.val})  # as evaluate.py
 
 
 @pytest.mark.parametrize("bits,scale", [(2, 85), (4, 17)])
@@ -422,7 +424,7 @@ def form_one_of_two_kinds(root, old):
 
 
 def form_voc(root, old):
-    table = np.array([*datasets.voc_palette(21), *[(0, 0, 0)] * 234, datasets.VOC_BORDER], np.uint8)
+    table = np.array([*readers.voc_palette(21), *[(0, 0, 0)] * 234, readers.VOC_BORDER], np.uint8)
     rewrite(root, lambda mask: Image.fromarray(table[np.where(mask == 2, 255, mask)]))
     write_lines(root / "classes.txt", datasets.VOC_CLASSES)
     return {name: np.where(mask == 2, 255, mask) for name, mask in old.items()}, ["--palette", "voc"]
@@ -685,7 +687,7 @@ def test_charts_of_many_classes_and_odd_names(script, folder):
 
 
 def test_pictures_replace_nothing_and_fail_before_the_look(script, folder, monkeypatch):
-    monkeypatch.setattr(datasets, "look_at", None)  # is never reached
+    monkeypatch.setattr(checks, "look_at", None)  # is never reached
     photo = folder / "images" / "im00.png"
     before = photo.read_bytes()
     (folder / "taken").mkdir()
@@ -716,26 +718,26 @@ def test_preparation_says_what_is_missing(script, voc, change, expected):
 def test_vocs_masks_have_vocs_palette_or_none(voc):
     dataset = datasets.Voc(voc, few=True)
     groups = {"labeled": dataset.train, "val": dataset.val}
-    datasets.refuse_faults(dataset, groups)  # grey files
-    palette = np.array(datasets.voc_palette(256))
+    checks.refuse_faults(dataset, groups)  # grey files
+    palette = np.array(readers.voc_palette(256))
     path = dataset.masks[dataset.train[0]]
     mask = np.asarray(Image.open(path))
     with_palette(mask, palette.ravel().tolist()).save(path)
-    datasets.refuse_faults(dataset, groups)
+    checks.refuse_faults(dataset, groups)
     palette[[1, 20]] = palette[[20, 1]]
     with_palette(mask, palette.ravel().tolist()).save(path)
     with pytest.raises(
         UserError, match=r"2007_000001.png: its palette gives .*VOC's palette to index .*/SegmentationClass --palette voc$"
     ):
-        datasets.refuse_faults(dataset, groups)
+        checks.refuse_faults(dataset, groups)
 
 
 def test_a_list_that_somebody_else_made_is_kept(script, voc):
     listed = voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "train_aug.txt"
     write_lines(listed, ["2007_000001", "2010_000007"])
     code, _, err = script(prepare, "voc", "--data", voc)
-    assert code == 2 and "train_aug.txt: lists other images" in err and len(datasets.read_lines(listed)) == 2
-    assert script(prepare, "voc", "--data", voc, "--overwrite")[0] == 0 and len(datasets.read_lines(listed)) == 8
+    assert code == 2 and "train_aug.txt: lists other images" in err and len(readers.read_lines(listed)) == 2
+    assert script(prepare, "voc", "--data", voc, "--overwrite")[0] == 0 and len(readers.read_lines(listed)) == 8
     assert script(prepare, "voc", "--data", voc)[0] == 0
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import result_files
 from paper import report
-from result_files import METHODS_OF, TRAINING_SETTINGS
+from result_files import METHODS_WITH, OPTIONAL
 
 PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
 FULL = ["sup", "pixel", "image:T_D", "region:T_W"]
@@ -114,10 +114,10 @@ def test_paper_figures_are_the_published_ones():
     {"crop": [256, 512]}, {"window": None}, {"scales": [0.5, 1.0]}, {"flip": True}, {"backbone": "mobilenetv2"},
     {"partition": "1/4", "labeled": 2646}, {"role": "teacher_deep"}, {"dataset": "camvid"}, {"batch": 16}, {"lr": 0.1},
     {"teacher_backbones": ["vgg"]}, {"teacher_methods": ["mt"]}, {"teacher_steps": [9]}, {"train_scales": [1.0]},
-    *({key: 0.123} for key in TRAINING_SETTINGS),
+    *({key: 0.123} for key in OPTIONAL),
 ])  # fmt: skip
 def test_runs_that_differ_are_not_averaged_and_can_be_told_apart(tables, change):
-    method = METHODS_OF.get(next(iter(change)), ("sup",))[0]  # of those that have the setting
+    method = METHODS_WITH.get(next(iter(change)), ("sup",))[0]  # of those that have the setting
     out = tables([row(method, miou=40.0), row(method, miou=60.0, seed=1, **change)])
     lines = [(path.stem, line) for path in sorted(out.glob("table*.md")) for line in markdown(path)]
     found = [(table, key, line) for table, line in lines for key, cell in line.items() if cell in ("40.00", "60.00")]

@@ -14,8 +14,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import common
+import pictures
 import result_files
+import run_folder
 from common import UserError
 
 
@@ -38,7 +39,7 @@ def test_no_result_file_holds_nan(tmp_path):
 
 
 def test_no_log_holds_nan(tmp_path):
-    progress = common.Progress(types.SimpleNamespace(out=tmp_path, steps=2, log_every=1, save_every=9, lr=1e30), 0)
+    progress = run_folder.Progress(types.SimpleNamespace(out=tmp_path, steps=2, log_every=1, save_every=9, lr=1e30), 0)
     with pytest.raises(UserError, match="loss 'sup' is not finite"):
         progress.step(0, 1, 1e30, {"sup": torch.tensor(math.nan)})
     progress.close()
@@ -52,17 +53,17 @@ def test_no_log_holds_nan(tmp_path):
 def write_figure(path):
     from matplotlib import pyplot as plt
 
-    result_files.save_figure(path, plt.figure(figsize=(1, 1)))
+    pictures.save_figure(path, plt.figure(figsize=(1, 1)))
 
 
 def write_log(path):
-    progress = common.Progress(types.SimpleNamespace(out=path.parent, steps=2, log_every=1, save_every=9, lr=0.1), 0)
+    progress = run_folder.Progress(types.SimpleNamespace(out=path.parent, steps=2, log_every=1, save_every=9, lr=0.1), 0)
     progress.step(0, 1, 0.1, {"sup": torch.tensor(1.0)})
     progress.close()
 
 
 def write_checkpoint(path):
-    common.save_checkpoint(path, {"model": {}, "args": {}, "classes": [], "row": {}})
+    run_folder.save_checkpoint(path, {"model": {}, "args": {}, "classes": [], "row": {}})
 
 
 OURS = {
@@ -160,7 +161,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
 
     with pytest.raises(UserError, match=r"a.png: cannot be written \(No space left on device\)"):
         result_files.save_png(path, Breaks())
-    with pytest.raises(KeyboardInterrupt), common.atomic_write(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), run_folder.atomic_write(path) as temporary:
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
@@ -178,20 +179,20 @@ def test_a_link_stays_a_link_and_long_names_fit(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out .*run: cannot be made a folder \(Not a directory\)"):
-        common.make_folder("--out", tmp_path / "file" / "run")
+        run_folder.make_folder("--out", tmp_path / "file" / "run")
 
     def refuses(dir):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(common.tempfile, "TemporaryFile", refuses)
+    monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", refuses)
     with pytest.raises(UserError, match=r"--out .*: cannot be written to \(Read-only file system\)"):
-        common.make_folder("--out", tmp_path)
+        run_folder.make_folder("--out", tmp_path)
 
 
 @pytest.mark.slow
 def test_a_real_read_only_disk_is_one_line(tmp_path):
     """To root too, whom permissions do not stop."""
-    code = "import pathlib, common; common.run(lambda: common.make_folder('--out', pathlib.Path('disk')))"
+    code = "import pathlib, common; common.cli(lambda: run_folder.make_folder('--out', pathlib.Path('disk')))"
     command = f'mount -t tmpfs -o ro tmpfs {tmp_path}/disk && {sys.executable} -c "{code}"'
     (tmp_path / "disk").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -239,13 +240,13 @@ def test_names_are_drawn_with_any_installed_font_or_become_numbers(tmp_path, mon
     classes = ["road", "\U000f0001\U000f0002 a", "\U000f0003", "tab\t", "$x$", "x" * 50 + "y"]
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        labels = result_files.class_labels(classes)
+        labels = pictures.class_labels(classes)
         assert labels[:5] == ["road", "class 1", "class 2", "class 3", "$x$"] and len(labels[5]) == 40 and labels[5][-1] == "y"
         said = capsys.readouterr().err
         assert "and 2 more" in said and len(said.splitlines()) == 1
         font_manager.fontManager.addfont(tmp_path / "squares.ttf")
-        labels = result_files.class_labels(classes)
+        labels = pictures.class_labels(classes)
         assert labels[:4] == ["road", classes[1], "class 2", "class 3"]
         figure = plt.figure(figsize=(2, 2))
         figure.text(0, 0.5, labels[1])
-        result_files.save_figure(tmp_path / "a.png", figure)  # without a warning about glyphs
+        pictures.save_figure(tmp_path / "a.png", figure)  # without a warning about glyphs

@@ -14,9 +14,10 @@ from conftest import (
 )
 from PIL import Image
 
-import common
+import batches
 import evaluate
 import models
+import run_folder
 import train_teacher
 
 pytestmark = pytest.mark.usefixtures("tiny_networks")
@@ -54,7 +55,7 @@ def test_mean_teacher_averages_the_weights_and_keeps_the_average(script, tmp_pat
     entries = log(tmp_path / "mt")
     assert ["mt" in entry for entry in entries[:4]] == [False, False, True, True] and entries[3]["mt"] > 0
     saved = torch.load(tmp_path / "mt" / "last.pt", weights_only=True)
-    assert "peer" not in saved and saved["row"]["losses"] == ["sup", "mt"]
+    assert "second" not in saved and saved["row"]["losses"] == ["sup", "mt"]
 
 
 def test_mean_teacher_learns_from_clean_views(script, tmp_path, monkeypatch):
@@ -66,25 +67,25 @@ def test_mean_teacher_learns_from_clean_views(script, tmp_path, monkeypatch):
             super().__init__()
             self.scale = torch.nn.Parameter(torch.tensor(50.0))
 
-        def forward(self, images, upsample=True):
+        def forward(self, images):
             bright = images[:, :1].sign()
             rest = torch.full_like(bright, -1.0).expand(-1, 4, -1, -1)
             logits = self.scale * torch.cat([bright, -bright, rest], 1)
             return models.Output(logits, logits)
 
-    def batches(dataset, names, args, views, start, labeled):
+    def endless(dataset, names, args, views, start, labeled):
         image = torch.full((args.batch, 3, *args.crop), 255, dtype=torch.uint8)
         label = torch.zeros(args.batch * views, *args.crop, dtype=torch.int64)
         while True:
             yield (torch.cat([image, 0 * image]) if views == 2 else image), label
 
-    monkeypatch.setattr(train_teacher.datasets, "train_batches", batches)
-    monkeypatch.setattr(train_teacher.models, "build_model", lambda *args: Says())
+    monkeypatch.setattr(train_teacher, "train_batches", endless)
+    monkeypatch.setattr(train_teacher.models, "model_from_args", lambda *args: Says())
     monkeypatch.setattr(evaluate, "result_row", lambda *args, **fields: {"seconds": 0.0})
     arguments = ["--method", "mt", *TINY, "--steps", "1", "--sup-only", "0", "--ramp-up", "0", "--lr", "1e-9"]
     assert script(train_teacher, "--out", tmp_path / "mt", *arguments)[0] == 0
     assert log(tmp_path / "mt")[0]["mt"] == pytest.approx(0, abs=1e-6)
-    monkeypatch.setattr(train_teacher.datasets, "cutmix", lambda views, box: views.chunk(2)[views.shape[1] == 6])
+    monkeypatch.setattr(batches.Batch, "mix", lambda batch, maps: maps.chunk(2)[maps.shape[1] == 6])
     assert script(train_teacher, "--out", tmp_path / "black", *arguments)[0] == 0
     assert log(tmp_path / "black")[0]["mt"] == pytest.approx(2 / 6 / 2, abs=1e-3)
 
@@ -99,11 +100,11 @@ def test_cps_learns_from_the_other_networks_labels(script, tmp_path, monkeypatch
             super().__init__()
             self.bias = torch.nn.Parameter(10 * F.one_hot(torch.tensor(next(self.says)), 6).float())
 
-        def forward(self, images, upsample=True):
+        def forward(self, images):
             logits = self.bias.view(1, 6, 1, 1).expand(len(images), 6, *images.shape[2:])
             return models.Output(logits, logits)
 
-    monkeypatch.setattr(train_teacher.models, "build_model", lambda *args: Says())
+    monkeypatch.setattr(train_teacher.models, "model_from_args", lambda *args: Says())
     monkeypatch.setattr(evaluate, "result_row", lambda *args, **fields: {"seconds": 0.0})
     arguments = ["--out", tmp_path / "cps", *TINY, "--steps", "1", "--sup-only", "0", "--ramp-up", "0", "--lr", "0.1"]
     assert script(train_teacher, *arguments)[0] == 0
@@ -130,8 +131,8 @@ def test_cps_keeps_its_first_network_and_its_terms(script, tmp_path):
     assert script(train_teacher, *arguments, "--sup-only", "0.5", "--ramp-up", "0.5")[0] == 0
     entries = log(tmp_path / "cps")
     assert ["cps" in e for e in entries[:4]] == [False, False, True, True]
-    assert "peer" not in torch.load(tmp_path / "cps" / "last.pt", weights_only=True)
-    row = common.load_checkpoint(tmp_path / "cps" / "last.pt")["row"]
+    assert "second" not in torch.load(tmp_path / "cps" / "last.pt", weights_only=True)
+    row = run_folder.load_checkpoint(tmp_path / "cps" / "last.pt")["row"]
     assert row["method"] == "cps" and row["labeled"] == 64 and row["losses"] == ["sup", "cps"]
 
 
@@ -158,7 +159,7 @@ def test_nothing_is_lost_when_the_last_validation_fails(script, tmp_path, monkey
         patch.setattr(evaluate, "validate", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             script(train_teacher, *arguments)
-    assert common.load_checkpoint(tmp_path / "x" / "resume.pt")["step"] == 2
+    assert run_folder.load_checkpoint(tmp_path / "x" / "resume.pt")["step"] == 2
     assert script(train_teacher, *arguments, "--resume")[0] == 0 and (tmp_path / "x" / "last.pt").exists()
 
 

@@ -1,0 +1,151 @@
+"""What makes the numbers of a data set meaningless: looked for before training and evaluation, and by `prepare.py check`."""
+
+import collections
+import functools
+import pathlib
+import shlex
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from common import IGNORE_INDEX, UserError
+from readers import MOST_UNNAMED, flags_for, upright_size
+
+
+class Look(NamedTuple):
+    """What the files of a data set hold. The groups are labeled, unlabeled and val; unlabeled masks are never opened."""
+
+    sizes: collections.Counter  # images of each (height, width)
+    pixels: dict[str, np.ndarray]  # group -> (256,) int64: pixels of each label
+    images: dict[str, np.ndarray]  # group -> (256,) int64: images that show it
+    palettes: dict[bytes, dict[int, str]]  # palette of mask files -> its indices that occur -> the first file that shows one
+    problems: dict[str, str]  # name -> what is wrong with its image or mask
+
+
+def look_at(dataset, groups: dict[str, list[str]], whole: bool) -> Look:
+    """Look at the images and masks of `groups` (group -> names).
+
+    With `whole`, images are decoded and problems are collected, and progress is shown. Otherwise only the headers of the images
+    are read, and the first problem raises UserError.
+    """
+    masked = [group for group in groups if group != "unlabeled"]
+    pixels, images = ({group: np.zeros(256, np.int64) for group in masked} for _ in range(2))
+    look = Look(collections.Counter(), pixels, images, {}, {})
+
+    def look_at_one(group, name):
+        try:
+            if whole:
+                height, width = dataset.image(name).shape[:2]
+            else:
+                width, height = upright_size(dataset.images[name])
+            if group not in masked:
+                return (height, width), None, None
+            mask = dataset.mask(name)
+            colours = None
+            if name in dataset.masks:  # files
+                check_size(dataset.masks[name], mask, (width, height))
+                colours = dataset.colours(name)
+            return (height, width), np.bincount(mask.ravel(), minlength=256), colours
+        except UserError as error:
+            if not whole:
+                raise
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        for group, names in groups.items():
+            seen = pool.map(functools.partial(look_at_one, group), names)
+            for name, found in zip(names, tqdm(seen, group, len(names), disable=None if whole else True), strict=True):
+                if isinstance(found, str):
+                    look.problems[name] = found
+                    continue
+                size, counts, colours = found
+                look.sizes[size] += 1
+                if counts is not None:
+                    look.pixels[group][:] += counts
+                    look.images[group][:] += counts > 0
+                if colours is not None:
+                    first = look.palettes.setdefault(colours, {})
+                    for label in counts.nonzero()[0].tolist():
+                        first.setdefault(label, str(dataset.masks[name]))
+    return look
+
+
+def faults(dataset, look: Look) -> list[str]:
+    """What makes every number meaningless that is trained or measured on these masks, each in one line."""
+    if dataset.drawn:
+        return []
+    found, labels = [], {group: set(pixels.nonzero()[0].tolist()) for group, pixels in look.pixels.items()}
+    for group, shown in labels.items():
+        task = "evaluate" if group == "val" else "learn"
+        where, classes = f"{dataset.root}: the {group} masks", sorted(shown - {IGNORE_INDEX})
+        if not shown:
+            continue  # none could be read
+        if not classes:
+            found.append(f"{where} hold 255 alone, which is ignored, so there is nothing to {task}; take images that show "
+                         f"classes, or {dataset.fix('--values 0=0 255=1')}")  # fmt: skip
+        elif len(classes) == 1 and shown == {0, IGNORE_INDEX}:
+            found.append(f"{where} hold 0 and 255 alone, and 255 is ignored; {dataset.fix('--values 0=0 255=1')}")
+        elif len(classes) == 1:
+            found.append(f"{where} show one class alone, '{dataset.classes[classes[0]]}', so there is nothing to {task}; take "
+                         "images that show others too (a larger --part, other lists), or fix the masks")  # fmt: skip
+    every = sorted(set().union(*labels.values()) - {IGNORE_INDEX})
+    gap = sorted(set(range(max(every, default=0))) - set(every))
+    counted = not dataset.named and "labeled" in labels  # val alone may lack a class
+    if counted and len(every) > 1 and (gap or len(every) > MOST_UNNAMED):
+        pixels = sum(look.pixels.values())
+        flags = flags_for(pixels.nonzero()[0], pixels[pixels > 0], len(every))
+        if max(every) <= MOST_UNNAMED:
+            flags = "--values " + " ".join(f"{label}={i}" for i, label in enumerate(every))
+        if len(every) > 8:
+            what = f"{len(every)} different labels{', with gaps,' if gap else ''} as soft edges and levels of grey do"
+        else:
+            what = f"the labels {', '.join(map(str, every))} but not {gap[0]}"
+        found.append(f"{dataset.root / 'masks'}: hold {what}; name every class in classes.txt, one per line in the order of "
+                     f"the labels, or {dataset.fix(flags)}")  # fmt: skip
+    clash = palette_clash(dataset, look.palettes)
+    if clash:
+        found.append(clash)
+    return found
+
+
+def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
+    """Where one colour stands for two indices that occur, in two mask files or in one and `dataset.palette`, and one of the two
+    palettes has another colour at the other's index: then the indices mean different things."""
+    known = {}  # colour -> index -> a palette that has it there, and its file
+    official = bytes(channel for colour in dataset.palette for channel in colour) if dataset.palette_from else b""
+    place = dataset.palette_from
+    if not official and dataset.named and dataset.classes[0].lower() == "background":  # black by custom
+        official, place = bytes(3), "the name background of class 0"
+    reference = (official, dict.fromkeys(range(len(official) // 3), place))
+    for palette, labels in [reference, *palettes.items()]:
+        for label, path in labels.items():
+            colour = palette[3 * label : 3 * label + 3]
+            same = known.setdefault(colour, {}) if len(colour) == 3 else {}
+            for other, (theirs, where) in same.items():
+                both = theirs[3 * label : 3 * label + 3], palette[3 * other : 3 * other + 3]
+                if other != label and any(len(each) == 3 and each != colour for each in both):
+                    flag = "--palette palette.txt (which holds each class's colour, one 'R G B' per line)"
+                    if dataset.palette_from:
+                        flag = f"--palette {shlex.quote(dataset.palette_from)}" if dataset.palette_from.endswith(".txt") else ""
+                    fix = dataset.fix(flag, pathlib.Path(path))
+                    return (f"{path}: its palette gives the colour {tuple(colour)} to index {label}, but {where} to index "
+                            f"{other}, so indices do not mean the same everywhere; {fix}")  # fmt: skip
+            same.setdefault(label, (palette, path))
+    return None
+
+
+def refuse_faults(dataset, groups: dict[str, list[str]]):
+    """Raises UserError for the first file that cannot be read, size or label that is wrong, or fault of the masks. A look at
+    headers of images, and at every mask of `groups` (see `look_at`)."""
+    if not dataset.drawn:
+        problems = faults(dataset, look_at(dataset, groups, whole=False))
+        if problems:
+            raise UserError(problems[0])
+
+
+def check_size(path: pathlib.Path, mask: np.ndarray, size: tuple[int, int]):
+    height, width = mask.shape
+    if (width, height) != size:
+        raise UserError(f"{path}: is {width}x{height}, its image {size[0]}x{size[1]}; image and mask must be of one size")

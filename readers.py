@@ -1,0 +1,322 @@
+"""Read images, masks, lists and palettes of any form that people have, or say in one line why not."""
+
+import contextlib
+import math
+import pathlib
+import re
+import shlex
+import struct
+import unicodedata
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from common import IGNORE_INDEX, UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+VOC_BORDER = (224, 224, 192)  # VOC's colour of 255
+MOST_UNNAMED = 32  # labels without classes.txt; more are rather levels of grey
+MAX_PIXELS = 2**28  # of one image, 16384x16384; a small file can claim to be much larger and fill the memory
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns from 89 million pixels on
+
+# ---- names and lists ----
+
+
+def name_of(text: str) -> str:
+    """The image's name in a file name or path: without folders, suffix, and what Cityscapes appends; in Unicode's NFC, since
+    zip files from macOS spell accents as characters of their own (NFD)."""
+    text = unicodedata.normalize("NFC", text).replace("\\", "/").rsplit("/", 1)[-1]
+    text = re.sub(r"\.(jpe?g|png)$", "", text, flags=re.IGNORECASE)
+    return re.sub(r"_leftImg8bit$|_gtFine(_label(Train)?Ids)?$", "", text)
+
+
+def by_name(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
+    """{name: path}, sorted; hidden files, such as the ._NAME.png of macOS, are left out. Raises UserError where two files have
+    one name."""
+    files = {}
+    for path in sorted(path for path in paths if not path.name.startswith(".")):
+        other = files.setdefault(name_of(path.name), path)
+        if other is not path:
+            alike = unicodedata.normalize("NFC", path.name) == unicodedata.normalize("NFC", other.name)
+            forms = ", with accents in another Unicode form" if alike else ""
+            raise UserError(f"{path}: has the name of {other.name}, beside it{forms}; rename or remove one of them")
+    return files
+
+
+def read_lines(path: pathlib.Path) -> list[str]:
+    """The lines of a text file that are not empty, stripped, in Unicode's NFC. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; write one name a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as such") from None
+    return [line.strip() for line in unicodedata.normalize("NFC", text).splitlines() if line.strip()]
+
+
+def read_names(path: pathlib.Path, known: Iterable[str]) -> list[str]:
+    """The images that a list names, each once, in its order.
+
+    A line is a name, or a path of the image (folders and suffix do not count), or such a path and that of the mask, with a
+    space or tab between. Raises UserError where the list is empty or names what is not among `known`.
+    """
+    names, known = {}, set(known)
+    for number, line in enumerate(read_lines(path), 1):
+        pair = re.match(r"(.+?\.(?:jpe?g|png))\s+\S", line, re.IGNORECASE)
+        candidates = [line, line.split("\t")[0], pair[1] if pair else line, line.split()[0]]
+        name = next((n for n in [line, *map(name_of, candidates)] if n in known), None)
+        if name is None:
+            raise UserError(f"{path}, entry {number}: '{line}' is no image of this data set (no file "
+                            f"'{name_of(line)}.jpg' or .png); add the image or take the line out")  # fmt: skip
+        names[name] = None
+    if not names:
+        raise UserError(f"{path}: names no image; write one image name a line")
+    return list(names)
+
+
+def read_palette(path: pathlib.Path, classes: int) -> list[tuple[int, int, int]]:
+    palette = []
+    for line in read_lines(path):
+        colour = re.fullmatch(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)", line)
+        if not colour or max(map(int, colour.groups())) > 255:
+            raise UserError(f"{path}: '{line}' is no colour; write one 'R G B' a line, each from 0 to 255")
+        palette.append(tuple(map(int, colour.groups())))
+    if len(palette) != classes:
+        raise UserError(f"{path}: holds {len(palette)} colours for {classes} classes; write one line a class")
+    return palette
+
+
+@contextlib.contextmanager
+def reading(path, problem: str, fix: str):
+    """One file is read: any exception, out of memory included, becomes a UserError of one line with the file's name and the
+    exception's type. Pillow and its plugins raise almost anything on damaged files, so this catches all."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {problem.split()[-1]}") from None
+    except Exception as error:
+        kind, text = type(error).__name__, " ".join(str(error).split())
+        if isinstance(error, UnidentifiedImageError):
+            text = "of no format that Pillow opens"
+        reason = f"{kind}: {text}" if text else kind
+        raise UserError(f"{path}: {problem} ({reason}); {fix}") from error
+
+
+@contextlib.contextmanager
+def opened(path, problem: str, fix: str = "replace it or take it out of the lists"):
+    """`Image.open`, whose errors are UserErrors: see `reading`. An image of more than MAX_PIXELS is refused by its header."""
+    with reading(path, problem, fix), Image.open(path) as file:
+        width, height = file.size
+        if width * height > MAX_PIXELS:
+            raise UserError(f"{path}: has {width}x{height} pixels, more than the {MAX_PIXELS:,} that are read at once; cut it "
+                            "into pieces or make it smaller")  # fmt: skip
+        yield file
+
+
+# EXIF's orientation -> how the image is turned upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS_SIDES = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
+# What Pillow raises on an EXIF entry that it cannot parse.
+BROKEN_EXIF = (ArithmeticError, AssertionError, LookupError, OSError, struct.error, SyntaxError, TypeError, ValueError)
+
+
+def turn_of(file: Image.Image) -> Image.Transpose | None:
+    """How an image is turned upright, by its orientation alone (tag 0x0112 of its EXIF or XMP entry); None where it is upright,
+    has no such entry, or a broken one. `ImageOps.exif_transpose` also writes the entry back, which not every entry survives."""
+    try:
+        return TURNS.get(file.getexif().get(0x0112))
+    except BROKEN_EXIF:
+        return None
+
+
+def upright(file: Image.Image) -> Image.Image:
+    """The decoded image, turned upright."""
+    file.load()  # first, since a PNG may have its EXIF entry after the pixels, and a TIFF turns itself
+    turn = turn_of(file)
+    return file if turn is None else file.transpose(turn)
+
+
+def upright_size(path) -> tuple[int, int]:
+    """(width, height) of an image as it is shown, from its header alone. Raises UserError."""
+    with opened(path, "not a readable image") as file:
+        # but for the first test Pillow would decode a PNG to look for EXIF after it
+        stated = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & file.info.keys()
+        return file.size[::-1] if stated and turn_of(file) in SWAPS_SIDES else file.size
+
+
+def open_image(path) -> Image.Image:
+    """An RGB image of 8 bits, turned upright by its EXIF entry. Raises UserError.
+
+    Transparency is dropped. Of 16-bit colours the upper 8 bits stay. Grey values of more than 8 bits and floats are brought to
+    0 to 255 by the value that is white: see `white_of`.
+    """
+    with opened(path, "cannot be read as an image") as file:
+        deep = ";16" in str(file.tile)  # Pillow keeps the upper half of 16-bit colours
+        image = upright(file)
+        if image.mode == "F" or image.mode.startswith("I"):
+            return grey(path, file, np.asarray(image)).convert("RGB")
+        if deep and max(high for _, high in np.reshape(image.getextrema(), (-1, 2))[: 1 if image.mode == "LA" else 3]) < 16:
+            raise UserError(f"{path}: holds 16-bit colours, all of them below 4096 of 65535, so it is nearly black or 12-bit "
+                            "data; save it with 8 bits per channel")  # fmt: skip
+        image.info.pop("transparency", None)  # of a palette, which Pillow would warn of
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def grey(path, file: Image.Image, values: np.ndarray) -> Image.Image:
+    """Grey values (H, W), whole numbers or floats, of an opened file -> an image of 8 bits, black at 0. Raises UserError."""
+    tags = getattr(file, "tag_v2", {})  # of a TIFF
+    if values.dtype == np.int32 and tags.get(339) in (None, 1, (1,)):
+        values = values.view(np.uint32)  # Pillow knows signed 32-bit values alone
+    low, high = values.min().item(), values.max().item()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"{path}: holds values that are not finite (nan or inf); save it with grey values from 0 to 255")
+    if low < 0:
+        raise UserError(f"{path}: holds grey values from {low:g} to {high:g}, but 0 is black; save it with 0 to 255")
+    white = white_of(path, file, tags, high, values.dtype.kind == "f")
+    out = np.empty(values.shape, np.uint8)
+    for row, line in zip(out, values, strict=True):  # by rows, which takes little memory
+        # 65535 -> 255: whole numbers lose their lower bits
+        row[:] = np.rint(line * (255 / white)) if values.dtype.kind == "f" else line.astype(np.uint64) * 256 // (white + 1)
+    return Image.fromarray(255 - out if tags.get(262) == 0 else out)  # PhotometricInterpretation 0: 0 is white
+
+
+def white_of(path, file: Image.Image, tags, high: float, floats: bool) -> float:
+    """The grey value that is white in a file whose largest value is `high`. Raises UserError where that cannot be told.
+
+    It is what the file says: the largest value of a format whose samples Pillow scales to 16 bits (PGM, JPEG 2000), or a TIFF's
+    MaxSampleValue, SMaxSampleValue or BitsPerSample. Otherwise it is the smallest usual one that is not exceeded: 255, 4095
+    (12 bits), 65535 or 2^32 - 1; for floats 1, 255 or 65535. So the values of a 12-bit camera are seen alike in a container
+    of 16 bits. Where all values lie below a sixteenth of it, there is no telling.
+    """
+    if not floats and file.format in ("PPM", "JPEG2000"):
+        return 65535
+    bits = np.max(tags.get(258, 0))
+    stated = [np.max(tags[tag]).item() for tag in (281, 341) if tag in tags]
+    stated += [2 ** int(bits) - 1] if not floats and bits not in (0, 16, 32) else []
+    for white in stated:
+        if white > 0 and high <= white:
+            return white
+    usual = (1.0, 255.0, 65535.0) if floats else (255, 4095, 65535, 2**32 - 1)
+    white = next((white for white in usual if high <= white), math.inf)
+    if white == math.inf or (white > usual[0] and high < white / 16):
+        raise UserError(f"{path}: holds grey values up to {high:g}, and does not say which value is white; save it with values "
+                        "from 0 to 255")  # fmt: skip
+    return white
+
+
+def open_mask(path) -> np.ndarray:
+    """(H, W) whole numbers, as they are in a grey or palette PNG of 1 to 16 bits. Raises UserError."""
+    with opened(path, "cannot be read as a PNG mask", "replace it") as file:
+        if file.mode in ("L", "P", "1") or file.mode.startswith("I"):
+            return mask_values(file)
+        kind = file.mode
+    raise UserError(f"{path}: is a {kind} image; a mask holds one class index per pixel (grey or palette PNG); "
+                    f"{masks_command(pathlib.Path(path).parent, flags_for_file(path))}")  # fmt: skip
+
+
+def mask_values(file: Image.Image) -> np.ndarray:
+    """(H, W) uint8 or int32: the values of an opened grey or palette image as they stand in the file, upright."""
+    raw = file.tile[0].args if file.tile else None
+    values = np.array(upright(file)).astype(np.int32 if file.mode.startswith("I") else np.uint8)
+    return values // {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else "", 1)  # Pillow stretches them to 0..255
+
+
+def read_colours(path: pathlib.Path) -> bytes | None:
+    """The palette of a mask file, three bytes per index, from its header alone; None where it has none, or one that says
+    nothing: the grey ramp that Pillow gives by default. Raises UserError."""
+    with opened(path, "cannot be read as a PNG mask", "replace it") as file:
+        if file.mode != "P":
+            return None
+        rawmode, colours = file.palette.getdata()
+        colours = bytes(colours) if rawmode == "RGB" else bytes(file.getpalette())
+    ramp = bytes(np.repeat(np.arange(256, dtype=np.uint8), 3))
+    return None if ramp.startswith(colours) else colours
+
+
+# ---- which command fixes wrong masks ----
+
+
+def masks_command(folder: pathlib.Path, flags: str) -> str:
+    """The command that converts the masks in `folder`, as the end of a message."""
+    old, new = (shlex.quote(str(path)) for path in (folder.with_name(f"{folder.name}-original"), folder))
+    return f"rename {new} to {old} and run: python prepare.py masks --masks {old} --out {new} {flags}".rstrip()
+
+
+def flags_for(values: np.ndarray, pixels: np.ndarray, classes: int, named: bool = False) -> str:
+    """The flags of `prepare.py masks` for masks that hold the grey `values`, sorted, in so many `pixels` each, in a data set of
+    `classes` classes; `named`: in classes.txt."""
+    common = values[pixels >= 0.03 * pixels.sum()]
+    values = values.tolist()
+    wrong = [value for value in values if value >= classes and value != IGNORE_INDEX]
+    if wrong and len(common) > 1 and len(values) - len(common) > 3:  # soft edges, or a JPEG
+        levels, more = common.tolist(), " --unknown nearest"
+    elif len(values) > MOST_UNNAMED:
+        levels, more = [0, 255], " --unknown nearest"
+    elif values == [0, IGNORE_INDEX] or (
+        wrong and min(wrong) > 2 * classes and 1 < len(values) <= classes + 1
+    ):  # levels of grey
+        levels, more = values, ""
+    elif named:
+        return "--unknown ignore"
+    else:
+        return "--values " + " ".join([*(f"{i}={i}" for i in range(classes)), *(f"{value}=ignore" for value in wrong)])
+    names = [i if i < max(2, classes) else "ignore" for i in range(len(levels))]
+    return "--values " + " ".join(f"{value}={name}" for value, name in zip(levels, names, strict=True)) + more
+
+
+def flags_for_file(path) -> str:
+    """The flags of `prepare.py masks` for a file that is no grey or palette PNG: by its colours."""
+    path = pathlib.Path(path)
+    with opened(path, "cannot be read as an image", "replace it") as file:
+        pixels = np.asarray(file.convert("RGB")).reshape(-1, 3)
+    lossy = " --unknown nearest" if path.suffix.lower() in (".jpg", ".jpeg") else ""
+    if (pixels == pixels[:, :1]).all():  # grey
+        if not lossy and pixels.max() < IGNORE_INDEX:
+            return ""  # class indices in three channels
+        values, counts = np.unique(pixels[:, 0], return_counts=True)
+        flags = flags_for(values, counts, 2) if len(values) > 1 else "--values 0=0 255=1"
+        return flags.removesuffix(lossy) + lossy
+    colours = {tuple(colour) for colour in np.unique(pixels, axis=0).tolist()}
+    if (path.parent.parent / "palette.txt").exists():
+        return f"--palette {shlex.quote(str(path.parent.parent / 'palette.txt'))}{lossy}"
+    for name, palette in (("voc", voc_palette(21)), ("cityscapes", CITYSCAPES_PALETTE)):
+        if colours <= {*palette, VOC_BORDER, (0, 0, 0)}:
+            return f"--palette {name}"
+    if len(colours) <= 8:
+        return "--values " + " ".join(f"{','.join(map(str, colour))}={i}" for i, colour in enumerate(sorted(colours)))
+    return f"--palette palette.txt{lossy} (which holds the colour of each class, one 'R G B' per line)"
+
+
+CITYSCAPES_PALETTE = [(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
+                      (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60),
+                      (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)]  # fmt: skip
+
+
+def voc_palette(n: int) -> list[tuple[int, int, int]]:
+    """PASCAL VOC's colours: the bits of the class index, spread over the three channels from the highest bit down."""
+    colours = []
+    for index in range(n):
+        colour = [0, 0, 0]
+        for bit in range(8):
+            for channel in range(3):
+                colour[channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
+        colours.append(tuple(colour))
+    return colours
+
+
+def colour_table(palette: list[tuple[int, int, int]]) -> np.ndarray:
+    """(256, 3) uint8: the colour of every mask value, white beyond the classes."""
+    table = np.full((256, 3), 255, np.uint8)
+    table[: len(palette)] = palette
+    return table

@@ -1,0 +1,403 @@
+"""The flags of the training scripts, one row each, and their defaults by data set.
+
+A row says how a flag is parsed, what it may be, which methods have it, and under which key it stands in a result's row. The
+scripts' parsers, the checks, and the settings that keep runs apart when seeds are averaged all come from these rows.
+"""
+
+import argparse
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from common import UserError
+
+TEACHER_METHODS, STUDENT_METHODS = ("sup", "mt", "cps"), ("mgd", "kd", "cwd")
+METHODS = (*TEACHER_METHODS, *STUDENT_METHODS)
+UNLABELED = ("mt", "cps", *STUDENT_METHODS)  # the methods that use unlabeled images
+
+# ---- defaults by data set ----
+
+# What flags without a default of their own become. `teacher`, `student`, a backbone of `of`, and `no_cutmix` override.
+# `shapes` has small stand-ins for the teachers, so that the whole pipeline runs in minutes without a GPU. The others are the
+# recipes of the paper and its released code, in one process (docs/paper.md); `folder` follows that of VOC. A window of "crop"
+# is as large as the crop: a head that saw nothing but crops is off on larger images, where its dilated convolutions reach
+# what was padding before (33.0 mIoU instead of 37.8 on CamVid at half size with crops of 96x128).
+SHAPES_RECIPE = {
+    "teacher_deep": "resnet34",
+    "teacher_wide": "resnet18",
+    "weights": "none",
+    "head_width": 64,
+    "crop": (64, 64),
+    "scales": [0.75, 1.0, 1.25],
+    "batch": 8,
+    "lr": 0.05,
+    "sup_only": 0.4,
+    "ramp_up": 0.6,
+    "cps_weight": 1.0,
+    "conf_thresh": 0.0,
+    "lambda_image": 0.002,
+    "lambda_region": 10.0,  # from scratch, 100 slowed the student
+    "window": False,
+    "ohem": False,
+    "teacher": {"steps": 350},
+    "student": {"steps": 250},
+}
+FOLDER_RECIPE = {
+    "teacher_deep": "resnet101",
+    "teacher_wide": "wide_resnet34",
+    "weights": "imagenet",
+    "head_width": 256,
+    "crop": (512, 512),
+    "scales": [0.5, 0.75, 1.0, 1.5, 1.75, 2.0],
+    "batch": 8,
+    "lr": 0.0025,
+    "steps": 40_000,
+    "sup_only": 0.0,
+    "ramp_up": 0.0,
+    "cps_weight": 1.0,
+    "conf_thresh": 0.0,
+    "lambda_image": 0.002,
+    "lambda_region": 100.0,
+    "window": "crop",
+    "ohem": False,
+    "of": {"wide_resnet34": {"lr": 0.001}, "mobilenetv2": {"lr": 0.0035}},
+}
+VOC_RECIPE = {
+    **FOLDER_RECIPE,
+    "steps": 39_700,
+    "no_cutmix": {"cps_weight": 1.5},
+    "of": {"wide_resnet34": {"lr": 0.001}, "mobilenetv2": {"lr": 0.0035, "lambda_image": 0.001, "lambda_region": 50.0}},
+}
+CITYSCAPES_RECIPE = {
+    **FOLDER_RECIPE,
+    "crop": (800, 800),
+    "ohem": True,
+    "cps_weight": 5.0,
+    "no_cutmix": {"cps_weight": 6.0},
+    "of": {},
+    "teacher": {"steps": 44_600},
+    "student": {"steps": 22_300, "batch": 16},
+}
+RECIPES = {
+    "shapes": SHAPES_RECIPE,
+    "folder": FOLDER_RECIPE,
+    "voc": VOC_RECIPE,
+    "voc-few": VOC_RECIPE,
+    "cityscapes": CITYSCAPES_RECIPE,
+}
+
+# ---- values that are more than a number ----
+
+
+def crop_size(text: str) -> tuple[int, int]:
+    """`512` -> (512, 512); `96x128`, height by width -> (96, 128)."""
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"expected SIDE or HEIGHTxWIDTH, not '{text}'")
+    return sides[0], sides[-1]
+
+
+def window_size(text: str) -> tuple[int, int] | bool:
+    """As `crop_size`, and False for `whole`."""
+    return False if text == "whole" else crop_size(text)
+
+
+def default_workers() -> int:
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, min(8, cores - 1))
+
+
+# ---- the flags ----
+
+FLAG_NAME = object()  # as a column: the key in results is the flag's own name
+
+
+class Flag(NamedTuple):
+    group: str
+    help: str
+    default: Any = None  # None: that of the data set's recipe, or what `help` says
+    type: Any = None
+    choices: tuple | None = None
+    nargs: str | None = None
+    metavar: str | None = None
+    required: bool = False
+    methods: tuple[str, ...] = METHODS  # those whose runs it changes
+    column: Any = FLAG_NAME  # the key of a result's row that holds it; None: it changes no number
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def key(self, name: str) -> str | None:
+        return name if self.column is FLAG_NAME else self.column
+
+
+WINDOW_HELP = "evaluation: size of sliding windows, SIDE or HEIGHTxWIDTH, or `whole` for whole images"
+Path = pathlib.Path
+DATA, VIEWS, MODEL, TRAINING, RUN = "data", "views", "model", "training", "run"
+UNLABELED_GROUP, MGD, KD, TEACHERS = "unlabeled images", "mgd", "kd and cwd", "teachers"
+
+FLAGS = {
+    "dataset": Flag(DATA, "shapes is embedded and needs no files", "shapes", choices=tuple(RECIPES)),
+    "data": Flag(DATA, "folder of the data set; needed by all but shapes", type=Path, metavar="DIR", column="dataset"),
+    "part": Flag(
+        DATA,
+        "fraction of the training images that keep their mask: 1/K, or 1 for all",
+        "1/8",
+        metavar="1/K",
+        column="partition",
+    ),
+    "labeled_list": Flag(
+        DATA,
+        "instead of --part: a file that names the labeled images (default: none)",
+        type=Path,
+        metavar="FILE",
+        column="partition_hash",
+    ),
+    "unlabeled_list": Flag(
+        DATA,
+        "with --labeled-list: a file that names the unlabeled images (default: all other training images)",
+        type=Path,
+        metavar="FILE",
+        column="partition_hash",
+    ),
+    "cache": Flag(
+        DATA,
+        "folder in which decoded images are kept and found again (default: none)",
+        type=Path,
+        metavar="DIR",
+        column=None,
+    ),
+    "scales": Flag(
+        VIEWS,
+        "factors on the image size, one drawn per image",
+        type=float,
+        nargs="+",
+        metavar="FACTOR",
+        column="train_scales",
+        above=0,
+    ),
+    "image_scale": Flag(VIEWS, "factor on the size of all images, in evaluation too", 1.0, float, metavar="FACTOR", above=0),
+    "window": Flag(VIEWS, WINDOW_HELP, type=window_size, metavar="SIZE"),
+    "weights": Flag(
+        MODEL,
+        "of the backbone: imagenet, none, or a file with a torchvision state dict",
+        metavar="imagenet|none|FILE",
+    ),
+    "stem": Flag(MODEL, "deep gives the paper's parameter counts", "standard", choices=("standard", "deep")),
+    "head_width": Flag(MODEL, "channels of ASPP and decoder", type=int, metavar="CHANNELS", at_least=1),
+    "separable_head": Flag(MODEL, "depthwise separable ASPP and decoder", False),
+    "seed": Flag(TRAINING, "of initialisation, order and augmentation; not of the partition", 0, int, at_least=0),
+    "steps": Flag(TRAINING, "optimizer steps", type=int, at_least=1),
+    "steps_factor": Flag(TRAINING, "multiplies the steps", 1.0, float, metavar="FACTOR", column="steps", above=0),
+    # batch norm needs two images
+    "batch": Flag(
+        TRAINING,
+        "labeled images per step over all processes; the unlabeled images come on top",
+        type=int,
+        metavar="IMAGES",
+        at_least=2,
+    ),
+    "grad_accum": Flag(
+        TRAINING,
+        "gradient accumulation: split each step into so many micro-batches",
+        1,
+        int,
+        metavar="MICRO_BATCHES",
+        at_least=1,
+    ),
+    "lr": Flag(
+        TRAINING,
+        "initial learning rate; decays as (1 - step / steps)^0.9. The default grows in proportion to --batch",
+        type=float,
+        above=0,
+    ),
+    "weight_decay": Flag(TRAINING, "not applied to norms and biases", 5e-4, float, at_least=0),
+    "crop": Flag(TRAINING, "crop size in pixels, SIDE or HEIGHTxWIDTH", type=crop_size, metavar="SIZE"),
+    "ohem": Flag(TRAINING, "supervised loss on hard pixels only", type=bool),
+    "cutmix": Flag(TRAINING, "mix the unlabeled views with CutMix", True, methods=UNLABELED),
+    "precision": Flag(
+        TRAINING,
+        "of autocast (default: bf16 where the hardware is fast at it)",
+        choices=("bf16", "fp32"),
+    ),
+    "out": Flag(RUN, "folder of the run: last.pt, log.jsonl", type=Path, metavar="DIR", required=True, column=None),
+    "resume": Flag(RUN, "continue from OUT/resume.pt where it exists", False, column=None),
+    "workers": Flag(RUN, "processes of each data loader", default_workers(), int, metavar="N", column=None, at_least=0),
+    "device": Flag(RUN, "cuda, cpu, ... (default: cuda where there is one)", column=None),
+    "compile": Flag(RUN, "torch.compile the networks; worth its minutes in long runs", False, column=None),
+    "log_every": Flag(RUN, "how often the losses are logged", 20, int, metavar="STEPS", column=None, at_least=1),
+    "save_every": Flag(RUN, "how often OUT/resume.pt is written", 200, int, metavar="STEPS", column=None, at_least=1),
+    "val_every": Flag(
+        RUN,
+        "how often to validate; 0: after the last step only",
+        0,
+        int,
+        metavar="STEPS",
+        column=None,
+        at_least=0,
+    ),
+    "cps_weight": Flag(
+        UNLABELED_GROUP,
+        "cps: weight of the loss on pseudo labels",
+        type=float,
+        methods=("cps",),
+        at_least=0,
+    ),
+    "conf_thresh": Flag(
+        UNLABELED_GROUP,
+        "cps: ignore pseudo labels below this probability",
+        type=float,
+        metavar="PROBABILITY",
+        methods=("cps",),
+        column="threshold",
+        at_least=0,
+        at_most=1,
+    ),
+    "mt_weight": Flag(UNLABELED_GROUP, "mt: weight of the consistency loss", 100.0, float, methods=("mt",), at_least=0),
+    "ema_decay": Flag(
+        UNLABELED_GROUP,
+        "mt: decay per step of the moving average of the weights, below 1",
+        0.99,
+        float,
+        methods=("mt",),
+        at_least=0,
+        below=1,
+    ),
+    "sup_only": Flag(
+        UNLABELED_GROUP,
+        "supervised-only warm-up, as a fraction of the steps",
+        type=float,
+        metavar="FRACTION",
+        methods=("mt", "cps"),
+        at_least=0,
+        at_most=1,
+    ),
+    "ramp_up": Flag(
+        UNLABELED_GROUP,
+        "fraction of the steps at which the unsupervised weight reaches its full value",
+        type=float,
+        metavar="FRACTION",
+        methods=("mt", "cps"),
+        at_least=0,
+        at_most=1,
+    ),
+    "lambda_image": Flag(MGD, "λ1 of Eq. 7, weight of the image level", type=float, methods=("mgd",), at_least=0),
+    "lambda_region": Flag(MGD, "λ2 of Eq. 7, weight of the region level", type=float, methods=("mgd",), at_least=0),
+    "image_reduction": Flag(
+        MGD,
+        "over the classes of the image level; mean is Eq. 4",
+        "sum",
+        choices=("sum", "mean"),
+        methods=("mgd",),
+    ),
+    "regions": Flag(MGD, "regions per side, H_v = W_v of Eq. 6", 7, int, methods=("mgd",), at_least=1),
+    "temperature": Flag(KD, "of the softened probabilities", 4.0, float, methods=("kd", "cwd"), above=0),
+    "kd_weight": Flag(KD, "weight of the divergence", 1.0, float, methods=("kd", "cwd"), at_least=0),
+    "teacher_bn": Flag(
+        TEACHERS,
+        "train: normalize with the statistics of each batch",
+        "eval",
+        choices=("eval", "train"),
+        methods=STUDENT_METHODS,
+    ),
+    "mixed_terms": Flag(
+        TEACHERS,
+        "the teachers' outputs for the image and region terms: run on the CutMix views (mixed), or CutMix of the outputs for "
+        "the clean views (clean; saves a quarter of the teachers' compute)",
+        "mixed",
+        choices=("mixed", "clean"),
+        methods=STUDENT_METHODS,
+    ),
+    "grad_norms": Flag(
+        RUN,
+        "log the norm of each weighted term's gradient",
+        False,
+        methods=STUDENT_METHODS,
+        column=None,
+    ),
+    # of one script each, which declares them itself
+    "method": Flag("", ""),
+    "role": Flag("", ""),
+    "backbone": Flag("", ""),
+    "deep": Flag("", "", column="teachers"),
+    "wide": Flag("", "", column="teachers"),
+    "losses": Flag("", ""),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser, methods: tuple[str, ...], groups: tuple[str, ...] | None = None):
+    """Add the flags that any of `methods` has, those of `groups` alone where given, each with its default in its help."""
+    made = {}
+    for name, flag in FLAGS.items():
+        if not flag.group or not {*methods} & {*flag.methods} or (groups and flag.group not in groups):
+            continue
+        group = made.setdefault(flag.group, None) or parser.add_argument_group(flag.group)
+        made[flag.group] = group
+        boolean = isinstance(flag.default, bool) or flag.type is bool
+        if boolean:
+            more = {"action": argparse.BooleanOptionalAction}
+        else:
+            given = {key: getattr(flag, key) for key in ("type", "choices", "nargs", "metavar")}
+            more = {key: value for key, value in given.items() if value is not None}
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=flag.default,
+            required=flag.required,
+            help=f"{flag.help}{default_of(name)}",
+            **more,
+        )
+
+
+def default_of(name: str) -> str:
+    """What help says of a flag's default."""
+    flag = FLAGS[name]
+    if flag.required or "(default: " in flag.help:
+        return ""
+    value = VOC_RECIPE.get(name)
+    if flag.default is not None or value is None:
+        shown = {True: "on", False: "off"}.get(flag.default, flag.default) if isinstance(flag.default, bool) else flag.default
+        return f" (default: {shown})"
+    if isinstance(value, list):
+        value = " ".join(f"{number:g}" for number in value)
+    elif isinstance(value, tuple):
+        value = value[0]
+    elif isinstance(value, bool):
+        value = "on" if value else "off"
+    return f" (default: by --dataset; {value} for voc)"
+
+
+def fill_from_recipe(args: argparse.Namespace, stage: str):
+    """Give every argument that is still None its value of the data set's recipe, and check the ranges of all.
+
+    `stage` is teacher or student. Raises UserError.
+    """
+    recipe = RECIPES[args.dataset]
+    overrides = (recipe.get(stage), recipe.get("of", {}).get(args.backbone), None if args.cutmix else recipe.get("no_cutmix"))
+    for more in overrides:
+        recipe = {**recipe, **(more or {})}
+    if args.batch is not None:  # the recipe's learning rate is that of its batch
+        recipe["lr"] *= args.batch / recipe["batch"]
+    missing = [name for name in FLAGS if name in recipe and getattr(args, name, 0) is None]
+    for name in sorted(missing, key=lambda name: recipe[name] == "crop"):  # a window of the crop's size follows the crop
+        setattr(args, name, args.crop if recipe[name] == "crop" else recipe[name])
+    if args.steps_factor > 0:  # what is not is refused below
+        args.steps = round(args.steps * args.steps_factor)
+    for name, flag in FLAGS.items():
+        given = getattr(args, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None:
+                check_range(name, flag, value)
+
+
+def check_range(name: str, flag: Flag, value):
+    """Raise UserError where a value lies outside its flag's range; NaN always does."""
+    shown = f"--{name.replace('_', '-')} {value}"
+    if flag.at_most is not None and not flag.at_least <= value <= flag.at_most:
+        raise UserError(f"{shown}: must be from {flag.at_least} to {flag.at_most}")
+    if flag.below is not None and not flag.at_least <= value < flag.below:
+        raise UserError(f"{shown}: must be at least {flag.at_least} and below {flag.below}")
+    if flag.at_least is not None and not value >= flag.at_least:
+        raise UserError(f"{shown}: must be at least {flag.at_least}")
+    if flag.above is not None and not value > flag.above:
+        raise UserError(f"{shown}: must be above {flag.above}")

@@ -1,0 +1,265 @@
+"""The files of a run's folder: checkpoints and the log. Each is written whole or not at all."""
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import os
+import pathlib
+import sys
+import tempfile
+import threading
+import time
+import warnings
+
+import torch
+import torchvision
+from tqdm import tqdm
+
+from common import UserError, mean_over_ranks, print0, printable, rank_and_size
+from recipes import FLAGS
+
+# ---- files ----
+
+
+@contextlib.contextmanager
+def atomic_write(path: pathlib.Path):
+    """A temporary name beside `path`, which replaces `path` when the block ends: `path` is at every moment either the old file
+    or the whole new one. Nothing is left of a block that fails. Raises UserError where the file cannot be written."""
+    target = pathlib.Path(os.path.realpath(path))  # a link stays a link
+    temporary = target.with_name(f".mgd-{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter while it handles the former
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(
+            f"{printable(path)}: cannot be written ({reason.strerror or reason}); free some space or give access, then run the "
+            "same command again"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def make_folder(flag: str, folder: pathlib.Path):
+    """Make `folder` where it is missing, and write a file there for a moment. Raises UserError where either fails, so that a
+    run ends before its work and not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {printable(folder)}: cannot be made a folder ({error.strerror}); give another") from None
+    try:  # permissions say little: not of a read-only disk, nor to root
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{flag} {printable(folder)}: cannot be written to ({error.strerror}); give another folder") from None
+
+
+def without_nan(value):
+    """`value` with None for every float that is not finite, in lists and dicts too: JSON has neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- checkpoints ----
+
+
+def save_checkpoint(path: pathlib.Path, checkpoint: dict):
+    """Write `checkpoint` so that `path` is at every moment either the old file or the whole new one; the first rank does.
+    Raises UserError where it cannot be written."""
+    if rank_and_size()[0] > 0:
+        return
+    checkpoint["rng"] = torch.get_rng_state()
+    checkpoint["versions"] = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    make_folder("--out", path.parent)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_checkpoint(path: pathlib.Path | str) -> dict:
+    """A checkpoint of any stage, on the CPU.
+
+    Keys: `model` (state dict), `second` (until the last step: CPS's second network, Mean Teacher's student), `optimizers`,
+    `step`, `rng`, `args`, `classes`, `palette`, `partition`, `row` (the run's entry in result files), `teachers` (their rows),
+    `versions`. Raises UserError.
+    """
+    try:
+        with warnings.catch_warnings():  # about files that are no checkpoints, which the line below says
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; train it first, or give the path of a last.pt") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give the last.pt in it") from None
+    except Exception:
+        raise UserError(f"{path}: cannot be read as a checkpoint; it is damaged or of another program") from None
+    if not isinstance(checkpoint, dict) or not {"model", "args", "classes", "row"} <= checkpoint.keys():
+        raise UserError(f"{path}: not a checkpoint of train_teacher.py or distill.py")
+    return checkpoint
+
+
+def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
+    """Make OUT, and return OUT/resume.pt where --resume is given and it exists.
+
+    Raises UserError where it stems from other arguments or images, where OUT holds a run but --resume is not given, so that
+    none is lost, where OUT is the folder of the data or holds somebody else's files, and where it cannot be written to. Ends
+    the script where the run is finished.
+    """
+    make_folder("--out", args.out)
+    path, log = args.out / "resume.pt", args.out / "log.jsonl"
+    if args.data and args.out.resolve() == pathlib.Path(args.data).resolve():
+        raise UserError(f"--out {args.out}: is the folder of the data; give another")
+    if log.exists() and not is_log(log):
+        raise UserError(f"{log}: was not written by this project; choose another --out, or remove it")
+    if not args.resume:
+        for found in (path, args.out / "last.pt"):
+            if found.exists():
+                raise UserError(
+                    f"{found}: belongs to an earlier run; pass --resume to continue it, choose another --out, or delete it"
+                )
+        return None
+    if not path.exists():
+        if (args.out / "last.pt").exists():
+            print0(f"{args.out / 'last.pt'}: this run is finished; delete the file to train it again")
+            sys.exit(0)
+        return None
+    checkpoint = load_checkpoint(path)
+    if (args.out / "last.pt").exists():
+        load_checkpoint(args.out / "last.pt")  # which is going to be replaced
+    # What changes no number may change, and the number of micro-batches, each of which batch norm sees alone.
+    for key, value in sorted(plain_args(args).items(), key=lambda item: item[0] == "window"):  # which follows the crop
+        may_change = FLAGS[key].column is None or key in ("data", "grad_accum")
+        if not may_change and checkpoint["args"].get(key) != value:
+            raise UserError(
+                f"{path}: was trained with --{key.replace('_', '-')} {checkpoint['args'].get(key)}, not {value}; give the same "
+                "arguments or another --out, or delete it to start again"
+            )
+    if checkpoint["partition"]["hash"] != partition.hash:
+        raise UserError(
+            f"{path}: was trained on partition {checkpoint['partition']['hash']}, which is now {partition.hash}; the lists or "
+            "masks have changed, so give another --out, or delete it to start again"
+        )
+    print0(f"{path}: continuing after step {checkpoint['step']}")
+    return checkpoint
+
+
+def plain_args(args: argparse.Namespace) -> dict:
+    """The arguments as plain types, for checkpoints that `torch.load(weights_only=True)` opens."""
+
+    def plain(value):
+        return str(value) if isinstance(value, pathlib.Path) else list(value) if isinstance(value, tuple) else value
+
+    return {key: plain(value) for key, value in vars(args).items()}
+
+
+def remove_resume_checkpoint(args: argparse.Namespace):
+    """Remove OUT/resume.pt, now that last.pt is there."""
+    if rank_and_size()[0] == 0:
+        (args.out / "resume.pt").unlink(missing_ok=True)
+
+
+# ---- the log ----
+
+
+def is_log(path: pathlib.Path) -> bool:
+    """Whether a file is empty or was written by `Progress`, by its first line."""
+    try:
+        with open(path, "rb") as file:
+            first = file.readline(2**20)
+        keys = json.loads(first).keys() if first else {"step", "miou"}
+    except (OSError, ValueError, AttributeError):
+        return False
+    return keys == {"step", "miou"} or "grad_loss" in keys or {"step", "lr", "images_per_s", "data_wait"} <= keys
+
+
+def logged_step(line: bytes) -> float:
+    """The step of a line of a log; infinite where the line was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+class Progress:
+    """One progress bar and OUT/log.jsonl. Metrics stay on the device until they are logged."""
+
+    def __init__(self, args: argparse.Namespace, start: int):
+        path = args.out / "log.jsonl"
+        if rank_and_size()[0] > 0:
+            path = os.devnull
+        else:  # what a resumed run logged before its checkpoint stays; later lines are made again
+            lines = path.read_bytes().splitlines() if start and path.exists() else []
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(b"".join(line + b"\n" for line in lines if logged_step(line) <= start))
+        self.file = open(path, "a")  # noqa: SIM115
+        self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
+        self.terms, self.first, self.began = 0, start, None  # the steps that the duration is measured over
+        quiet = True if rank_and_size()[0] > 0 else None
+        self.bar = tqdm(total=args.steps, initial=start, desc=args.out.name, disable=quiet, dynamic_ncols=True)
+
+    def next_batch(self, batches):
+        """The next item of the iterator `batches`; the time it takes counts as waiting for data."""
+        before = time.perf_counter()
+        item = next(batches)
+        self.waited += time.perf_counter() - before
+        return item
+
+    def step(self, step: int, images: int, lr: float, losses: dict[str, torch.Tensor]):
+        """Count step `step` (from 0), which saw `images` images. Every `log_every` steps the losses are read and logged, and
+        before a checkpoint is saved, so that a training that diverged ends before. Raises UserError."""
+        self.steps += 1
+        self.bar.update()
+        done = step + 1
+        if len(losses) != self.terms:  # at the first step, and where pseudo labels set in
+            self.terms, self.first = len(losses), step
+        if step - self.first in (1, 4):  # the first steps warm up
+            float(next(iter(losses.values())))  # waits for the device
+            now = time.perf_counter()
+            if step - self.first == 4:
+                left = self.args.steps - done
+                duration = datetime.timedelta(seconds=round((now - self.began) / 3 * left))
+                print0(f"{self.args.out.name}: estimated {duration} for the remaining {left} steps")
+            self.began = now
+        if done % self.args.log_every and done % self.args.save_every and done != self.args.steps:
+            return
+        means = mean_over_ranks(torch.stack([torch.as_tensor(loss).float() for loss in losses.values()])).tolist()
+        means = dict(zip(losses, means, strict=True))
+        now = time.perf_counter()
+        elapsed, self.since = now - self.since, now
+        speed = self.steps * images / elapsed
+        data, self.steps, self.waited = self.waited / elapsed, 0, 0.0
+        bad = [name for name, value in means.items() if value != value or abs(value) == float("inf")]
+        self.write(step=step + 1, lr=lr, images_per_s=speed, data_wait=data, **means)
+        if bad:
+            raise UserError(
+                f"{self.args.out}: loss '{bad[0]}' is not finite at step {step + 1}; start again with a lower --lr than "
+                f"{self.args.lr} (and delete resume.pt there)"
+            )
+        text = " ".join(f"{name} {value:.3f}" for name, value in means.items())
+        text += f" lr {lr:.2g} {speed:.1f} img/s data {data:.0%}"
+        if self.bar.disable:  # not a terminal: lines instead of a bar
+            eta = datetime.timedelta(seconds=round((self.args.steps - step - 1) * images / speed))
+            print0(f"{self.args.out.name} {step + 1}/{self.args.steps} {text} eta {eta}")
+        self.bar.set_postfix_str(text)
+
+    def validated(self, step: int, miou: float):
+        """Log a validation after `step` steps; its time does not count as the next steps'."""
+        self.write(step=step, miou=miou)
+        print0(f"{self.args.out.name} step {step}: {miou:.2f} mIoU")
+        self.since, self.steps, self.waited = time.perf_counter(), 0, 0.0
+
+    def write(self, **entry):
+        self.file.write(json.dumps(without_nan(entry), allow_nan=False) + "\n")
+        self.file.flush()
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
