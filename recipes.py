@@ -139,7 +139,7 @@ UNLABELED_GROUP, MGD, KD, TEACHERS = "unlabeled images", "mgd", "kd and cwd", "t
 
 FLAGS = {
     "dataset": Flag(DATA, "shapes is embedded and needs no files", "shapes", choices=tuple(RECIPES)),
-    "data": Flag(DATA, "folder of the data set; needed by all but shapes", type=Path, metavar="DIR", column="dataset"),
+    "data": Flag(DATA, "folder of the data set; needed by all but shapes (default: none)", type=Path, metavar="DIR", column="dataset"),
     "part": Flag(
         DATA,
         "fraction of the training images that keep their mask: 1/K, or 1 for all",
