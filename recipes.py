@@ -109,8 +109,6 @@ def default_workers() -> int:
 
 # ---- the flags ----
 
-FLAG_NAME = object()  # as a column: the key in results is the flag's own name
-
 
 class Flag(NamedTuple):
     group: str
@@ -122,24 +120,23 @@ class Flag(NamedTuple):
     metavar: str | None = None
     required: bool = False
     methods: tuple[str, ...] = METHODS  # those whose runs it changes
-    column: Any = FLAG_NAME  # the key of a result's row that holds it; None: it changes no number
+    column: str | None = ""  # the key of a result's row that holds it, "": its own name; None: it changes no number
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
 
-    def key(self, name: str) -> str | None:
-        return name if self.column is FLAG_NAME else self.column
-
 
 WINDOW_HELP = "evaluation: size of sliding windows, SIDE or HEIGHTxWIDTH, or `whole` for whole images"
 Path = pathlib.Path
-DATA, VIEWS, MODEL, TRAINING, RUN = "data", "views", "model", "training", "run"
-UNLABELED_GROUP, MGD, KD, TEACHERS = "unlabeled images", "mgd", "kd and cwd", "teachers"
+GROUPS = ("data", "views", "model", "training", "run", "unlabeled images", "mgd", "kd and cwd", "teachers")
+DATA, VIEWS, MODEL, TRAINING, RUN, UNLABELED_IMAGES, MGD, KD, TEACHERS = GROUPS
 
 FLAGS = {
     "dataset": Flag(DATA, "shapes is embedded and needs no files", "shapes", choices=tuple(RECIPES)),
-    "data": Flag(DATA, "folder of the data set; needed by all but shapes (default: none)", type=Path, metavar="DIR", column="dataset"),
+    "data": Flag(
+        DATA, "folder of the data set; needed by all but shapes (default: none)", type=Path, metavar="DIR", column="dataset"
+    ),
     "part": Flag(
         DATA,
         "fraction of the training images that keep their mask: 1/K, or 1 for all",
@@ -238,14 +235,14 @@ FLAGS = {
         at_least=0,
     ),
     "cps_weight": Flag(
-        UNLABELED_GROUP,
+        UNLABELED_IMAGES,
         "cps: weight of the loss on pseudo labels",
         type=float,
         methods=("cps",),
         at_least=0,
     ),
     "conf_thresh": Flag(
-        UNLABELED_GROUP,
+        UNLABELED_IMAGES,
         "cps: ignore pseudo labels below this probability",
         type=float,
         metavar="PROBABILITY",
@@ -254,9 +251,9 @@ FLAGS = {
         at_least=0,
         at_most=1,
     ),
-    "mt_weight": Flag(UNLABELED_GROUP, "mt: weight of the consistency loss", 100.0, float, methods=("mt",), at_least=0),
+    "mt_weight": Flag(UNLABELED_IMAGES, "mt: weight of the consistency loss", 100.0, float, methods=("mt",), at_least=0),
     "ema_decay": Flag(
-        UNLABELED_GROUP,
+        UNLABELED_IMAGES,
         "mt: decay per step of the moving average of the weights, below 1",
         0.99,
         float,
@@ -265,7 +262,7 @@ FLAGS = {
         below=1,
     ),
     "sup_only": Flag(
-        UNLABELED_GROUP,
+        UNLABELED_IMAGES,
         "supervised-only warm-up, as a fraction of the steps",
         type=float,
         metavar="FRACTION",
@@ -274,7 +271,7 @@ FLAGS = {
         at_most=1,
     ),
     "ramp_up": Flag(
-        UNLABELED_GROUP,
+        UNLABELED_IMAGES,
         "fraction of the steps at which the unsupervised weight reaches its full value",
         type=float,
         metavar="FRACTION",
@@ -316,7 +313,7 @@ FLAGS = {
         methods=STUDENT_METHODS,
         column=None,
     ),
-    # of one script each, which declares them itself
+    # declared by the scripts themselves
     "method": Flag("", ""),
     "role": Flag("", ""),
     "backbone": Flag("", ""),
@@ -326,45 +323,37 @@ FLAGS = {
 }
 
 
-def add_flags(parser: argparse.ArgumentParser, methods: tuple[str, ...], groups: tuple[str, ...] | None = None):
-    """Add the flags that any of `methods` has, those of `groups` alone where given, each with its default in its help."""
-    made = {}
-    for name, flag in FLAGS.items():
-        if not flag.group or not {*methods} & {*flag.methods} or (groups and flag.group not in groups):
-            continue
-        group = made.setdefault(flag.group, None) or parser.add_argument_group(flag.group)
-        made[flag.group] = group
-        boolean = isinstance(flag.default, bool) or flag.type is bool
-        if boolean:
-            more = {"action": argparse.BooleanOptionalAction}
-        else:
-            given = {key: getattr(flag, key) for key in ("type", "choices", "nargs", "metavar")}
-            more = {key: value for key, value in given.items() if value is not None}
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            default=flag.default,
-            required=flag.required,
-            help=f"{flag.help}{default_of(name)}",
-            **more,
-        )
+def add_flags(parser: argparse.ArgumentParser, methods: tuple[str, ...], groups: tuple[str, ...] = GROUPS):
+    """Add the flags of `groups` that any of `methods` has, each with its default in its help."""
+    for title in groups:
+        group = parser.add_argument_group(title)
+        for name, flag in FLAGS.items():
+            if flag.group != title or not {*methods} & {*flag.methods}:
+                continue
+            more = {key: getattr(flag, key) for key in ("type", "choices", "nargs", "metavar") if getattr(flag, key)}
+            if isinstance(flag.default, bool) or flag.type is bool:
+                more = {"action": argparse.BooleanOptionalAction}
+            more |= {"default": flag.default, "required": flag.required, "help": flag.help + default_of(name)}
+            group.add_argument(f"--{name.replace('_', '-')}", **more)
 
 
 def default_of(name: str) -> str:
     """What help says of a flag's default."""
-    flag = FLAGS[name]
+    flag, value = FLAGS[name], VOC_RECIPE.get(name)
     if flag.required or "(default: " in flag.help:
         return ""
-    value = VOC_RECIPE.get(name)
-    if flag.default is not None or value is None:
-        shown = {True: "on", False: "off"}.get(flag.default, flag.default) if isinstance(flag.default, bool) else flag.default
-        return f" (default: {shown})"
-    if isinstance(value, list):
-        value = " ".join(f"{number:g}" for number in value)
-    elif isinstance(value, tuple):
-        value = value[0]
-    elif isinstance(value, bool):
-        value = "on" if value else "off"
-    return f" (default: by --dataset; {value} for voc)"
+    if flag.default is not None:
+        return f" (default: {plain(flag.default)})"
+    return f" (default: by --dataset; {plain(value)} for voc)"
+
+
+def plain(value) -> str:
+    """A default as one types it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):  # a crop size
+        return "x".join(map(str, dict.fromkeys(value)))
+    return " ".join(f"{item:g}" for item in value) if isinstance(value, list) else str(value)
 
 
 def fill_from_recipe(args: argparse.Namespace, stage: str):

@@ -28,19 +28,19 @@ from run_folder import atomic_write, is_log, load_checkpoint, make_folder, witho
 DATA = ("dataset", "partition", "partition_hash", "labeled")
 NETWORK = ("role", "backbone", "method")
 MAIN = ("steps", "head_width", "crop", "weights", "teachers", "teacher_labels", "losses", "regions")
-RECORDED = dict.fromkeys(flag.key(name) for name, flag in FLAGS.items() if flag.column is not None)
-OPTIONAL = tuple(key for key in RECORDED if key not in (*DATA, *NETWORK, *MAIN, "seed"))
+RECORDED = {name: flag.column or name for name, flag in FLAGS.items() if flag.column is not None}  # flag -> key
+OPTIONAL = tuple(key for key in dict.fromkeys(RECORDED.values()) if key not in (*DATA, *NETWORK, *MAIN, "seed"))
 OPTIONAL += ("teacher_backbones", "teacher_methods", "teacher_steps", "scales", "flip")
 SETTINGS = (*MAIN, *OPTIONAL)
 GROUP_BY = (*DATA, *NETWORK, *SETTINGS)
 # The settings that only some methods have; of the MAIN ones a row says so itself.
-METHODS_WITH = {flag.key(name): flag.methods for name, flag in FLAGS.items() if flag.methods != METHODS}
+METHODS_WITH = {key: FLAGS[name].methods for name, key in RECORDED.items() if FLAGS[name].methods != METHODS}
 METHODS_WITH = {key: methods for key, methods in METHODS_WITH.items() if key not in MAIN}
 
 
 def settings_of(args: dict) -> dict:
     """What a training's arguments say for a result's row."""
-    return {flag.key(name): args[name] for name, flag in FLAGS.items() if flag.column is not None and name in args}
+    return {key: args[name] for name, key in RECORDED.items() if name in args}
 
 
 def setting_values(row: dict, keys) -> tuple:
