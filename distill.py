@@ -72,14 +72,28 @@ WEIGHTS = {
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__, usage="%(prog)s --out DIR --deep CKPT --wide CKPT [options]")
     parser.add_argument("--method", choices=recipes.STUDENT_METHODS, default="mgd", help="see above (default: mgd)")
-    parser.add_argument("--student", "--backbone", dest="backbone", default="resnet18", metavar="NAME",
-                        help="r18, mbv2, ... (default: r18)")  # fmt: skip
+    parser.add_argument(
+        "--student",
+        "--backbone",
+        dest="backbone",
+        default="resnet18",
+        metavar="NAME",
+        help=f"{', '.join(models.ALIASES)} (default: r18)",
+    )
     parser.add_argument("--deep", type=pathlib.Path, metavar="CKPT", help="checkpoint of the deep teacher T_D (default: none)")
-    parser.add_argument("--wide", type=pathlib.Path, metavar="CKPT",
-                        help="checkpoint of the second teacher T_W; any backbone (default: none)")  # fmt: skip
-    parser.add_argument("--losses", nargs="+", metavar="LOSS",
-                        help=f"mgd: of {', '.join(LOSSES)} (default: sup, pixel, the image term of T_D and the region term of "
-                        "T_W, or of the one teacher that is given)")  # fmt: skip
+    parser.add_argument(
+        "--wide",
+        type=pathlib.Path,
+        metavar="CKPT",
+        help="checkpoint of the second teacher T_W; any backbone (default: none)",
+    )
+    parser.add_argument(
+        "--losses",
+        nargs="+",
+        metavar="LOSS",
+        help=f"mgd: some of {', '.join(LOSSES)} (default: sup, pixel, the image term of T_D and the region term of T_W, or of "
+        "the one teacher that is given)",
+    )
     recipes.add_flags(parser, recipes.STUDENT_METHODS)
     args = parser.parse_args(argv)
     args.backbone = models.canonical_name(args.backbone, "--student")
@@ -95,13 +109,13 @@ def chosen_losses(args) -> list[str]:
         raise UserError("a teacher is needed: give --deep FILE, --wide FILE or both (train_teacher.py makes them)")
     if args.method != "mgd":
         if args.losses:
-            raise UserError(f"--losses: chooses among those of --method mgd; {args.method} has its own")
+            raise UserError(f"--losses: is for --method mgd; {args.method} has losses of its own")
         return ["sup", args.method]
     names = args.losses or ["sup", "pixel", f"image:{teachers[0]}", f"region:{teachers[-1]}"]
     given = f"--losses {' '.join(names)}"
     for name in names:
         if name not in LOSSES:
-            raise UserError(f"--losses: unknown loss '{name}'; choose of {', '.join(LOSSES)}")
+            raise UserError(f"--losses: unknown loss '{name}'; choose from {', '.join(LOSSES)}")
         if name.partition(":")[2] in {"T_D", "T_W"} - {*teachers}:
             raise UserError(f"{given}: '{name}' needs that teacher; give {'--deep' if 'T_D' in name else '--wide'} FILE")
     halves = {"pixel:labeled", "pixel:unlabeled"}
@@ -122,20 +136,22 @@ def chosen_losses(args) -> list[str]:
 def load_teacher(path, dataset, args, device):
     """A frozen teacher in evaluation mode, and its checkpoint. Raises UserError where it does not fit the data set."""
     checkpoint = load_checkpoint(path)
-    if len(checkpoint["classes"]) != len(dataset.classes):
-        raise UserError(f"{path}: a teacher of {len(checkpoint['classes'])} classes, but the data set has "
-                        f"{len(dataset.classes)}; train the teachers on this data set")  # fmt: skip
-    if checkpoint["classes"] != dataset.classes:
-        raise UserError(f"{path}: a teacher of other classes ({', '.join(checkpoint['classes'])}); train the teachers on "
-                        "this data set")  # fmt: skip
-    if checkpoint["args"]["image_scale"] != args.image_scale:
-        raise UserError(f"{path}: a teacher of --image-scale {checkpoint['args']['image_scale']}, not {args.image_scale}; "
-                        "teachers and student must see images of one size")  # fmt: skip
+    classes, scale = checkpoint["classes"], checkpoint["args"]["image_scale"]
+    if classes != dataset.classes:
+        difference = f"{len(classes)} classes, but the data set has {len(dataset.classes)}"
+        if len(classes) == len(dataset.classes):
+            difference = f"other classes ({', '.join(classes)})"
+        raise UserError(f"{path}: this teacher has {difference}; train the teachers on this data set")
+    if scale != args.image_scale:
+        raise UserError(
+            f"{path}: this teacher was trained with --image-scale {scale}, not {args.image_scale}; teachers and student must "
+            "see images of the same size"
+        )
     return models.model_from_checkpoint(checkpoint).to(device).requires_grad_(False), checkpoint
 
 
 def set_batch_norm_training(teacher):
-    """Normalise with the batch's statistics and leave the stored ones untouched (`--teacher-bn train`)."""
+    """Normalize with the statistics of each batch, and leave the stored ones as they are (`--teacher-bn train`)."""
     for module in teacher.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.train()
@@ -151,7 +167,7 @@ class TeacherOutputs(NamedTuple):
     mixed: models.Output | None  # of the mixed views
 
 
-BATCH_PIXELS = 2**17  # a teacher's forward takes as many of a micro-batch's inputs as fit into so many pixels, at least one
+BATCH_PIXELS = 2**17  # one teacher forward takes at most this many pixels, but at least one input of a micro-batch
 
 
 def needed_outputs(method: str, losses: list[str], role: str) -> set[str]:
@@ -300,7 +316,7 @@ def gradient_norms(terms: dict, weights: dict[str, float], student) -> dict[str,
 
 
 def labels_of_teachers(rows, partition) -> str:
-    """Of a result's row: `partition` where the teachers saw the student's, `all`, or the name of their partition."""
+    """Which labels the teachers saw: `partition` for the student's own, `all`, or the name of their partition."""
     if all(row["partition_hash"] == partition.hash for row in rows):
         return "partition"
     names = sorted({row["partition"] for row in rows})
