@@ -5,7 +5,6 @@ import pathlib
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -169,18 +168,15 @@ def test_venv_is_made_where_it_is_missing():
     assert "-m pip install" in call_make("-n", "install", "VENV=venv", "EXTRAS=voc").stdout  # others than there are
 
 
-@pytest.mark.slow
 def test_an_installation_leaves_nothing_beside_the_sources(tmp_path):
-    """With the real pip, which builds the project's metadata, but resolves and downloads no dependency."""
-    for name in ("pyproject.toml", "constraints.txt", "README.md"):
-        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
-    stand_in(tmp_path, f'''[ "$2" = venv ] && mkdir -p venv/bin && cp python venv/bin/ && exit
-exec {sys.executable} "$@" --no-deps --no-build-isolation --target "$PWD/venv/installed"''')
+    """pip, for which a stand-in stands here, leaves build/ and *.egg-info in the folder of what it installs."""
+    (tmp_path / "README.md").touch()
+    venv = '[ "$2" != venv ] || { mkdir -p venv/bin && cp python venv/bin; exit; }'
+    stand_in(tmp_path, f'{venv}\nfor what; do :; done\ncd "${{what%[*}}" && cat pyproject.toml README.md && touch build')
     before = {*os.listdir()}
     done = call_make("install", "VENV=venv", "PYTHON=./python")
     assert done.returncode == 0 and {*os.listdir()} == before | {"venv"}, done.stderr
-    assert [path.name for path in pathlib.Path("venv/installed").iterdir()] == ["mgd_segmentation-0.1.0.dist-info"]
-    assert call_make("install", "VENV=venv").stdout == "make: Nothing to be done for 'install'.\n"
+    assert "Nothing to be done" in call_make("install", "VENV=venv").stdout
 
 
 def test_ci_runs_what_a_contributor_runs():
@@ -253,8 +249,8 @@ def test_an_unknown_variable_is_refused_everywhere():
 
 
 @pytest.mark.parametrize("given", [
-    "PART=1/8 ", "PART= 1/8", " STUDENT=r18", "STUDENT=r18 ", "DATASET=shapes ", "SEEDS= 0 ", "RUN= ", "RUN=", "TEACHER_PART=1/8 ",
-     "DEEP= ", "DATA= ", "NPROC= 1 ", "REPORT= ", "TEACHER_SEED=", "ARGS= ", "DEEP_CKPT= ",
+    "PART=1/8 ", "PART= 1/8", " STUDENT=r18", "STUDENT=r18 ", "DATASET=shapes ", "SEEDS= 0 ", "RUN= ", "RUN=",
+    "TEACHER_PART=1/8 ", "DEEP= ", "DATA= ", "NPROC= 1 ", "REPORT= ", "TEACHER_SEED=", "ARGS= ", "DEEP_CKPT= ",
 ])  # fmt: skip
 def test_spaces_around_a_value_change_nothing(given):
     name, value = given.split("=")
