@@ -52,12 +52,13 @@ $(call match,PART TEACHER_PART,1(/[1-9][0-9]*)?,give 1/K with a whole number K s
 $(call match,SEEDS TEACHER_SEED,0|[1-9][0-9]*,give whole numbers; several with spaces: SEEDS="0 1 2")
 $(call match,STUDENT DEEP WIDE,r18|r34|r50|r101|wr34|mbv2,give r18 r34 r50 r101 wr34 (wide_resnet34) or mbv2)
 $(call match,NPROC,[1-9][0-9]*,give the number of processes such as 4)
+$(if $(filter /,$(RUN)),$(call refuse,RUN,give a folder such as runs/mine/short))
 $(foreach v,DEEP_CKPT WIDE_CKPT,$(if $(filter-out $(wildcard $($(v))),$($(v))),$(call refuse,$(v),no such file)))
 
 # ---- runs: their checkpoints, once per seed; in a rule, % is / for seed 0 and -s1/ for seed 1 ----
 NAME := $(if $(filter folder,$(DATASET)),$(or $(notdir $(abspath $(DATA))),$(call refuse,DATA,give its folder)),$(DATASET))
 TEACHERS := runs/$(NAME)/$(subst /,-,$(TEACHER_PART))
-STUDENTS := $(or $(RUN),runs/$(NAME)/$(subst /,-,$(PART)))
+STUDENTS := $(or $(RUN:%/=%),runs/$(NAME)/$(subst /,-,$(PART)))
 # Students of teachers other than those of their labels and seed say so in their folder's name.
 named = $(addprefix -$(1)-,$(patsubst runs/%,%,$(patsubst %/last.pt,%,$(2))))
 OF := $(call named,of,$(filter-out $(PART),$(TEACHER_PART)))$(addprefix -t,$(TEACHER_SEED))

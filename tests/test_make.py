@@ -227,7 +227,7 @@ WRONG = [
     ("PART=0.125", "1/8"), ("PART=1 / 8", "spaces"), ("PART=1/0", "1/8"), ("PART=1/", "1/8"), ("PART=/", "1/8"),
     ("PART=2/3", "1/8"), ("PART=", "empty"), ("TEACHER_PART=all", "1 for all"), ("SEEDS=0,1", "SEEDS=\"0 1 2\""),
     ("SEEDS=", "empty"), ("SEEDS=01", "whole"), ("SEEDS=-n", "whole"), ("TEACHER_SEED=-1", "whole"), ("NPROC=0", "4"),
-    ("NPROC=two", "4"), ("DEEP_CKPT=absent.pt", "no such file"), ("WIDE_CKPT=a b.pt", "spaces"), ("RUN=my runs", "spaces"),
+    ("NPROC=two", "4"), ("DEEP_CKPT=absent.pt", "no such file"), ("WIDE_CKPT=a b.pt", "spaces"), ("RUN=my runs", "spaces"), ("RUN=/", "runs/mine"),
     ("REPORT=a b", "spaces"), ("VENV=a b", "spaces"), ("EXTRAS=voc test", "spaces"),
 ]  # fmt: skip
 
@@ -282,7 +282,7 @@ def test_what_scripts_take_make_takes():
     """Their lists stand in the Makefile once more, since it checks before there is a Python with torch."""
     for name in models.ALIASES:
         plan("distill", f"STUDENT={name}", f"DEEP={name}", f"WIDE={name}")
-    for name in datasets.RECIPES:
+    for name in recipes.RECIPES:
         plan("distill", f"DATASET={name}", "DATA=data/mine")
     extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.S)[1]
     assert sorted(VARIABLES["EXTRAS"].strip().split(",")) == sorted(re.findall(r"^(\w+) =", extras, re.M))
