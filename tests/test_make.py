@@ -227,7 +227,8 @@ WRONG = [
     ("PART=0.125", "1/8"), ("PART=1 / 8", "spaces"), ("PART=1/0", "1/8"), ("PART=1/", "1/8"), ("PART=/", "1/8"),
     ("PART=2/3", "1/8"), ("PART=", "empty"), ("TEACHER_PART=all", "1 for all"), ("SEEDS=0,1", "SEEDS=\"0 1 2\""),
     ("SEEDS=", "empty"), ("SEEDS=01", "whole"), ("SEEDS=-n", "whole"), ("TEACHER_SEED=-1", "whole"), ("NPROC=0", "4"),
-    ("NPROC=two", "4"), ("DEEP_CKPT=absent.pt", "no such file"), ("WIDE_CKPT=a b.pt", "spaces"), ("RUN=my runs", "spaces"), ("RUN=/", "runs/mine"),
+    ("NPROC=two", "4"), ("DEEP_CKPT=absent.pt", "no such file"), ("WIDE_CKPT=a b.pt", "spaces"), ("RUN=my runs", "spaces"),
+    ("RUN=/", "runs/mine"),
     ("REPORT=a b", "spaces"), ("VENV=a b", "spaces"), ("EXTRAS=voc test", "spaces"),
 ]  # fmt: skip
 
