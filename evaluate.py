@@ -346,7 +346,7 @@ def parse_args(argv=None):
 
 
 def open_model(path: pathlib.Path, args, device) -> tuple[dict, models.DeepLabV3Plus, str, Protocol]:
-    """A checkpoint, its network, its precision on `device` and its protocol, as changed by --window, --scales, --flip and
+    """A checkpoint, its network, its precision on `device` and its protocol, as changed by --window, --tta-scales, --flip and
     --precision of the command line."""
     checkpoint = load_checkpoint(path)
     protocol = protocol_of(checkpoint["args"])._replace(scales=tuple(args.scales), flip=args.flip)

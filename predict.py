@@ -2,7 +2,7 @@ r"""Predict images with a checkpoint: masks of class indices, overlays, and a sh
 
     python predict.py --ckpt runs/shapes/1-8/mgd-r18/last.pt --images photos --out predictions
     python predict.py --ckpt runs/mine/1/mgd-r18/last.pt --images photo.jpg --out predictions \
-        --window 512 --scales 0.75 1 1.25 --flip
+        --window 512 --tta-scales 0.75 1 1.25 --flip
 
 --images is a folder or one image. Every file in a folder is predicted or named, whatever its suffix: an image is what
 Pillow opens, and of an animation its first frame. Files whose names begin with a dot are ignored, and subfolders are not
@@ -148,7 +148,7 @@ def check_memory(path: pathlib.Path, size: tuple[int, int], classes: int, whole:
     network = whole * pixels * (protocol.image_scale * max(protocol.scales)) ** 2 if protocol.window is None else 0
     free = free_memory(device)
     if network + probabilities > free:
-        fix = "give --window 512" if network > probabilities else "leave out --scales and --flip"
+        fix = "give --window 512" if network > probabilities else "leave out --tta-scales and --flip"
         raise UserError(f"{printable(path)}: needs {(network + probabilities) / 1e9:.1f} GB for {size[1]}x{size[0]} pixels "
                         f"at once, but {device} has {free / 1e9:.1f} GB free; {fix}")  # fmt: skip
 
@@ -161,7 +161,7 @@ def reason_of(error: Exception, path: pathlib.Path, protocol: Protocol) -> str:
     # a CPU has no exception of its own for it
     signs = ("not enough memory: you tried to allocate", "DefaultCPUAllocator")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text for sign in signs):
-        fix = "--window 512" if protocol.window is None else "a smaller --window, and no --scales or --flip"
+        fix = "--window 512" if protocol.window is None else "a smaller --window, and no --tta-scales or --flip"
         return f"{path}: out of memory ({kind}); give {fix}"
     return f"{path}: {kind}: {text}" if text else f"{path}: {kind}"
 

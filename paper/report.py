@@ -1,6 +1,6 @@
 """Result files -> the paper's tables and figures with ours beside the paper's, and loss curves of runs.
 
-    python -m paper.report results/*.json --out results/tables              (make tables)
+    python -m paper.report results/*.json --out results/tables    # make tables
     python -m paper.report --curves runs/camvid/1-8/*/log.jsonl --out curves.png
 
 Reads what `evaluate.py --json` wrote and the paper's figures in results/paper.json, nothing else. A table is written as

@@ -499,7 +499,7 @@ def test_an_image_too_large_as_a_whole_is_refused(script, ckpt, photos, tmp_path
     assert code == 0 and "2 masks" in text, err
     monkeypatch.setattr(predict, "free_memory", lambda device: 1e6)
     code, text, err = script(predict, *arguments, "--window", "64", "--flip")
-    assert code == 1 and "leave out --scales and --flip" in err
+    assert code == 1 and "leave out --tta-scales and --flip" in err
 
 
 @pytest.mark.slow
