@@ -25,6 +25,7 @@ from PIL import Image
 import common
 import datasets
 import readers
+import result_files
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "results/README.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 STAGES = ("prepare", "train_teacher", "distill", "evaluate", "predict")
@@ -385,6 +386,13 @@ def test_links_resolve(document):
         file = (ROOT / document).parent / path if path else ROOT / document
         assert file.exists(), target
         assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_committed_results_can_be_replaced_by_the_commands_that_made_them():
+    """Without --overwrite, which the documents do not give."""
+    for path in ROOT.glob("results/**/*.*"):
+        if path.relative_to(ROOT).as_posix() not in ("results/README.md", "results/paper.json"):  # written by hand
+            assert result_files.is_ours(path), path
 
 
 def test_the_readme_is_short():
