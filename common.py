@@ -207,8 +207,9 @@ def print_plan(args: argparse.Namespace, device: torch.device, images: str, need
     )
 
 
-def compiled(model: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    """torch.compile of `model` with --compile, where this machine can compile; a line says why where not."""
+def compiled(model: torch.nn.Module, args: argparse.Namespace, device: torch.device, retain_graph=False) -> torch.nn.Module:
+    """torch.compile of `model` with --compile, where this machine can compile; otherwise a line gives the reason. With
+    `retain_graph` backward may run through a graph more than once."""
     if not args.compile:
         return model
     try:
@@ -218,8 +219,8 @@ def compiled(model: torch.nn.Module, args: argparse.Namespace, device: torch.dev
         print0(f"note: --compile is not possible here, going on without: {lines[0]}")
         args.compile = False
         return model
-    if getattr(args, "grad_norms", False):
-        torch._functorch.config.donated_buffer = False  # backward goes through a graph more than once
+    if retain_graph:
+        torch._functorch.config.donated_buffer = False
     return torch.compile(model, dynamic=False)
 
 

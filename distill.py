@@ -384,7 +384,9 @@ def main(argv=None):
         student.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizers"][0])
         torch.set_rng_state(resumed["rng"])
-    ddp_model = compiled(distribute(student), args, device)  # what the steps run; `student` is validated and saved
+    ddp_model = compiled(
+        distribute(student), args, device, retain_graph=args.grad_norms
+    )  # what the steps run; `student` is validated and saved
 
     labeled = train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
     views = on_views * (2 if args.cutmix else 1)
