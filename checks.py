@@ -83,13 +83,17 @@ def faults(dataset, look: Look) -> list[str]:
         if not shown:
             continue  # none could be read
         if not classes:
-            found.append(f"{where} hold 255 alone, which is ignored, so there is nothing to {task}; take images that show "
-                         f"classes, or {dataset.fix('--values 0=0 255=1')}")  # fmt: skip
+            found.append(
+                f"{where} hold 255 alone, which is ignored, so there is nothing to {task}; take images that show "
+                f"classes, or {dataset.fix('--values 0=0 255=1')}"
+            )
         elif len(classes) == 1 and shown == {0, IGNORE_INDEX}:
             found.append(f"{where} hold 0 and 255 alone, and 255 is ignored; {dataset.fix('--values 0=0 255=1')}")
         elif len(classes) == 1:
-            found.append(f"{where} show one class alone, '{dataset.classes[classes[0]]}', so there is nothing to {task}; take "
-                         "images that show others too (a larger --part, other lists), or fix the masks")  # fmt: skip
+            found.append(
+                f"{where} show one class alone, '{dataset.classes[classes[0]]}', so there is nothing to {task}; take "
+                "images that show others too (a larger --part, other lists), or fix the masks"
+            )
     every = sorted(set().union(*labels.values()) - {IGNORE_INDEX})
     gap = sorted(set(range(max(every, default=0))) - set(every))
     counted = not dataset.named and "labeled" in labels  # val alone may lack a class
@@ -102,8 +106,10 @@ def faults(dataset, look: Look) -> list[str]:
             what = f"{len(every)} different labels{', with gaps,' if gap else ''} as soft edges and levels of grey do"
         else:
             what = f"the labels {', '.join(map(str, every))} but not {gap[0]}"
-        found.append(f"{dataset.root / 'masks'}: hold {what}; name every class in classes.txt, one per line in the order of "
-                     f"the labels, or {dataset.fix(flags)}")  # fmt: skip
+        found.append(
+            f"{dataset.root / 'masks'}: hold {what}; name every class in classes.txt, one per line in the order of "
+            f"the labels, or {dataset.fix(flags)}"
+        )
     clash = palette_clash(dataset, look.palettes)
     if clash:
         found.append(clash)
@@ -130,8 +136,10 @@ def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
                     if dataset.palette_from:
                         flag = f"--palette {shlex.quote(dataset.palette_from)}" if dataset.palette_from.endswith(".txt") else ""
                     fix = dataset.fix(flag, pathlib.Path(path))
-                    return (f"{path}: its palette gives the colour {tuple(colour)} to index {label}, but {where} to index "
-                            f"{other}, so indices do not mean the same everywhere; {fix}")  # fmt: skip
+                    return (
+                        f"{path}: its palette gives the colour {tuple(colour)} to index {label}, but {where} to index "
+                        f"{other}, so indices do not mean the same everywhere; {fix}"
+                    )
             same.setdefault(label, (palette, path))
     return None
 

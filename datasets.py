@@ -129,9 +129,23 @@ OUTLINES = {
     2: ring(4),
     3: ring(3, (1.15,)),
     4: ring(10, (1.15, 0.5)),
-    5: np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3),
-                 (-1, -.3), (-.3, -.3)]),
-}  # fmt: skip
+    5: np.array(
+        [
+            (-0.3, -1),
+            (0.3, -1),
+            (0.3, -0.3),
+            (1, -0.3),
+            (1, 0.3),
+            (0.3, 0.3),
+            (0.3, 1),
+            (-0.3, 1),
+            (-0.3, 0.3),
+            (-1, 0.3),
+            (-1, -0.3),
+            (-0.3, -0.3),
+        ]
+    ),
+}
 
 
 class Files:
@@ -222,8 +236,10 @@ class Files:
     def missing(self) -> str | None:
         """What lacks to the counts that everybody has, in one line."""
         if self.expected and (len(self.train), len(self.val)) != self.expected:
-            return (f"{self.root}: {self.name} has {len(self.train)} training and {len(self.val)} val images here, not "
-                    f"{self.expected[0]:,} and {self.expected[1]:,}; {self.what_is_missing()}")  # fmt: skip
+            return (
+                f"{self.root}: {self.name} has {len(self.train)} training and {len(self.val)} val images here, not "
+                f"{self.expected[0]:,} and {self.expected[1]:,}; {self.what_is_missing()}"
+            )
         return None
 
 
@@ -242,8 +258,10 @@ class Folder(Files):
         lossy = by_name(p for p in (root / "masks").iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))
         if lossy:
             path = min(lossy.values())
-            raise UserError(f"{path}: is a JPEG, whose compression changes labels; masks must be PNG files; "
-                            f"{self.fix(flags_for_file(path))}")  # fmt: skip
+            raise UserError(
+                f"{path}: is a JPEG, whose compression changes labels; masks must be PNG files; "
+                f"{self.fix(flags_for_file(path))}"
+            )
         self.train, self.val = (read_names(root / f, self.images) for f in ("train.txt", "val.txt"))
         extra = read_names(root / "unlabeled.txt", self.images) if (root / "unlabeled.txt").exists() else []
         self.unlabeled = [name for name in extra if name not in set(self.train)]
@@ -257,8 +275,10 @@ class Folder(Files):
         if unmasked:
             longer = [name for name in self.masks.keys() - self.images.keys() if name.startswith(unmasked[0])]
             help = f", or, as there is {min(longer)}.png, {self.fix('')}" if longer else ""
-            raise UserError(f"{root / 'masks' / (unmasked[0] + '.png')}: no such mask, but val.txt lists its image; "
-                            f"add the mask or take the name out{help}")  # fmt: skip
+            raise UserError(
+                f"{root / 'masks' / (unmasked[0] + '.png')}: no such mask, but val.txt lists its image; "
+                f"add the mask or take the name out{help}"
+            )
         self.named = (root / "classes.txt").exists()
         self.classes = read_lines(root / "classes.txt") if self.named else self.count_classes()
         twice = [name for name, count in collections.Counter(self.classes).items() if count > 1]
@@ -281,9 +301,29 @@ class Folder(Files):
         return masks_command(self.root / "masks", flags)
 
 
-VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
-               "tvmonitor"]  # fmt: skip
+VOC_CLASSES = [
+    "background",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+]
 
 
 class Voc(Files):
@@ -308,8 +348,9 @@ class Voc(Files):
             self.train = self.listed
             return
         if not augmented.is_dir():
-            raise UserError(f"{augmented}: no such folder; build it with python prepare.py voc --data {data}, or "
-                            "take --dataset voc-few")  # fmt: skip
+            raise UserError(
+                f"{augmented}: no such folder; build it with python prepare.py voc --data {data}, or take --dataset voc-few"
+            )
         self.listed = [*self.listed, *by_name(augmented.glob("*.png"))]
         for file in ("train_aug.txt", "trainaug.txt"):
             if (lists / file).exists():
@@ -335,12 +376,33 @@ def voc_root(data: pathlib.Path) -> pathlib.Path:
     for root in (data / folder for folder in VOC_FOLDERS):
         if (root / "JPEGImages").is_dir():
             return root
-    raise UserError(f"{data}: holds no VOC2012/JPEGImages; give VOCdevkit with --data, or download it with "
-                    f"python prepare.py voc --data {data} --download")  # fmt: skip
+    raise UserError(
+        f"{data}: holds no VOC2012/JPEGImages; give VOCdevkit with --data, or download it with "
+        f"python prepare.py voc --data {data} --download"
+    )
 
 
-CITYSCAPES_CLASSES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
-                      "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]  # fmt: skip
+CITYSCAPES_CLASSES = [
+    "road",
+    "sidewalk",
+    "building",
+    "wall",
+    "fence",
+    "pole",
+    "traffic light",
+    "traffic sign",
+    "vegetation",
+    "terrain",
+    "sky",
+    "person",
+    "rider",
+    "car",
+    "truck",
+    "bus",
+    "train",
+    "motorcycle",
+    "bicycle",
+]
 CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]  # the classes' labelIds
 
 
@@ -358,8 +420,10 @@ class Cityscapes(Files):
         for split in ("train", "val"):
             images = by_name((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
             if not images:
-                raise UserError(f"{root / 'leftImg8bit' / split}: holds no CITY/NAME_leftImg8bit.png; --data names the "
-                                "folder of leftImg8bit and gtFine")  # fmt: skip
+                raise UserError(
+                    f"{root / 'leftImg8bit' / split}: holds no CITY/NAME_leftImg8bit.png; --data names the "
+                    "folder of leftImg8bit and gtFine"
+                )
             names[split] = list(images)
             self.images |= images
             for kind in ("labelIds", "labelTrainIds"):
@@ -367,8 +431,10 @@ class Cityscapes(Files):
         self.train, self.val = names["train"], names["val"]
         unmasked = [name for name in self.val if name not in self.masks]
         if unmasked:
-            raise UserError(f"{root / 'gtFine' / 'val'}: holds no {unmasked[0]}_gtFine_labelIds.png (or labelTrainIds); "
-                            "unpack gtFine_trainvaltest.zip there")  # fmt: skip
+            raise UserError(
+                f"{root / 'gtFine' / 'val'}: holds no {unmasked[0]}_gtFine_labelIds.png (or labelTrainIds); "
+                "unpack gtFine_trainvaltest.zip there"
+            )
 
     def to_classes(self, mask, path):
         if path.stem.endswith("labelTrainIds"):
@@ -393,8 +459,9 @@ def open_dataset(name: str, data: pathlib.Path | str | None, cache: pathlib.Path
     """The data set of `--dataset` and `--data`. Raises UserError."""
     if name == "shapes":
         if data is not None:
-            raise UserError(f"--data {data}: the embedded data set takes no folder; give --dataset folder with it "
-                            "(make: DATASET=folder)")  # fmt: skip
+            raise UserError(
+                f"--data {data}: the embedded data set takes no folder; give --dataset folder with it (make: DATASET=folder)"
+            )
         return Shapes()
     if data is None:
         raise UserError(f"--dataset {name}: needs its folder; give --data DIR (make: DATA=DIR)")
@@ -421,8 +488,10 @@ def partition(dataset, part: str) -> Partition:
     """
     match = re.fullmatch(r"1(?:/([1-9][0-9]*))?", part)
     if not match:
-        raise UserError(f"--part {part}: expected 1/K with a whole number K, such as 1/8, or 1 for all masks; lists of "
-                        "your own are --labeled-list and --unlabeled-list")  # fmt: skip
+        raise UserError(
+            f"--part {part}: expected 1/K with a whole number K, such as 1/8, or 1 for all masks; lists of "
+            "your own are --labeled-list and --unlabeled-list"
+        )
     k = int(match[1] or 1)
     able = [name for name in dataset.train if dataset.has_mask(name)]
     ranked = sorted(able, key=lambda name: hashlib.sha256(f"0:{name}".encode(errors="surrogateescape")).digest())
@@ -471,8 +540,10 @@ def listed_partition(dataset, labeled_list: pathlib.Path, unlabeled_list: pathli
         raise UserError(f"{labeled_list}: '{unmasked[0]}' has no mask; add it or take the name out")
     both = sorted(set(labeled) & set(unlabeled)) if unlabeled_list else []
     if both:
-        print(f"warning: {unlabeled_list} names {len(both)} labeled image(s) too, first '{both[0]}'; they stay labeled",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"warning: {unlabeled_list} names {len(both)} labeled image(s) too, first '{both[0]}'; they stay labeled",
+            file=sys.stderr,
+        )
     return make_partition(labeled_list.stem, sorted(labeled), sorted(set(unlabeled) - set(labeled)))
 
 
@@ -492,8 +563,10 @@ def open_training_data(args: argparse.Namespace, unlabeled: bool):
     part = partition_of(dataset, args)
     if unlabeled and not part.unlabeled:
         flag = f"--labeled-list {args.labeled_list}" if args.labeled_list else f"--part {args.part}"
-        raise UserError(f"{flag}: leaves no unlabeled image; take a smaller part, add images to unlabeled.txt, or train "
-                        "with labels alone (train_teacher.py --method sup)")  # fmt: skip
+        raise UserError(
+            f"{flag}: leaves no unlabeled image; take a smaller part, add images to unlabeled.txt, or train "
+            "with labels alone (train_teacher.py --method sup)"
+        )
     if rank_and_size()[0] == 0:  # an error here ends all ranks
         if dataset.missing():
             print(f"note: {dataset.missing()}", file=sys.stderr)

@@ -202,8 +202,10 @@ def iou(confusion: torch.Tensor) -> tuple[float, list[float | None]]:
     """mIoU and the IoU of each class, in percent. A class absent from masks and predictions is None and not in the mean.
     Raises UserError where no pixel was compared."""
     if not confusion.any():
-        raise UserError("no pixel of the masks has a label but 255, which is ignored: there is nothing to evaluate; "
-                        "python prepare.py check says more")  # fmt: skip
+        raise UserError(
+            "no pixel of the masks has a label but 255, which is ignored: there is nothing to evaluate; "
+            "python prepare.py check says more"
+        )
     hit = confusion.diagonal().double()
     union = confusion.sum(0) + confusion.sum(1) - hit
     values = [100 * float(h / u) if u > 0 else None for h, u in zip(hit, union, strict=True)]
@@ -225,8 +227,10 @@ def evaluate(model, dataset, names: Sequence[str], device, precision: str, proto
         mask = torch.from_numpy(np.array(dataset.mask(name))).to(device)
         prediction = predict(model, dataset.image(name), device, precision, protocol)
         if prediction.shape != mask.shape:
-            raise UserError(f"{name}: its mask is {tuple(mask.shape)}, its image {tuple(prediction.shape)} (height, width); "
-                            "image and mask must be of one size")  # fmt: skip
+            raise UserError(
+                f"{name}: its mask is {tuple(mask.shape)}, its image {tuple(prediction.shape)} (height, width); "
+                "image and mask must be of one size"
+            )
         confusion += confusion_matrix(prediction, mask, n)
     if ranks > 1:
         torch.distributed.all_reduce(confusion)
@@ -286,8 +290,10 @@ def print_table(rows: list[dict], names: list[str], classes: list[str]):
     """One line a model with the name of its run's folder, then the IoU of each class with one column a model."""
     print(f"\n{'':3} {'model':24} {'part':>5} {'labeled':>7} {'steps':>6} {'seed':>4} {'GMACs':>6} {'mIoU':>6}  run")
     for i, (row, name) in enumerate(zip(rows, names, strict=True)):
-        print(f"{chr(97 + i % 26):3} {label_of(row):24} {row['partition']:>5} {row['labeled']:7d} {row['steps']:6d} "
-              f"{row['seed']:4d} {row['gmacs_model']:6.1f} {row['miou']:6.2f}  {printable(name)}")  # fmt: skip
+        print(
+            f"{chr(97 + i % 26):3} {label_of(row):24} {row['partition']:>5} {row['labeled']:7d} {row['steps']:6d} "
+            f"{row['seed']:4d} {row['gmacs_model']:6.1f} {row['miou']:6.2f}  {printable(name)}"
+        )
     print(f"\n{'IoU':24}" + "".join(f"{chr(97 + i % 26):>7}" for i in range(len(rows))))
     for name in classes:
         cells = [f"{'-' if row['iou'][name] is None else format(row['iou'][name], '.2f'):>7}" for row in rows]
@@ -395,8 +401,10 @@ def main(argv=None):
     for path in args.ckpt:
         checkpoint, model, precision, protocol = open_model(path, args, device)
         if checkpoint["classes"] != dataset.classes:
-            raise UserError(f"{path}: was trained on the classes {', '.join(checkpoint['classes'])}, but the data set has "
-                            f"{', '.join(dataset.classes)}; give the data set of the training with --data")  # fmt: skip
+            raise UserError(
+                f"{path}: was trained on the classes {', '.join(checkpoint['classes'])}, but the data set has "
+                f"{', '.join(dataset.classes)}; give the data set of the training with --data"
+            )
         confusion = evaluate(model, dataset, dataset.val, device, precision, protocol)
         miou, ious = iou(confusion)
         rows.append(

@@ -181,8 +181,9 @@ def lock(folder: pathlib.Path, baton: bool):
     try:
         held.acquire()
     except filelock.Timeout:
-        raise KernelError(f"{held.lock_file} has been held for {LOCK_TIMEOUT:.0f} s; end the build that holds it, "
-                          f"or set MGD_OPS=torch") from None  # fmt: skip
+        raise KernelError(
+            f"{held.lock_file} has been held for {LOCK_TIMEOUT:.0f} s; end the build that holds it, or set MGD_OPS=torch"
+        ) from None
     try:
         if baton and (folder / "lock").exists():
             raise KernelError(f"{folder / 'lock'} was left by a build that was killed; delete that file, or set MGD_OPS=torch")

@@ -132,8 +132,10 @@ def check_map(op: str, what: str, tensor: torch.Tensor):
 def check_logits(op: str, logits: torch.Tensor, size):
     check_map(op, "logits are (B, N, h, w)", logits)
     if logits.shape[1] > IGNORE_INDEX:
-        raise ValueError(f"{op}: there are {logits.shape[1]} classes; {IGNORE_INDEX} is the label of ignored pixels, "
-                         f"so that there can be at most {IGNORE_INDEX}")  # fmt: skip
+        raise ValueError(
+            f"{op}: there are {logits.shape[1]} classes; {IGNORE_INDEX} is the label of ignored pixels, "
+            f"so that there can be at most {IGNORE_INDEX}"
+        )
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"{op}: logits cannot be brought to the size {tuple(size)}; it takes a height and a width")
 
@@ -141,8 +143,10 @@ def check_logits(op: str, logits: torch.Tensor, size):
 def check_labels(op: str, logits: torch.Tensor, labels: list[torch.Tensor]):
     for label in labels:
         if label.dtype != torch.int64 or label.shape != (logits.shape[0], *labels[0].shape[1:]):
-            raise ValueError(f"{op}: labels are (B, H, W) of int64 for logits (B, N, h, w), not "
-                             f"{tuple(label.shape)} of {label.dtype} for {tuple(logits.shape)}")  # fmt: skip
+            raise ValueError(
+                f"{op}: labels are (B, H, W) of int64 for logits (B, N, h, w), not "
+                f"{tuple(label.shape)} of {label.dtype} for {tuple(logits.shape)}"
+            )
         if label.device != logits.device:
             raise ValueError(f"{op}: the logits are on {logits.device}, a label on {label.device}")
 
@@ -408,8 +412,10 @@ def upsampled_cross_entropy_default(logits, labels):
 def upsampled_cross_entropy_backward_default(grad, logits, labels):
     check_label_maps("mgd::upsampled_cross_entropy_backward", logits, labels)
     if grad.shape != (len(labels),) or grad.dtype not in FLOATS or grad.device != logits.device:
-        raise ValueError(f"mgd::upsampled_cross_entropy_backward: the gradient of {len(labels)} sums on {logits.device} is not "
-                         f"{tuple(grad.shape)} of {grad.dtype} on {grad.device}")  # fmt: skip
+        raise ValueError(
+            f"mgd::upsampled_cross_entropy_backward: the gradient of {len(labels)} sums on {logits.device} is not "
+            f"{tuple(grad.shape)} of {grad.dtype} on {grad.device}"
+        )
     grad = grad.to(accumulation_dtype(logits.dtype))
     vertical, horizontal = (interpolation(logits.shape[i + 1], labels[0].shape[i], grad) for i in (1, 2))
     out = empty_gradient(logits)

@@ -35,8 +35,14 @@ BACKBONES = {
     "wide_resnet34": "wide_resnet50_2",
     "mobilenetv2": "mobilenet_v2",
 }
-ALIASES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101",
-           "wr34": "wide_resnet34", "mbv2": "mobilenetv2"}  # fmt: skip
+ALIASES = {
+    "r18": "resnet18",
+    "r34": "resnet34",
+    "r50": "resnet50",
+    "r101": "resnet101",
+    "wr34": "wide_resnet34",
+    "mbv2": "mobilenetv2",
+}
 STEMS = ("standard", "deep")
 # Widths of the three 3x3 convolutions of the deep stem. The wide ResNet and MobileNetV2 reach the paper's parameter
 # counts with their own stem, and keep it.
@@ -97,8 +103,9 @@ class DeepLabV3Plus(nn.Module):
     least two images, since ASPP normalises one pooled vector an image.
     """
 
-    def __init__(self, backbone: Backbone, classes: int, head_width: int = 256, separable_head: bool = False,
-                 low_width: int = 48):  # fmt: skip
+    def __init__(
+        self, backbone: Backbone, classes: int, head_width: int = 256, separable_head: bool = False, low_width: int = 48
+    ):
         super().__init__()
         self.backbone = backbone
         self.aspp = ASPP(backbone.high_channels, [6, 12, 18], head_width)
@@ -202,25 +209,33 @@ def load_weights(network: nn.Module, name: str, weights: str, stem: str):
         kinds = [(other, kind) for other in BACKBONES for kind in STEMS if (other, kind) != (name, stem)]
         fits = next((kind for kind in kinds if misfit(state, expected_shapes(*kind)) is None), None)
         if fits:
-            raise UserError(f"--weights {weights}: holds the weights of {fits[0]} with the {fits[1]} stem, not of {name} with "
-                            f"the {stem} stem; give the file of the backbone, or the backbone of the file")  # fmt: skip
-        raise UserError(f"--weights {weights}: does not fit {name} with the {stem} stem ({reason}); give a state dict of "
-                        f"torchvision's {BACKBONES[name]}")  # fmt: skip
+            raise UserError(
+                f"--weights {weights}: holds the weights of {fits[0]} with the {fits[1]} stem, not of {name} with "
+                f"the {stem} stem; give the file of the backbone, or the backbone of the file"
+            )
+        raise UserError(
+            f"--weights {weights}: does not fit {name} with the {stem} stem ({reason}); give a state dict of "
+            f"torchvision's {BACKBONES[name]}"
+        )
     network.load_state_dict(state, strict=False)  # all but the classifier and the counters, as checked above
 
 
 def published_weights(name: str, stem: str) -> dict[str, torch.Tensor]:
     """torchvision's ImageNet weights, downloaded once. Raises UserError."""
     if stem == "deep" and name in DEEP_STEM:
-        raise UserError("--weights imagenet: torchvision's weights have the standard stem; "
-                        "use --stem standard, or --weights FILE for the deep one")  # fmt: skip
+        raise UserError(
+            "--weights imagenet: torchvision's weights have the standard stem; "
+            "use --stem standard, or --weights FILE for the deep one"
+        )
     entry = torchvision.models.get_model_weights(BACKBONES[name]).IMAGENET1K_V1
     try:
         return entry.get_state_dict(progress=True, check_hash=True)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         folder = pathlib.Path(torch.hub.get_dir(), "checkpoints")
-        raise UserError(f"--weights imagenet: cannot download {entry.url} ({error}); put that file into {folder}, "
-                        "pass it as --weights FILE, or train from scratch with --weights none") from None  # fmt: skip
+        raise UserError(
+            f"--weights imagenet: cannot download {entry.url} ({error}); put that file into {folder}, "
+            "pass it as --weights FILE, or train from scratch with --weights none"
+        ) from None
 
 
 def read_state_dict(path: str) -> dict[str, torch.Tensor]:
@@ -235,8 +250,10 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # of many kinds, by the bytes that the file holds
         raise UserError(f"--weights {path}: {why_unreadable(path, error)}") from None
     if isinstance(state, dict) and {"model", "args", "row"} <= state.keys():
-        raise UserError(f"--weights {path}: is a checkpoint of this project, not the weights of a classification network; give "
-                        "'imagenet', 'none' or a file of torchvision (--resume continues a run)")  # fmt: skip
+        raise UserError(
+            f"--weights {path}: is a checkpoint of this project, not the weights of a classification network; give "
+            "'imagenet', 'none' or a file of torchvision (--resume continues a run)"
+        )
     while isinstance(state, dict) and state and not is_state_dict(state):
         inner = [key for key in ("state_dict", "model") if isinstance(state.get(key), dict)]
         inner = inner or [key for key, value in state.items() if is_state_dict(value)]
@@ -372,8 +389,9 @@ def gmacs(module: nn.Module, size: int) -> float:
     return counter.get_total_flops() / 2e9
 
 
-def measure(backbone: str, stem: str = "standard", head_width: int = 256, separable_head: bool = False,
-            classes: int = 21) -> dict:  # fmt: skip
+def measure(
+    backbone: str, stem: str = "standard", head_width: int = 256, separable_head: bool = False, classes: int = 21
+) -> dict:
     """Params in M and GMACs of a backbone and of the whole model."""
     with torch.device("meta"):
         model = build_model(backbone, classes, "none", stem, head_width, separable_head)
@@ -401,10 +419,14 @@ def main():
     print("backbone        stem      params (paper)      GMACs 512² (paper)   GMACs 800² (paper)   model: params  GMACs 512²")
     for row in rows:
         paper = PAPER.get(row["backbone"], (None,) * 3)
-        cells = [f"{row[key]:7.2f} ({'' if value is None else f'{value:.2f}'})"
-                 for key, value in zip(("params_m", "gmacs_512", "gmacs_800"), paper, strict=True)]  # fmt: skip
-        print(f"{row['backbone']:15} {row['stem']:9} {cells[0]:19} {cells[1]:20} {cells[2]:20} "
-              f"{row['model_params_m']:12.2f} {row['model_gmacs_512']:10.2f}")  # fmt: skip
+        cells = [
+            f"{row[key]:7.2f} ({'' if value is None else f'{value:.2f}'})"
+            for key, value in zip(("params_m", "gmacs_512", "gmacs_800"), paper, strict=True)
+        ]
+        print(
+            f"{row['backbone']:15} {row['stem']:9} {cells[0]:19} {cells[1]:20} {cells[2]:20} "
+            f"{row['model_params_m']:12.2f} {row['model_gmacs_512']:10.2f}"
+        )
 
 
 if __name__ == "__main__":

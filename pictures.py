@@ -23,8 +23,9 @@ def draw_panels(path: pathlib.Path, dataset, names: list[str], columns: list[tup
     palette = colour_table(dataset.palette)
     heads = ["image", "ground truth", *(head for head, _ in columns)]
     aspect = min(3.0, max(0.25, np.divide(*dataset.image(names[0]).shape[:2])))
-    figure, axes = plt.subplots(len(names), len(heads), squeeze=False, layout="constrained",
-                                figsize=(2 * len(heads), 2 * aspect * len(names) + 0.4))  # fmt: skip
+    figure, axes = plt.subplots(
+        len(names), len(heads), squeeze=False, layout="constrained", figsize=(2 * len(heads), 2 * aspect * len(names) + 0.4)
+    )
     occur = np.zeros(256, bool)
     for r, name in enumerate(names):
         masks = [dataset.mask(name), *(masks[r] for _, masks in columns)]

@@ -149,8 +149,10 @@ def check_memory(path: pathlib.Path, size: tuple[int, int], classes: int, whole:
     free = free_memory(device)
     if network + probabilities > free:
         fix = "give --window 512" if network > probabilities else "leave out --tta-scales and --flip"
-        raise UserError(f"{printable(path)}: needs {(network + probabilities) / 1e9:.1f} GB for {size[1]}x{size[0]} pixels "
-                        f"at once, but {device} has {free / 1e9:.1f} GB free; {fix}")  # fmt: skip
+        raise UserError(
+            f"{printable(path)}: needs {(network + probabilities) / 1e9:.1f} GB for {size[1]}x{size[0]} pixels "
+            f"at once, but {device} has {free / 1e9:.1f} GB free; {fix}"
+        )
 
 
 def reason_of(error: Exception, path: pathlib.Path, protocol: Protocol) -> str:

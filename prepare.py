@@ -55,8 +55,10 @@ def check(args: argparse.Namespace) -> int:
     if dataset.missing():
         problems.append(dataset.missing())
 
-    print(f"{dataset.name}, partition {part.name} ({part.hash}): {len(part.labeled)} labeled, {len(part.unlabeled)} unlabeled, "
-          f"{len(dataset.val)} val images")  # fmt: skip
+    print(
+        f"{dataset.name}, partition {part.name} ({part.hash}): {len(part.labeled)} labeled, {len(part.unlabeled)} unlabeled, "
+        f"{len(dataset.val)} val images"
+    )
     sizes = ", ".join(f"{w}x{h} ({n} images)" for (h, w), n in look.sizes.most_common(3))
     print(f"image sizes: {sizes}" + (f" and {len(look.sizes) - 3} more" if len(look.sizes) > 3 else ""))
     percent = {group: 100 * pixels / max(1, pixels.sum()) for group, pixels in look.pixels.items()}
@@ -142,13 +144,17 @@ def prepare_voc(data: pathlib.Path, download: bool, overwrite: bool):
             if not any((folder / "cls").is_dir() for folder in folders):
                 torchvision.datasets.SBDataset(data / "sbd", download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"--download: failed ({error}); fetch VOCtrainval_11-May-2012.tar and benchmark.tgz by other means "
-                            f"and unpack them in {data}") from None  # fmt: skip
+            raise UserError(
+                f"--download: failed ({error}); fetch VOCtrainval_11-May-2012.tar and benchmark.tgz by other means "
+                f"and unpack them in {data}"
+            ) from None
     root = voc_root(data)
     sbd = next((folder for folder in folders if (folder / "cls").is_dir()), None)
     if sbd is None:
-        raise UserError(f"{data}: holds no SBD (no cls/ in {', '.join(f.name for f in folders)}); unpack benchmark.tgz "
-                        "there, or add --download")  # fmt: skip
+        raise UserError(
+            f"{data}: holds no SBD (no cls/ in {', '.join(f.name for f in folders)}); unpack benchmark.tgz "
+            "there, or add --download"
+        )
     lists = root / "ImageSets" / "Segmentation"
     own, held_out = read_lines(lists / "train.txt"), set(read_lines(lists / "val.txt"))
     target = root / "SegmentationClassAug"
@@ -158,8 +164,10 @@ def prepare_voc(data: pathlib.Path, download: bool, overwrite: bool):
     names = sorted(sources.keys() - held_out)
     listed = lists / "train_aug.txt"
     if listed.exists() and read_lines(listed) != names and not overwrite:
-        raise UserError(f"{listed}: lists other images than VOC's train and SBD hold; add --overwrite to replace it, or keep "
-                        "the list and the masks as they are")  # fmt: skip
+        raise UserError(
+            f"{listed}: lists other images than VOC's train and SBD hold; add --overwrite to replace it, or keep "
+            "the list and the masks as they are"
+        )
     flat = [channel for colour in voc_palette(256) for channel in colour]
     for name in tqdm(names, desc=target.name, disable=None):
         source, path = sources[name], target / f"{name}.png"
@@ -227,8 +235,10 @@ def read_colour_file(path: str) -> list[tuple[tuple[int, int, int], str | None]]
         plain = re.fullmatch(r"(\d+[\s,]+\d+[\s,]+\d+)(?:[\s,]+(\S.*))?", line)
         colour = colour_of(cvat[2] if cvat else plain[1]) if cvat or plain else None
         if colour is None:
-            raise UserError(f"{path}: '{line}' is no colour; write one 'R G B' per line, each from 0 to 255, or give CVAT's "
-                            "labelmap.txt, with lines such as 'road:128,64,128::'")  # fmt: skip
+            raise UserError(
+                f"{path}: '{line}' is no colour; write one 'R G B' per line, each from 0 to 255, or give CVAT's "
+                "labelmap.txt, with lines such as 'road:128,64,128::'"
+            )
         entries.append((colour, cvat[1] if cvat else plain[2]))
     twice = [colour for colour, count in collections.Counter(colour for colour, _ in entries).items() if count > 1]
     if twice or not entries:
@@ -293,8 +303,10 @@ def read_classes(args: argparse.Namespace, mask: pathlib.Path) -> Classes:
     where = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     absent = [name for name in called if name not in where]
     if absent:
-        raise UserError(f"{path}: names no class '{absent[0]}'; add it there (one name per line), or leave it out with "
-                        f"--ignore '{absent[0]}'")  # fmt: skip
+        raise UserError(
+            f"{path}: names no class '{absent[0]}'; add it there (one name per line), or leave it out with "
+            f"--ignore '{absent[0]}'"
+        )
     if not 2 <= len(names) <= IGNORE_INDEX:
         raise UserError(f"--values and --palette: give {len(names)} class(es), but 2 to 255 are needed")
     coloured = isinstance(entries[0][0], tuple)
@@ -326,14 +338,18 @@ def find_masks(folder: pathlib.Path, images: set[str], ending: str | None):
         if name is None or (images and name not in images):
             others.append(path)
         elif name in masks:
-            raise UserError(f"{path}: is a mask of '{name}', as {masks[name]} is; say which files are the masks, for example "
-                            f"with --suffix '{stem.removeprefix(name)}'")  # fmt: skip
+            raise UserError(
+                f"{path}: is a mask of '{name}', as {masks[name]} is; say which files are the masks, for example "
+                f"with --suffix '{stem.removeprefix(name)}'"
+            )
         else:
             masks[name] = path
     if not masks:
         found = f"; the first file is {others[0].name}" if others else ""
-        raise UserError(f"--masks {folder}: holds no mask of an image{found}; give the folder of the masks, and with --images "
-                        "that of the images (--suffix _mask: files are called NAME_mask.png)")  # fmt: skip
+        raise UserError(
+            f"--masks {folder}: holds no mask of an image{found}; give the folder of the masks, and with --images "
+            "that of the images (--suffix _mask: files are called NAME_mask.png)"
+        )
     return masks, others
 
 
@@ -379,8 +395,10 @@ def convert_masks(args: argparse.Namespace) -> int:
     classes = read_classes(args, next(iter(masks.values())))
     foreign = [path for path in (args.out / f"{name}.png" for name in masks) if path.exists() and not is_converted(path)]
     if foreign and not args.overwrite:
-        raise UserError(f"--out: {foreign[0]} exists and was not written by this command; give another folder, or add "
-                        "--overwrite to replace it")  # fmt: skip
+        raise UserError(
+            f"--out: {foreign[0]} exists and was not written by this command; give another folder, or add "
+            "--overwrite to replace it"
+        )
 
     table = np.full(1 << 24 if classes.coloured else 1 << 16, UNKNOWN, np.uint16)
     table[list(classes.indices)] = list(classes.indices.values())
@@ -455,14 +473,18 @@ def report_unknown(classes: Classes, unknown, nearest, example, pixels: int):
         near = nearest[key]
         index = classes.indices[near]
         name = "ignored" if index == IGNORE_INDEX else classes.names[index]
-        print(f"    {shown(key, classes.coloured):12} {count:9} pixels, nearest {shown(near, classes.coloured)} "
-              f"({printable(name)}), first in {printable(example[key])}")  # fmt: skip
+        print(
+            f"    {shown(key, classes.coloured):12} {count:9} pixels, nearest {shown(near, classes.coloured)} "
+            f"({printable(name)}), first in {printable(example[key])}"
+        )
     if len(unknown) > 10:
         print(f"    and {len(unknown) - 10} more")
     blends = sum(count for key, count in unknown.items() if is_between(key, classes))
     if blends >= 0.8 * total and (classes.coloured or len(unknown) > 8):
-        print("problem: most lie between two known ones, as at anti-aliased (soft) edges; add --unknown nearest to give each "
-              "the class of the nearest, or, with more than two classes, --unknown ignore to make the edges 255")  # fmt: skip
+        print(
+            "problem: most lie between two known ones, as at anti-aliased (soft) edges; add --unknown nearest to give each "
+            "the class of the nearest, or, with more than two classes, --unknown ignore to make the edges 255"
+        )
     elif len(unknown) > 32:
         print("problem: there are many, as in a JPEG; save the masks as PNG anew, or add --unknown nearest")
     else:
@@ -496,18 +518,34 @@ def main():
     converter = commands.add_parser("masks", help="turn masks of colours or other values into class indices")
     converter.add_argument("--masks", type=pathlib.Path, required=True, help="folder of the masks; it is never changed")
     converter.add_argument("--out", type=pathlib.Path, required=True, help="folder for new masks, such as data/mine/masks")
-    converter.add_argument("--values", nargs="+", metavar="VALUE=CLASS", help="what values (0=0 255=1) or colours (128,0,0=1) "
-                           "stand for; a class is an index, a name, or ignore (255)")  # fmt: skip
-    converter.add_argument("--palette", metavar="FILE", help="colours of the classes: palette.txt, CVAT's labelmap.txt, "
-                           "CamVid's label_colors.txt, voc or cityscapes; by default, for masks of colours, palette.txt beside "
-                           "OUT or labelmap.txt beside the masks")  # fmt: skip
+    converter.add_argument(
+        "--values",
+        nargs="+",
+        metavar="VALUE=CLASS",
+        help="what values (0=0 255=1) or colours (128,0,0=1) stand for; a class is an index, a name, or ignore (255)",
+    )
+    converter.add_argument(
+        "--palette",
+        metavar="FILE",
+        help="colours of the classes: palette.txt, CVAT's labelmap.txt, "
+        "CamVid's label_colors.txt, voc or cityscapes; by default, for masks of colours, palette.txt beside "
+        "OUT or labelmap.txt beside the masks",
+    )
     converter.add_argument("--ignore", nargs="+", default=[], metavar="CLASS", help="classes that become 255")
-    converter.add_argument("--unknown", choices=["error", "ignore", "nearest"], default="error", help="what values and colours "
-                           "of no class do: stop the conversion, become 255, or take the class of the nearest")  # fmt: skip
-    converter.add_argument("--images", type=pathlib.Path, help="folder of the images, whose names the masks get; by default "
-                           "images/ beside OUT")  # fmt: skip
-    converter.add_argument("--suffix", metavar="ENDING", help="masks are called NAME + ENDING, such as _mask; by default the "
-                           "names of the images tell")  # fmt: skip
+    converter.add_argument(
+        "--unknown",
+        choices=["error", "ignore", "nearest"],
+        default="error",
+        help="what values and colours of no class do: stop the conversion, become 255, or take the class of the nearest",
+    )
+    converter.add_argument(
+        "--images", type=pathlib.Path, help="folder of the images, whose names the masks get; by default images/ beside OUT"
+    )
+    converter.add_argument(
+        "--suffix",
+        metavar="ENDING",
+        help="masks are called NAME + ENDING, such as _mask; by default the names of the images tell",
+    )
     replacements = {checker: "pictures", preparer: "train_aug.txt", converter: "masks"}
     for command, what in replacements.items():
         command.add_argument("--overwrite", action="store_true", help=f"replace {what} that this project did not write")

@@ -67,8 +67,10 @@ def read_names(path: pathlib.Path, known: Iterable[str]) -> list[str]:
         candidates = [line, line.split("\t")[0], pair[1] if pair else line, line.split()[0]]
         name = next((n for n in [line, *map(name_of, candidates)] if n in known), None)
         if name is None:
-            raise UserError(f"{path}, entry {number}: '{line}' is no image of this data set (no file "
-                            f"'{name_of(line)}.jpg' or .png); add the image or take the line out")  # fmt: skip
+            raise UserError(
+                f"{path}, entry {number}: '{line}' is no image of this data set (no file "
+                f"'{name_of(line)}.jpg' or .png); add the image or take the line out"
+            )
         names[name] = None
     if not names:
         raise UserError(f"{path}: names no image; write one image name a line")
@@ -111,8 +113,10 @@ def opened(path, problem: str, fix: str = "replace it or take it out of the list
     with reading(path, problem, fix), Image.open(path) as file:
         width, height = file.size
         if width * height > MAX_PIXELS:
-            raise UserError(f"{path}: has {width}x{height} pixels, more than the {MAX_PIXELS:,} that are read at once; cut it "
-                            "into pieces or make it smaller")  # fmt: skip
+            raise UserError(
+                f"{path}: has {width}x{height} pixels, more than the {MAX_PIXELS:,} that are read at once; cut it "
+                "into pieces or make it smaller"
+            )
         yield file
 
 
@@ -167,8 +171,10 @@ def open_image(path) -> Image.Image:
         if image.mode == "F" or image.mode.startswith("I"):
             return grey(path, file, np.asarray(image)).convert("RGB")
         if deep and max(high for _, high in np.reshape(image.getextrema(), (-1, 2))[: 1 if image.mode == "LA" else 3]) < 16:
-            raise UserError(f"{path}: holds 16-bit colours, all of them below 4096 of 65535, so it is nearly black or 12-bit "
-                            "data; save it with 8 bits per channel")  # fmt: skip
+            raise UserError(
+                f"{path}: holds 16-bit colours, all of them below 4096 of 65535, so it is nearly black or 12-bit "
+                "data; save it with 8 bits per channel"
+            )
         image.info.pop("transparency", None)  # of a palette, which Pillow would warn of
         return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -210,8 +216,10 @@ def white_of(path, file: Image.Image, tags, high: float, floats: bool) -> float:
     usual = (1.0, 255.0, 65535.0) if floats else (255, 4095, 65535, 2**32 - 1)
     white = next((white for white in usual if high <= white), math.inf)
     if white == math.inf or (white > usual[0] and high < white / 16):
-        raise UserError(f"{path}: holds grey values up to {high:g}, and does not say which value is white; save it with values "
-                        "from 0 to 255")  # fmt: skip
+        raise UserError(
+            f"{path}: holds grey values up to {high:g}, and does not say which value is white; save it with values "
+            "from 0 to 255"
+        )
     return white
 
 
@@ -221,8 +229,10 @@ def open_mask(path) -> np.ndarray:
         if file.mode in ("L", "P", "1") or file.mode.startswith("I"):
             return mask_values(file)
         kind = file.mode
-    raise UserError(f"{path}: is a {kind} image; a mask holds one class index per pixel (grey or palette PNG); "
-                    f"{masks_command(pathlib.Path(path).parent, flags_for_file(path))}")  # fmt: skip
+    raise UserError(
+        f"{path}: is a {kind} image; a mask holds one class index per pixel (grey or palette PNG); "
+        f"{masks_command(pathlib.Path(path).parent, flags_for_file(path))}"
+    )
 
 
 def mask_values(file: Image.Image) -> np.ndarray:
@@ -298,9 +308,27 @@ def flags_for_file(path) -> str:
     return f"--palette palette.txt{lossy} (which holds the colour of each class, one 'R G B' per line)"
 
 
-CITYSCAPES_PALETTE = [(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
-                      (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60),
-                      (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)]  # fmt: skip
+CITYSCAPES_PALETTE = [
+    (128, 64, 128),
+    (244, 35, 232),
+    (70, 70, 70),
+    (102, 102, 156),
+    (190, 153, 153),
+    (153, 153, 153),
+    (250, 170, 30),
+    (220, 220, 0),
+    (107, 142, 35),
+    (152, 251, 152),
+    (70, 130, 180),
+    (220, 20, 60),
+    (255, 0, 0),
+    (0, 0, 142),
+    (0, 0, 70),
+    (0, 60, 100),
+    (0, 80, 100),
+    (0, 0, 230),
+    (119, 11, 32),
+]
 
 
 def voc_palette(n: int) -> list[tuple[int, int, int]]:

@@ -148,8 +148,10 @@ def refuse_foreign(paths: Iterable[pathlib.Path], overwrite: bool, flag: str):
     foreign = [path for path in paths if os.path.exists(path) and not (overwrite and path.is_file()) and not is_ours(path)]
     if foreign:
         more = f", and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise UserError(f"{flag}: {printable(foreign[0])} exists and was not written by this project{more}; "
-                        "give another place, or add --overwrite to replace it")  # fmt: skip
+        raise UserError(
+            f"{flag}: {printable(foreign[0])} exists and was not written by this project{more}; "
+            "give another place, or add --overwrite to replace it"
+        )
 
 
 def refuse_outputs(outputs: Sequence[tuple[str, pathlib.Path | None]], inputs: Iterable[pathlib.Path], overwrite: bool):

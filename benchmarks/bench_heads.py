@@ -46,10 +46,21 @@ def main():
             cost = models.measure(backbone, "standard", width, separable, CLASSES)
             name = f"{backbone} {'separable ' if separable else ''}{width}"
             nets[name] = folded.to(device)
-            rows[name] = {"case": name, "impl": "folded", "device": args.device, "dtype": "float32", "pass": "fwd",
-                          "memory_format": "channels_last", "shape": list(image.shape), "backbone": backbone,
-                          "head_width": width, "separable_head": separable, "params_m": cost["model_params_m"],
-                          "gmacs_backbone": cost["gmacs_512"], "gmacs_model": cost["model_gmacs_512"]}  # fmt: skip
+            rows[name] = {
+                "case": name,
+                "impl": "folded",
+                "device": args.device,
+                "dtype": "float32",
+                "pass": "fwd",
+                "memory_format": "channels_last",
+                "shape": list(image.shape),
+                "backbone": backbone,
+                "head_width": width,
+                "separable_head": separable,
+                "params_m": cost["model_params_m"],
+                "gmacs_backbone": cost["gmacs_512"],
+                "gmacs_model": cost["model_gmacs_512"],
+            }
     image, times = image.to(device), {name: [] for name in nets}
     with torch.inference_mode():
         for i in range(2 + args.rounds):

@@ -90,10 +90,12 @@ def main():
             files, kept, cached = (Drawn(root, size, suffix, keep) for keep in (False, True, False))
             cached.cache = root / "cache"
             arms = {
-                ("resize", "plain"): plain_order(kept, crop), ("resize", "window first"): window_first(kept, crop),
-                ("decode", "plain"): plain_order(files, crop), ("decode", "window first"): window_first(files, crop),
+                ("resize", "plain"): plain_order(kept, crop),
+                ("resize", "window first"): window_first(kept, crop),
+                ("decode", "plain"): plain_order(files, crop),
+                ("decode", "window first"): window_first(files, crop),
                 ("cache", "window first"): window_first(cached, crop),
-            }  # fmt: skip
+            }
             if window_first(kept, crop)(1.0)[0].shape != plain_order(kept, crop)(1.0)[0].shape:
                 raise UserError(f"{case}: the two orders make crops of other sizes")
             times = {arm: [] for arm in arms}
@@ -107,9 +109,22 @@ def main():
             for (source, impl), t in times.items():
                 speedup = mean["resize" if source == "resize" else "decode", "plain"] / mean[source, impl]
                 p20, p50, p80 = np.quantile(t, [0.2, 0.5, 0.8]).tolist()
-                rows.append({"case": case, "impl": impl, "from": source, "device": "cpu", "shape": [*size, 3], "crop": crop,
-                             "pass": "item", "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
-                             "images_per_s": 1e3 / mean[source, impl], "speedup": speedup})  # fmt: skip
+                rows.append(
+                    {
+                        "case": case,
+                        "impl": impl,
+                        "from": source,
+                        "device": "cpu",
+                        "shape": [*size, 3],
+                        "crop": crop,
+                        "pass": "item",
+                        "p20_ms": p20,
+                        "p50_ms": p50,
+                        "p80_ms": p80,
+                        "images_per_s": 1e3 / mean[source, impl],
+                        "speedup": speedup,
+                    }
+                )
                 print(f"{case:26} {source:7} {impl:13} {p50:8.1f} {1e3 / mean[source, impl]:9.1f} {speedup:7.2f}x")
     write_result(args.json, "loading", rows, time.perf_counter() - began, "torch")
     print(f"results: {args.json} ({os.cpu_count()} cores)")

@@ -164,12 +164,23 @@ def bench(device, case, shape, dtype, form, rounds, with_compile) -> list[dict]:
         quantile = {impl: [float(torch.tensor(t).quantile(q)) for q in (0.2, 0.5, 0.8)] for impl, t in times.items()}
         for impl in losses:
             p20, p50, p80 = quantile[impl]
-            rows.append({
-                "case": case, "impl": impl, "device": device, "dtype": str(dtype).removeprefix("torch."),
-                "memory_format": form, "shape": list(shape), "pass": name, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
-                "peak_mb": peak_mb(functions[impl], device), "floor_ms": quantile["floor"][1],
-                "bytes": (2 if name == "fwd" else 3) * bytes_each,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "case": case,
+                    "impl": impl,
+                    "device": device,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "memory_format": form,
+                    "shape": list(shape),
+                    "pass": name,
+                    "p20_ms": p20,
+                    "p50_ms": p50,
+                    "p80_ms": p80,
+                    "peak_mb": peak_mb(functions[impl], device),
+                    "floor_ms": quantile["floor"][1],
+                    "bytes": (2 if name == "fwd" else 3) * bytes_each,
+                }
+            )
     return rows
 
 
@@ -182,8 +193,10 @@ def print_table(rows):
     for (case, dtype, form, name), impls in cells.items():
         reference, compiled, native = (impls.get(i, {}).get("p50_ms", float("nan")) for i in ("reference", "compile", "native"))
         floor = impls["native"]["floor_ms"]
-        print(f"{case:15} {dtype:9} {form:14} {name:8} {reference:9.3f} {compiled:9.3f} {native:9.3f} {floor:9.3f}"
-              f"{reference / native:11.1f}x{native / floor:13.2f}x")  # fmt: skip
+        print(
+            f"{case:15} {dtype:9} {form:14} {name:8} {reference:9.3f} {compiled:9.3f} {native:9.3f} {floor:9.3f}"
+            f"{reference / native:11.1f}x{native / floor:13.2f}x"
+        )
 
 
 def main():

@@ -38,15 +38,19 @@ from result_files import refuse_outputs, write_result
 # stage and student, crop, labeled images per step, classes
 CASES = {
     "cuda": {
-        "distill r18 512": ("resnet18", 512, 8, 21), "distill mbv2 512": ("mobilenetv2", 512, 8, 21),
-        "distill r18 800": ("resnet18", 800, 8, 19), "distill mbv2 800": ("mobilenetv2", 800, 8, 19),
-        "cps r101 512": ("resnet101", 512, 8, 21), "cps wr34 512": ("wide_resnet34", 512, 8, 21),
+        "distill r18 512": ("resnet18", 512, 8, 21),
+        "distill mbv2 512": ("mobilenetv2", 512, 8, 21),
+        "distill r18 800": ("resnet18", 800, 8, 19),
+        "distill mbv2 800": ("mobilenetv2", 800, 8, 19),
+        "cps r101 512": ("resnet101", 512, 8, 21),
+        "cps wr34 512": ("wide_resnet34", 512, 8, 21),
     },
     "cpu": {
-        "distill r18 128": ("resnet18", 128, 8, 21), "distill mbv2 128": ("mobilenetv2", 128, 8, 21),
+        "distill r18 128": ("resnet18", 128, 8, 21),
+        "distill mbv2 128": ("mobilenetv2", 128, 8, 21),
         "cps r18 128": ("resnet18", 128, 8, 21),
     },
-}  # fmt: skip
+}
 ARMS = {"distill": ["released", "ours", "ours: clean", "ours: compile"], "cps": ["released", "ours"]}
 LR = 0.0025
 LOSSES = ["sup", "pixel", "image:T_D", "region:T_W"]
@@ -85,8 +89,9 @@ def released_distill(nets, optimizer, batch):
     entropy = F.cross_entropy
     on_mixed = entropy(student_mixed.logits, pseudo["wide"]) + entropy(student_mixed.logits, pseudo["deep"])
     unused = entropy(wide_mixed.logits, pseudo["student"]) + entropy(deep_mixed.logits, pseudo["student"])
-    on_labeled = (entropy(student_labeled.logits, wide_labeled.logits.argmax(1))
-                  + entropy(student_labeled.logits, deep_labeled.logits.argmax(1)))  # fmt: skip
+    on_labeled = entropy(student_labeled.logits, wide_labeled.logits.argmax(1)) + entropy(
+        student_labeled.logits, deep_labeled.logits.argmax(1)
+    )
     own = student_labeled.logits.argmax(1)
     unused += entropy(wide_labeled.logits, own) + entropy(deep_labeled.logits, own)
     supervised = entropy(student_labeled.logits, label, ignore_index=255)
@@ -268,11 +273,26 @@ def measure(stage, backbone, crop, batch, classes, impl, device, steps) -> list[
         gflops = counter.get_total_flops() / 1e9
     p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
     low = impl != "released" and pick_precision(None, device) == "bf16"
-    common = {"impl": impl, "device": device.type, "dtype": "bfloat16" if low else "float32",
-              "memory_format": "contiguous" if impl == "released" else "channels_last", "shape": [batch, 3, crop, crop],
-              "classes": classes}  # fmt: skip
-    rows = [{**common, "pass": "step", "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "peak_mb": peak - before,
-             "images_per_s": 1e3 * batch / p50, "gflops": gflops}]  # fmt: skip
+    common = {
+        "impl": impl,
+        "device": device.type,
+        "dtype": "bfloat16" if low else "float32",
+        "memory_format": "contiguous" if impl == "released" else "channels_last",
+        "shape": [batch, 3, crop, crop],
+        "classes": classes,
+    }
+    rows = [
+        {
+            **common,
+            "pass": "step",
+            "p20_ms": p20,
+            "p50_ms": p50,
+            "p80_ms": p80,
+            "peak_mb": peak - before,
+            "images_per_s": 1e3 * batch / p50,
+            "gflops": gflops,
+        }
+    ]
     if clocked and impl == "ours":
         parts = {}
 
@@ -380,8 +400,10 @@ def main():
                 if row["gflops"]:
                     row["matrix_tflops"], row["utilisation"] = rate, row["gflops"] / row["p50_ms"] / rate
                     counted = f"{row['gflops']:7.0f} {row['utilisation']:7.1%}"
-                print(f"{case:18} {impl:14} {row['p50_ms']:8.1f} {row['images_per_s']:9.2f} {row['speedup'] or 0:7.2f}x "
-                      f"{row['peak_mb']:8.0f} {counted}")  # fmt: skip
+                print(
+                    f"{case:18} {impl:14} {row['p50_ms']:8.1f} {row['images_per_s']:9.2f} {row['speedup'] or 0:7.2f}x "
+                    f"{row['peak_mb']:8.0f} {counted}"
+                )
     if args.curves:
         base = ("resnet18", *((512, 8, 21) if device == "cuda" else (128, 4, 21)))
         values = {"crop": (256, 512, 768) if device == "cuda" else (64, 96, 128), "batch": (2, 4, 8), "classes": (2, 21, 80)}

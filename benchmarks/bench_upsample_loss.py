@@ -116,10 +116,21 @@ def bench(device, case, shape, form, rounds, with_compile) -> list[dict]:
         times = timed_cuda(functions, rounds, 1) if device == "cuda" else timed_cpu(functions, rounds)
         for impl, function in functions.items():
             p20, p50, p80 = (float(torch.tensor(times[impl]).quantile(q)) for q in (0.2, 0.5, 0.8))
-            rows.append({
-                "case": title, "impl": impl, "device": device, "dtype": "float32", "memory_format": form, "shape": list(shape),
-                "pass": name, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "peak_mb": peak_mb(function, device),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "case": title,
+                    "impl": impl,
+                    "device": device,
+                    "dtype": "float32",
+                    "memory_format": form,
+                    "shape": list(shape),
+                    "pass": name,
+                    "p20_ms": p20,
+                    "p50_ms": p50,
+                    "p80_ms": p80,
+                    "peak_mb": peak_mb(function, device),
+                }
+            )
     return rows
 
 
@@ -130,8 +141,10 @@ def print_table(rows):
         cells.setdefault((row["case"], row["memory_format"], row["pass"]), {})[row["impl"]] = row
     for (case, form, name), impls in cells.items():
         reference, compiled, native = (impls.get(i, {}).get("p50_ms", float("nan")) for i in ("reference", "compile", "native"))
-        print(f"{case:28} {form:14} {name:8} {reference:9.2f} {compiled:9.2f} {native:9.2f}{reference / native:11.1f}x"
-              f"{impls['reference']['peak_mb']:13.1f} {impls['native']['peak_mb']:6.1f}")  # fmt: skip
+        print(
+            f"{case:28} {form:14} {name:8} {reference:9.2f} {compiled:9.2f} {native:9.2f}{reference / native:11.1f}x"
+            f"{impls['reference']['peak_mb']:13.1f} {impls['native']['peak_mb']:6.1f}"
+        )
 
 
 def main():

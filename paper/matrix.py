@@ -275,10 +275,16 @@ def words(text: str) -> list[str]:
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=["1"],
-                        help="tables of the paper, or heads; 2 and 3 are Table 1 for voc-few and cityscapes")  # fmt: skip
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW",
-                        help=f"single rows instead of tables: {', '.join(ROWS)}")  # fmt: skip
+    parser.add_argument(
+        "--tables",
+        nargs="+",
+        choices=list(TABLES),
+        default=["1"],
+        help="tables of the paper, or heads; 2 and 3 are Table 1 for voc-few and cityscapes",
+    )
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), metavar="ROW", help=f"single rows instead of tables: {', '.join(ROWS)}"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan with an estimate of its time, and run nothing")
     parser.add_argument("--json", type=pathlib.Path, help="result file (default: RUN/matrix-TABLES-STUDENT.json)")
     group = parser.add_argument_group("runs")
@@ -354,8 +360,10 @@ def main(argv=None):
         if code:
             sys.exit(code)
     if failed:
-        sys.exit(f"paper.matrix: {len(failed)} of {len(runs)} runs failed, the others are done: {', '.join(failed)}; fix the "
-                 "errors above and run the same command again")  # exit code 1  # fmt: skip
+        sys.exit(
+            f"paper.matrix: {len(failed)} of {len(runs)} runs failed, the others are done: {', '.join(failed)}; fix the "
+            "errors above and run the same command again"
+        )  # exit code 1
 
 
 if __name__ == "__main__":

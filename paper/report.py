@@ -48,17 +48,37 @@ FULL = ("sup", "pixel", "image:T_D", "region:T_W")  # the losses of MGD in Table
 
 # How tables and pictures call them, and in which order.
 NAMES = {
-    "teacher_deep": "T_D", "teacher_wide": "T_W", "student": "student",
-    "resnet101": "ResNet-101", "wide_resnet34": "Wide ResNet-34", "resnet50": "ResNet-50", "resnet34": "ResNet-34",
-    "resnet18": "ResNet-18", "mobilenetv2": "MobileNetV2",
-    "sup": "Sup", "mt": "MT", "cps": "CPS", "kd": "KD", "cwd": "CWD", "mgd": "MGD",
-}  # fmt: skip
+    "teacher_deep": "T_D",
+    "teacher_wide": "T_W",
+    "student": "student",
+    "resnet101": "ResNet-101",
+    "wide_resnet34": "Wide ResNet-34",
+    "resnet50": "ResNet-50",
+    "resnet34": "ResNet-34",
+    "resnet18": "ResNet-18",
+    "mobilenetv2": "MobileNetV2",
+    "sup": "Sup",
+    "mt": "MT",
+    "cps": "CPS",
+    "kd": "KD",
+    "cwd": "CWD",
+    "mgd": "MGD",
+}
 RANK = {name: i for i, name in enumerate(NAMES)}
 # Okabe and Ito's palette, which most colour-blind readers can tell apart.
 COLOURS = {"sup": "#000000", "mt": "#E69F00", "cps": "#0072B2", "kd": "#009E73", "cwd": "#CC79A7", "mgd": "#D55E00"}
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92",
-         "axes.titlesize": 10, "figure.titlesize": 11, "figure.constrained_layout.use": True, "legend.frameon": False,
-         "errorbar.capsize": 2.5}  # fmt: skip
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "0.92",
+    "axes.titlesize": 10,
+    "figure.titlesize": 11,
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+    "errorbar.capsize": 2.5,
+}
 
 # What the lines of each table differ in; that of methods is the paper's Table 1, 2 or 3, by data set.
 TABLES = {
@@ -129,8 +149,17 @@ def average(rows: list[dict]) -> list[dict]:
         mious, files = [row["miou"] for row in seeds.values()], sorted({row["file"] for row in seeds.values()})
         shared = {key: row[key] for row in seeds.values() for key in (*GROUP_BY, *GMACS)}
         deviation = statistics.stdev(mious) if len(mious) > 1 else None
-        groups.append({**shared, "source": "ours", "miou": statistics.fmean(mious), "deviation": deviation, "n": len(mious),
-                       "seeds": sorted(row["seed"] for row in seeds.values()), "files": files})  # fmt: skip
+        groups.append(
+            {
+                **shared,
+                "source": "ours",
+                "miou": statistics.fmean(mious),
+                "deviation": deviation,
+                "n": len(mious),
+                "seeds": sorted(row["seed"] for row in seeds.values()),
+                "files": files,
+            }
+        )
     return groups
 
 
@@ -320,8 +349,11 @@ def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
             ticks = {g[x]: f"{g['partition']}\n{g[x]:,}" for g in paper + ours}
         else:
             paper, costs = [], [g[x] for g in ours]
-            ticks = {n: str(n) for n in (1, 2, 3, 4, 6, 8, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200)
-                     if min(costs) / 1.75 < n < max(costs) * 1.4}  # fmt: skip
+            ticks = {
+                n: str(n)
+                for n in (1, 2, 3, 4, 6, 8, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200)
+                if min(costs) / 1.75 < n < max(costs) * 1.4
+            }
         label = {"labeled": "labeled images", "gmacs_model": "GMACs of the model at 512×512 (at the points: head width)"}
         axis.set(xlabel=label[x], title=NAMES.get(backbone, backbone))
         entries |= draw_lines(axis, x, ours, paper, ticks)

@@ -76,15 +76,36 @@ class FewShapes(datasets.Shapes):
 @pytest.fixture
 def ckpt(tmp_path, tiny_networks):
     """A checkpoint of a tiny network that was not trained."""
-    args = {"dataset": "shapes", "data": None, "backbone": "resnet18", "scales": [1.0], "stem": "standard", "head_width": 16,
-            "separable_head": False, "precision": "fp32", "image_scale": 1.0, "window": None}  # fmt: skip
+    args = {
+        "dataset": "shapes",
+        "data": None,
+        "backbone": "resnet18",
+        "scales": [1.0],
+        "stem": "standard",
+        "head_width": 16,
+        "separable_head": False,
+        "precision": "fp32",
+        "image_scale": 1.0,
+        "window": None,
+    }
     data = datasets.Shapes()
     torch.manual_seed(0)
     model = models.build_model("r18", 6, head_width=16)
-    row = {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1/8", "labeled": 64, "steps": 0, "seed": 0,
-           "gmacs_model": 1.0, "mgd_ops": "torch"}  # fmt: skip
-    run_folder.save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict(), "args": args, "classes": data.classes,
-                                                  "palette": data.palette, "row": row})  # fmt: skip
+    row = {
+        "method": "sup",
+        "role": "student",
+        "backbone": "resnet18",
+        "partition": "1/8",
+        "labeled": 64,
+        "steps": 0,
+        "seed": 0,
+        "gmacs_model": 1.0,
+        "mgd_ops": "torch",
+    }
+    run_folder.save_checkpoint(
+        tmp_path / "last.pt",
+        {"model": model.state_dict(), "args": args, "classes": data.classes, "palette": data.palette, "row": row},
+    )
     return tmp_path / "last.pt"
 
 
@@ -111,8 +132,22 @@ def teachers(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
         for role, backbone in (("deep", "r18"), ("wide", "mbv2")):
-            argv = ["train_teacher.py", "--out", str(out / role), "--role", f"teacher_{role}", "--backbone", backbone,
-                    "--steps", "4", "--sup-only", "0.5", "--ramp-up", "0.5", *TINY]  # fmt: skip
+            argv = [
+                "train_teacher.py",
+                "--out",
+                str(out / role),
+                "--role",
+                f"teacher_{role}",
+                "--backbone",
+                backbone,
+                "--steps",
+                "4",
+                "--sup-only",
+                "0.5",
+                "--ramp-up",
+                "0.5",
+                *TINY,
+            ]
             monkeypatch.setattr("sys.argv", argv)
             train_teacher.main()
     return out / "deep" / "last.pt", out / "wide" / "last.pt"
@@ -142,9 +177,34 @@ def few(tmp_path_factory) -> pathlib.Path:
     return root
 
 
-LEARNING = ["--dataset", "folder", "--part", "1/2", "--weights", "none", "--window", "whole", "--workers", "0", "--batch", "4",
-            "--crop", "32", "--scales", "1", "--head-width", "16", "--lr", "0.05", "--steps", "40", "--log-every", "1",
-            "--precision", "fp32"]  # fmt: skip
+LEARNING = [
+    "--dataset",
+    "folder",
+    "--part",
+    "1/2",
+    "--weights",
+    "none",
+    "--window",
+    "whole",
+    "--workers",
+    "0",
+    "--batch",
+    "4",
+    "--crop",
+    "32",
+    "--scales",
+    "1",
+    "--head-width",
+    "16",
+    "--lr",
+    "0.05",
+    "--steps",
+    "40",
+    "--log-every",
+    "1",
+    "--precision",
+    "fp32",
+]
 
 
 @pytest.fixture(scope="session")
@@ -294,8 +354,11 @@ def voc(tmp_path):
     """VOCdevkit with four training and two val images, beside SBD with masks of one of each and of four more images."""
     rng = np.random.default_rng(0)
     root, sbd = tmp_path / "VOCdevkit" / "VOC2012", tmp_path / "benchmark_RELEASE" / "dataset"
-    train, val, more = (["2007_000001", "2007_000002", "2008_000003", "2008_000004"], ["2009_000005", "2009_000006"],
-                        ["2010_000007", "2010_000008", "2011_000009", "2011_000010"])  # fmt: skip
+    train, val, more = (
+        ["2007_000001", "2007_000002", "2008_000003", "2008_000004"],
+        ["2009_000005", "2009_000006"],
+        ["2010_000007", "2010_000008", "2011_000009", "2011_000010"],
+    )
     for name in train + val + more:
         save_jpeg(root / "JPEGImages" / f"{name}.jpg", rng)
     for name in train + val:

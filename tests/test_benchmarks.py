@@ -60,10 +60,17 @@ def test_heads_are_measured(script, monkeypatch, tmp_path):
         assert plain["gmacs_backbone"] < plain["gmacs_model"] and 0 < plain["p20_ms"] <= plain["p50_ms"] <= plain["p80_ms"]
 
 
-@pytest.mark.parametrize("name,flag", [
-    ("heads", "--json"), ("loading", "--json"), ("region_loss", "--json"), ("step", "--json"), ("step", "--curves"),
-    ("upsample_loss", "--json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,flag",
+    [
+        ("heads", "--json"),
+        ("loading", "--json"),
+        ("region_loss", "--json"),
+        ("step", "--json"),
+        ("step", "--curves"),
+        ("upsample_loss", "--json"),
+    ],
+)
 def test_a_benchmark_keeps_others_files(script, tmp_path, name, flag):
     """And says so before it measures."""
     module, path = importlib.import_module(f"bench_{name}"), tmp_path / "mine.json"

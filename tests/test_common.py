@@ -130,15 +130,24 @@ def ended(main, capsys):
     return stopped.value.code, capsys.readouterr().err.splitlines()
 
 
-@pytest.mark.parametrize("message,line", [
-    ("a.png: is odd", "a.png: is odd"),
-    ("a.png: is odd\n  for two reasons\n", "a.png: is odd for two reasons"),
-    ("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
-     "common.UserError: a.png: is odd\n", "a.png: is odd"),
-    ("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
-     "common.UserError: a.png: is odd\nfor two reasons\n", "a.png: is odd for two reasons"),
-    ("", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "message,line",
+    [
+        ("a.png: is odd", "a.png: is odd"),
+        ("a.png: is odd\n  for two reasons\n", "a.png: is odd for two reasons"),
+        (
+            "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
+            "common.UserError: a.png: is odd\n",
+            "a.png: is odd",
+        ),
+        (
+            "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
+            "common.UserError: a.png: is odd\nfor two reasons\n",
+            "a.png: is odd for two reasons",
+        ),
+        ("", ""),
+    ],
+)
 def test_any_message_is_one_line(capsys, message, line):
     def main():
         raise UserError(message)
@@ -147,10 +156,14 @@ def test_any_message_is_one_line(capsys, message, line):
     assert code == 2 and len(lines) == 1 and lines[0].endswith(f"error: {line}")
 
 
-@pytest.mark.parametrize("error", [
-    UserError("a.png: is odd"), OSError(errno.ENOSPC, "No space left on device"),
-    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("a.png: is odd"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+    ],
+)
 def test_tracebacks_are_shown_on_demand(capsys, monkeypatch, error):
     def culprit():
         raise error
@@ -162,8 +175,16 @@ def test_tracebacks_are_shown_on_demand(capsys, monkeypatch, error):
     assert debugged == 2 and more[-1] == lines[0] and any("in culprit" in line for line in more[:-1])
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(errno.EACCES, "denied"), ValueError("x"),
-                                   RuntimeError("c++ -I/opt/torch_extensions failed"), MemoryError()])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shape mismatch"),
+        OSError(errno.EACCES, "denied"),
+        ValueError("x"),
+        RuntimeError("c++ -I/opt/torch_extensions failed"),
+        MemoryError(),
+    ],
+)
 def test_no_other_exception_is_caught(error):
     def main():
         raise error
@@ -224,8 +245,14 @@ def loads(tmp_path, how, *before):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     (tmp_path / "loads.py").write_text(LOADS)
     command = f"{sys.executable} loads.py {how}"
-    done = subprocess.run(["unshare", "-m", "sh", "-c", " && ".join([*before, command])] if before else command.split(),
-                          capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)  # fmt: skip
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", " && ".join([*before, command])] if before else command.split(),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
     lines = [line for line in done.stderr.splitlines() if not line.startswith("run:")]  # the progress bar
     return done.returncode, lines
 
@@ -257,16 +284,29 @@ def scripts() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files if '__name__ == "__main__"' in path.read_text()]
 
 
-ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "80",
-         "MGD_OPS": "torch", **NO_GPU}  # fmt: skip
+ASCII = {
+    "PYTHONIOENCODING": "ascii",
+    "LC_ALL": "C",
+    "PYTHONUTF8": "0",
+    "PYTHONCOERCECLOCALE": "0",
+    "COLUMNS": "80",
+    "MGD_OPS": "torch",
+    **NO_GPU,
+}
 
 
 def on_ascii_terminal(file, *arguments, cwd=ROOT):
     module = file.removesuffix(".py").replace("/", ".")  # a script below the root may be a module
     command = ["-m", module] if file.startswith("paper/") else [str(ROOT / file)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **ASCII}
-    return subprocess.run([sys.executable, *command, *map(str, arguments)], env=environment, cwd=cwd, capture_output=True,
-                          check=False, timeout=120)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *command, *map(str, arguments)],
+        env=environment,
+        cwd=cwd,
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
 
 
 @pytest.mark.slow
@@ -298,15 +338,49 @@ def test_messages_and_tables_are_printed_on_a_terminal_that_has_ascii_alone(tmp_
         Image.fromarray(data.mask(f"val-{i}")).save(tmp_path / "data" / "masks" / f"{i}.png")
     for name, lines in (("train", ["0"]), ("val", ["1"]), ("classes", data.classes)):
         (tmp_path / "data" / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    args = {"dataset": "folder", "data": str(tmp_path / "data"), "backbone": "resnet18", "scales": [1.0], "stem": "standard",
-            "head_width": 16, "separable_head": False, "precision": "fp32", "image_scale": 1.0, "window": None}  # fmt: skip
-    rows = [{"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1/8", "labeled": 64, "steps": 0,
-             "seed": seed, "gmacs_model": 1.0, "mgd_ops": "torch"} for seed in (0, 1)]  # fmt: skip
+    args = {
+        "dataset": "folder",
+        "data": str(tmp_path / "data"),
+        "backbone": "resnet18",
+        "scales": [1.0],
+        "stem": "standard",
+        "head_width": 16,
+        "separable_head": False,
+        "precision": "fp32",
+        "image_scale": 1.0,
+        "window": None,
+    }
+    rows = [
+        {
+            "method": "sup",
+            "role": "student",
+            "backbone": "resnet18",
+            "partition": "1/8",
+            "labeled": 64,
+            "steps": 0,
+            "seed": seed,
+            "gmacs_model": 1.0,
+            "mgd_ops": "torch",
+        }
+        for seed in (0, 1)
+    ]
     for row in rows:
-        run_folder.save_checkpoint(tmp_path / f"{row['seed']}.pt", {"model": net.state_dict(), "args": args, "row": row,
-                                                                "classes": data.classes, "palette": data.palette})  # fmt: skip
-    done = on_ascii_terminal("evaluate.py", "--ckpt", tmp_path / "0.pt", tmp_path / "1.pt", "--device", "cpu",
-                             "--panels", tmp_path / "p.png", "--confusion", tmp_path / "c.png")  # fmt: skip
+        run_folder.save_checkpoint(
+            tmp_path / f"{row['seed']}.pt",
+            {"model": net.state_dict(), "args": args, "row": row, "classes": data.classes, "palette": data.palette},
+        )
+    done = on_ascii_terminal(
+        "evaluate.py",
+        "--ckpt",
+        tmp_path / "0.pt",
+        tmp_path / "1.pt",
+        "--device",
+        "cpu",
+        "--panels",
+        tmp_path / "p.png",
+        "--confusion",
+        tmp_path / "c.png",
+    )
     assert done.returncode == 0 and b"\\u9053" in done.stdout and b"\\xb1" in done.stdout, done.stderr
     assert len(done.stderr.splitlines()) == 1 and b"no font here can draw '\\u9053" in done.stderr
 
@@ -349,9 +423,34 @@ def test_error_of_a_data_worker_is_one_line_in_a_real_process(folder):
     """An image breaks off in the middle, which no header shows; a worker process finds it during the first steps."""
     for path in (folder / "images").glob("im0[0-9].png"):
         path.write_bytes(path.read_bytes()[:3000])
-    command = [sys.executable, "train_teacher.py", "--dataset", "folder", "--data", str(folder), "--part", "1", "--method",
-               "sup", "--backbone", "r18", "--weights", "none", "--out", str(folder / "run"), "--steps", "2", "--batch", "2",
-               "--crop", "32", "--head-width", "16", "--workers", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "train_teacher.py",
+        "--dataset",
+        "folder",
+        "--data",
+        str(folder),
+        "--part",
+        "1",
+        "--method",
+        "sup",
+        "--backbone",
+        "r18",
+        "--weights",
+        "none",
+        "--out",
+        str(folder / "run"),
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--crop",
+        "32",
+        "--head-width",
+        "16",
+        "--workers",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=common.pathlib.Path(common.__file__).parent)
     assert done.returncode == 2
     assert (

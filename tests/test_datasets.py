@@ -619,8 +619,9 @@ def train_and_evaluate(script, tmp_path, options, labeled, unlabeled, classes):
     code, out, err = script(train_teacher, *run, *options, "--sup-only", "0")
     assert code == 0, err
     assert f"{labeled} labeled and {unlabeled} unlabeled" in out
-    code, out, err = script(evaluate, "--ckpt", tmp_path / "run" / "last.pt", "--json", tmp_path / "r.json",
-                            "--confusion", tmp_path / "m.png")  # fmt: skip
+    code, out, err = script(
+        evaluate, "--ckpt", tmp_path / "run" / "last.pt", "--json", tmp_path / "r.json", "--confusion", tmp_path / "m.png"
+    )
     assert code == 0, err
     row = json.loads((tmp_path / "r.json").read_text())["rows"][0]
     assert len(row["iou"]) == classes and row["window"] == [48, 48] and (tmp_path / "m.png").exists()
@@ -734,8 +735,12 @@ def test_the_public_lists_of_cityscapes_load_to_the_papers_counts(tmp_path):
         for line in readers.read_lines(lists / f"{split}.txt"):
             name = readers.name_of(line.split()[0])
             city = name.split("_")[0]
-            touch([tmp_path / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png",
-                   tmp_path / "gtFine" / split / city / f"{name}_gtFine_labelIds.png"])  # fmt: skip
+            touch(
+                [
+                    tmp_path / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png",
+                    tmp_path / "gtFine" / split / city / f"{name}_gtFine_labelIds.png",
+                ]
+            )
     dataset = datasets.Cityscapes(tmp_path)
     assert dataset.missing() is None
     for k, labeled in ((16, 186), (8, 372), (4, 744), (2, 1488)):
@@ -750,13 +755,20 @@ def test_the_public_lists_of_cityscapes_load_to_the_papers_counts(tmp_path):
 # ---- lists, partitions, cache, windows ----
 
 
-@pytest.mark.parametrize("line,name", [
-    ("2007_000032", "2007_000032"), ("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png", "2007_000032"),
-    ("JPEGImages/2007_000032.jpg\tSegmentationClassAug/2007_000032.png", "2007_000032"),
-    ("leftImg8bit/train/jena/jena_000078_000019_leftImg8bit.png", "jena_000078_000019"),
-    ("/images/train/jena_000078_000019.png\t/segmentation/train/jena_000078_000019_gtFine.png", "jena_000078_000019"),
-    ("my photo", "my photo"), ("images/my photo.jpg masks/my photo.png", "my photo"), ("v1.2", "v1.2"), ("v1.2.JPEG", "v1.2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line,name",
+    [
+        ("2007_000032", "2007_000032"),
+        ("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png", "2007_000032"),
+        ("JPEGImages/2007_000032.jpg\tSegmentationClassAug/2007_000032.png", "2007_000032"),
+        ("leftImg8bit/train/jena/jena_000078_000019_leftImg8bit.png", "jena_000078_000019"),
+        ("/images/train/jena_000078_000019.png\t/segmentation/train/jena_000078_000019_gtFine.png", "jena_000078_000019"),
+        ("my photo", "my photo"),
+        ("images/my photo.jpg masks/my photo.png", "my photo"),
+        ("v1.2", "v1.2"),
+        ("v1.2.JPEG", "v1.2"),
+    ],
+)
 def test_lists_in_the_forms_people_have(tmp_path, line, name):
     write_lines(tmp_path / "list.txt", [line])
     assert readers.read_names(tmp_path / "list.txt", {name, "my", "other"}) == [name]

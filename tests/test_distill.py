@@ -28,9 +28,14 @@ import train_teacher
 pytestmark = pytest.mark.usefixtures("tiny_networks")
 
 
-@pytest.mark.parametrize("method,terms", [
-    ("mgd", ["sup", "pixel_l", "pixel_u", "region"]), ("kd", ["sup", "kd"]), ("cwd", ["sup", "cwd"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method,terms",
+    [
+        ("mgd", ["sup", "pixel_l", "pixel_u", "region"]),
+        ("kd", ["sup", "kd"]),
+        ("cwd", ["sup", "cwd"]),
+    ],
+)
 def test_distillation_learns(script, few, learned_teachers, tmp_path, method, terms):
     """Forty steps on four labeled and four unlabeled images."""
     teachers = ["--deep", learned_teachers[0], "--wide", learned_teachers[1], "--lambda-region", "10"]
@@ -134,20 +139,23 @@ def test_labels_alone_need_no_unlabeled_image(script, teachers, folder, tmp_path
     assert code == 0, err
 
 
-@pytest.mark.parametrize("options,said", [
-    ("", "a teacher is needed: give --deep FILE"),
-    ("--deep D --losses sup", "uses no teacher; that is train_teacher.py --method sup"),
-    ("--deep D --losses pixel", "add sup"),
-    ("--deep D --losses sup pixel image:T_W", "'image:T_W' needs that teacher; give --wide FILE"),
-    ("--wide D --losses sup region:T_D", "'region:T_D' needs that teacher; give --deep FILE"),
-    ("--deep D --wide W --losses sup image:T_D", "uses nothing of T_W; leave --wide out"),
-    ("--deep D --losses sup pixel pixel:labeled", "names a loss twice"),
-    ("--deep D --losses sup texture", "unknown loss 'texture'; choose from sup, pixel"),
-    ("--deep D --method kd --losses sup pixel", "--losses: is for --method mgd"),
-    ("--deep D --method cwd --temperature 0", "--temperature 0.0: must be above 0"),
-    ("--deep D --method kd --kd-weight -1", "--kd-weight -1.0: must be at least 0"),
-    ("--deep D --lambda-region -1", "--lambda-region -1.0: must be at least 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        ("", "a teacher is needed: give --deep FILE"),
+        ("--deep D --losses sup", "uses no teacher; that is train_teacher.py --method sup"),
+        ("--deep D --losses pixel", "add sup"),
+        ("--deep D --losses sup pixel image:T_W", "'image:T_W' needs that teacher; give --wide FILE"),
+        ("--wide D --losses sup region:T_D", "'region:T_D' needs that teacher; give --deep FILE"),
+        ("--deep D --wide W --losses sup image:T_D", "uses nothing of T_W; leave --wide out"),
+        ("--deep D --losses sup pixel pixel:labeled", "names a loss twice"),
+        ("--deep D --losses sup texture", "unknown loss 'texture'; choose from sup, pixel"),
+        ("--deep D --method kd --losses sup pixel", "--losses: is for --method mgd"),
+        ("--deep D --method cwd --temperature 0", "--temperature 0.0: must be above 0"),
+        ("--deep D --method kd --kd-weight -1", "--kd-weight -1.0: must be at least 0"),
+        ("--deep D --lambda-region -1", "--lambda-region -1.0: must be at least 0"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(script, tmp_path, options, said):
     assert said in errors(script, distill, "--out", tmp_path / "x", *TINY, *options.split())
 
@@ -230,8 +238,10 @@ def test_total_loss_is_eq_7():
     expected += sum(cross_entropy(unlabeled.logits, each) for each in on_views)
     expected += 0.3 * (unlabeled.logits.mean((2, 3)) - deep_logits.mean((2, 3))).abs().sum(1).mean()
     expected += 11.0 * (correlation(unlabeled.features) - correlation(wide_features)).square().mean()
-    taught = {"T_D": distill.TeacherOutputs(on_labeled[0], on_views[0], None, models.Output(deep_logits, None)),
-              "T_W": distill.TeacherOutputs(on_labeled[1], on_views[1], None, models.Output(None, wide_features))}  # fmt: skip
+    taught = {
+        "T_D": distill.TeacherOutputs(on_labeled[0], on_views[0], None, models.Output(deep_logits, None)),
+        "T_W": distill.TeacherOutputs(on_labeled[1], on_views[1], None, models.Output(None, wide_features)),
+    }
     counts = torch.tensor([72.0, 72.0])  # all pixels of both
     losses = distill.mgd_losses(labeled, unlabeled, label, taught, counts, ohem=False, **options)
     losses["loss"] = distill.weighted_sum(losses, weights)
@@ -298,8 +308,9 @@ def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
         alone = outputs({field})
         assert sum(seen) == 2 * runs and [name for name in everything if getattr(alone, name) is not None] == [field]
         got, expected = getattr(alone, field), getattr(taught, field)
-        torch.testing.assert_close(tuple(got) if isinstance(got, tuple) else got,
-                                   tuple(expected) if isinstance(expected, tuple) else expected)  # fmt: skip
+        torch.testing.assert_close(
+            tuple(got) if isinstance(got, tuple) else got, tuple(expected) if isinstance(expected, tuple) else expected
+        )
     label[0, 3], ignore[1, :, 3] = 255, True  # what has no label, or lies outside the image, is not learnt from
     masked = outputs(everything)
     assert torch.equal(masked.pseudo_labels_l, taught.pseudo_labels_l.masked_fill(label == 255, 255))

@@ -143,8 +143,18 @@ def test_scales_and_mirroring_average_probabilities():
 
 def test_only_runs_alike_are_averaged_over_their_seeds(capsys):
     def row(seed, miou, **changes):
-        return {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1/8", "steps": 10, "crop": [64, 64],
-                "weights": "none", "seed": seed, "miou": miou, **changes}  # fmt: skip
+        return {
+            "method": "sup",
+            "role": "student",
+            "backbone": "resnet18",
+            "partition": "1/8",
+            "steps": 10,
+            "crop": [64, 64],
+            "weights": "none",
+            "seed": seed,
+            "miou": miou,
+            **changes,
+        }
 
     evaluate.print_seeds([row(0, 40.0), row(0, 40.0), row(1, 60.0, crop=[32, 32]), row(1, 60.0, weights="imagenet")])
     assert capsys.readouterr().out == ""
@@ -155,16 +165,24 @@ def test_only_runs_alike_are_averaged_over_their_seeds(capsys):
     assert capsys.readouterr().out.split("steps")[1].split() == ["41.00", "±", "1.41", "(2", "seeds)"]
 
 
-@pytest.mark.parametrize("arguments,expected", [
-    (["--scales", "0"], "--scales"), (["--window", "0"], "--window"), (["--confusion", "x.jpg"], "--confusion"),
-    (["--panels", "x.json"], "--panels"), (["--json", "file/x.json"], "--json"),
-    (["--panel-rows", "0"], "--panel-rows"), (["--panel-rows", "101"], "--panel-rows"),
-    (["--panels", "x.png", "--confusion", "x.png"], "--confusion x.png: is also where --panels is written"),
-    (["--panels", "x.png", "--confusion", "empty/../x.png"], "is also where --panels is written"),
-    (["b.json", "--json", "b.json"], "--json b.json: is a file that is read"),
-    (["--json", "mine.json"], "--json: mine.json exists and was not written by this project"),
-    (["--panels", "photos/a.png"], "--panels: photos/a.png exists"), (["--confusion", "photos/a.png"], "add --overwrite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        (["--scales", "0"], "--scales"),
+        (["--window", "0"], "--window"),
+        (["--confusion", "x.jpg"], "--confusion"),
+        (["--panels", "x.json"], "--panels"),
+        (["--json", "file/x.json"], "--json"),
+        (["--panel-rows", "0"], "--panel-rows"),
+        (["--panel-rows", "101"], "--panel-rows"),
+        (["--panels", "x.png", "--confusion", "x.png"], "--confusion x.png: is also where --panels is written"),
+        (["--panels", "x.png", "--confusion", "empty/../x.png"], "is also where --panels is written"),
+        (["b.json", "--json", "b.json"], "--json b.json: is a file that is read"),
+        (["--json", "mine.json"], "--json: mine.json exists and was not written by this project"),
+        (["--panels", "photos/a.png"], "--panels: photos/a.png exists"),
+        (["--confusion", "photos/a.png"], "add --overwrite"),
+    ],
+)
 def test_wrong_arguments_are_one_line(script, ckpt, tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -181,8 +199,21 @@ def test_wrong_arguments_are_one_line(script, ckpt, tmp_path, monkeypatch, argum
 
 @pytest.mark.slow
 def test_pictures_and_options_reach_the_result_file(script, ckpt, tmp_path):
-    code, out, err = script(evaluate, "--ckpt", ckpt, "--confusion", tmp_path / "c.png", "--json", tmp_path / "r.json",
-                            "--window", "48", "--scales", "1", "1.5", "--flip")  # fmt: skip
+    code, out, err = script(
+        evaluate,
+        "--ckpt",
+        ckpt,
+        "--confusion",
+        tmp_path / "c.png",
+        "--json",
+        tmp_path / "r.json",
+        "--window",
+        "48",
+        "--scales",
+        "1",
+        "1.5",
+        "--flip",
+    )
     assert code == 0 and "confusion matrix: " in out and Image.open(tmp_path / "c.png").size[0] > 200, err
     row = json.loads((tmp_path / "r.json").read_text())["rows"][0]
     assert (row["window"], row["scales"], row["flip"]) == ([48, 48], [1.0, 1.5], True)
@@ -285,10 +316,24 @@ def test_any_number_of_ranks_counts_the_same(script, ckpt, tmp_path, ranks):
     program = "import conftest, datasets, evaluate, tiny; tiny.install(); datasets.Shapes = conftest.FewShapes; evaluate.main()"
     (tmp_path / "program.py").write_text(program)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), tmp_path / "program.py",
-         "--ckpt", ckpt, "--json", tmp_path / "many.json"],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            tmp_path / "program.py",
+            "--ckpt",
+            ckpt,
+            "--json",
+            tmp_path / "many.json",
+        ],
         env={**os.environ, **NO_GPU, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False)  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     one, many = (json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("one", "many"))
     assert one == many and done.stdout.count("mIoU") == 1

@@ -86,13 +86,18 @@ def finished(out: pathlib.Path) -> int:
 # ---- which runs ----
 
 
-@pytest.mark.parametrize("table,rows", [
-    ("1", "sup sup-x2 sup-x3 mt cps kd cwd mgd"), ("4", "one-deep one-wide two-deep two-wide mgd"),
-    ("5", "sup pixel pixel-image pixel-region both-levels labeled unlabeled mgd"),
-    ("5a", "sup pixel pixel-image pixel-region both-levels mgd"), ("5b", "labeled unlabeled mgd"),
-    ("6", "regions-3 regions-5 mgd regions-9 regions-11"),
-    ("heads", "head-256 head-128 head-64 separable-256 separable-128 separable-64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "table,rows",
+    [
+        ("1", "sup sup-x2 sup-x3 mt cps kd cwd mgd"),
+        ("4", "one-deep one-wide two-deep two-wide mgd"),
+        ("5", "sup pixel pixel-image pixel-region both-levels labeled unlabeled mgd"),
+        ("5a", "sup pixel pixel-image pixel-region both-levels mgd"),
+        ("5b", "labeled unlabeled mgd"),
+        ("6", "regions-3 regions-5 mgd regions-9 regions-11"),
+        ("heads", "head-256 head-128 head-64 separable-256 separable-128 separable-64"),
+    ],
+)
 def test_tables_are_made_of_their_rows_and_share_teachers(table, rows):
     options = ["--dataset", "voc", "--data", "x", "--student", "mbv2", "--seeds", "0", "1", "--teacher-part", "1"]
     runs = plan("--tables", table, *options)
@@ -129,18 +134,28 @@ D, W, D2, W2 = "teacher-deep", "teacher-wide", "teacher-deep-s10", "teacher-wide
 ALL = "sup pixel image:T_D region:T_W"
 
 
-@pytest.mark.parametrize("row,deep,wide,expected", [
-    ("kd", D, W, {"method": "kd"}), ("cwd", D, W, {"method": "cwd"}), ("mgd", D, W, {"method": "mgd", "losses": ALL}),
-    ("one-deep", D, None, {"losses": "sup pixel image:T_D region:T_D"}), ("two-deep", D, D2, {"losses": ALL}),
-    ("one-wide", None, W, {"losses": "sup pixel image:T_W region:T_W"}), ("two-wide", W, W2, {"losses": ALL}),
-    ("pixel", D, W, {"losses": "sup pixel"}), ("pixel-image", D, W, {"losses": "sup pixel image:T_D"}),
-    ("pixel-region", D, W, {"losses": "sup pixel region:T_W"}), ("labeled", D, W, {"losses": "sup pixel:labeled"}),
-    ("both-levels", D, W, {"losses": "sup pixel image:T_D image:T_W region:T_D region:T_W"}),
-    ("unlabeled", D, W, {"losses": "sup pixel:unlabeled image:T_D region:T_W"}),
-    ("regions-3", D, W, {"regions": 3, "losses": ALL}), ("regions-11", D, W, {"regions": 11, "losses": ALL}),
-    ("head-128", D, W, {"head_width": 128, "separable_head": False}),
-    ("separable-64", D, W, {"head_width": 64, "separable_head": True}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row,deep,wide,expected",
+    [
+        ("kd", D, W, {"method": "kd"}),
+        ("cwd", D, W, {"method": "cwd"}),
+        ("mgd", D, W, {"method": "mgd", "losses": ALL}),
+        ("one-deep", D, None, {"losses": "sup pixel image:T_D region:T_D"}),
+        ("two-deep", D, D2, {"losses": ALL}),
+        ("one-wide", None, W, {"losses": "sup pixel image:T_W region:T_W"}),
+        ("two-wide", W, W2, {"losses": ALL}),
+        ("pixel", D, W, {"losses": "sup pixel"}),
+        ("pixel-image", D, W, {"losses": "sup pixel image:T_D"}),
+        ("pixel-region", D, W, {"losses": "sup pixel region:T_W"}),
+        ("labeled", D, W, {"losses": "sup pixel:labeled"}),
+        ("both-levels", D, W, {"losses": "sup pixel image:T_D image:T_W region:T_D region:T_W"}),
+        ("unlabeled", D, W, {"losses": "sup pixel:unlabeled image:T_D region:T_W"}),
+        ("regions-3", D, W, {"regions": 3, "losses": ALL}),
+        ("regions-11", D, W, {"regions": 11, "losses": ALL}),
+        ("head-128", D, W, {"head_width": 128, "separable_head": False}),
+        ("separable-64", D, W, {"head_width": 64, "separable_head": True}),
+    ],
+)
 def test_rows_are_what_they_are_called(row, deep, wide, expected):
     """Also where the flags passed on say otherwise."""
     args = arguments("--rows", row, "--args=--head-width 32", "--student-args=--regions 5")[f"{row}-r18"]
@@ -150,10 +165,16 @@ def test_rows_are_what_they_are_called(row, deep, wide, expected):
         assert getattr(args, key) == (value.split() if key == "losses" else value), key
 
 
-@pytest.mark.parametrize("row,expected", [
-    ("sup", {"method": "sup", "steps": 10}), ("sup-x2", {"method": "sup", "steps": 20}), ("cps", {"method": "cps"}),
-    ("sup-x3", {"method": "sup", "steps": 30}), ("mt", {"method": "mt", "mt_weight": 5.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row,expected",
+    [
+        ("sup", {"method": "sup", "steps": 10}),
+        ("sup-x2", {"method": "sup", "steps": 20}),
+        ("cps", {"method": "cps"}),
+        ("sup-x3", {"method": "sup", "steps": 30}),
+        ("mt", {"method": "mt", "mt_weight": 5.0}),
+    ],
+)
 def test_baselines_are_what_they_are_called(row, expected):
     more = ["--student-args=--steps 10", "--mt-args=--mt-weight 5", "--seeds", "3", "--student", "mbv2"]
     args = arguments("--rows", row, *more)[f"{row}-mbv2-s3"]
@@ -162,8 +183,14 @@ def test_baselines_are_what_they_are_called(row, expected):
 
 
 def test_flags_go_to_the_runs_that_they_are_for():
-    runs = arguments("--args=--lr 1", "--teacher-args=--sup-only 0.2", "--student-args=--steps 7", "--mgd-args=--regions 3",
-                     "--kd-args=--temperature 2", "--cps-args=--cps-weight 9")  # fmt: skip
+    runs = arguments(
+        "--args=--lr 1",
+        "--teacher-args=--sup-only 0.2",
+        "--student-args=--steps 7",
+        "--mgd-args=--regions 3",
+        "--kd-args=--temperature 2",
+        "--cps-args=--cps-weight 9",
+    )
     assert {args.lr for args in runs.values()} == {1.0}
     assert [name for name, args in runs.items() if getattr(args, "sup_only", None) == 0.2] == ["teacher-deep", "teacher-wide"]
     assert {args.steps for name, args in runs.items() if "teacher" not in name} == {7, 14, 21}
@@ -195,29 +222,47 @@ def test_teachers_named_by_file_are_not_trained_and_have_students_of_their_own(t
     swapped = plan("--tables", "1", "4", "--wide-ckpt", named)
     assert not any(out.endswith("/teacher-wide") for out in swapped)
     assert {*swapped} & {*usual} == {out for out in usual if not re.search(r"/(kd|cwd|mgd|one|two|teacher-wide$)", out)} | {
-        "runs/shapes/1-8/teacher-deep", "runs/shapes/1-8/teacher-deep-s10", "runs/shapes/1-8/teacher-wide-s10"
-    }  # fmt: skip
+        "runs/shapes/1-8/teacher-deep",
+        "runs/shapes/1-8/teacher-deep-s10",
+        "runs/shapes/1-8/teacher-wide-s10",
+    }
     student = swapped["runs/shapes/1-8/mgd-r18-wide-a-sup-r18"]
     assert student[student.index("--deep") + 1 : student.index("--seed")] == [f"runs/shapes/1-8/{D}/last.pt", "--wide", named]
     both = plan("--rows", "two-wide", "--deep-ckpt", named, "--wide-ckpt", named)  # the second one is trained
     assert [*both] == ["runs/shapes/1-8/teacher-wide-s10", "runs/shapes/1-8/two-wide-r18-deep-a-sup-r18-wide-a-sup-r18"]
     assert both["runs/shapes/1-8/two-wide-r18-deep-a-sup-r18-wide-a-sup-r18"][5:9] == [
-        "--deep", named, "--wide", "runs/shapes/1-8/teacher-wide-s10/last.pt"
-    ]  # fmt: skip
+        "--deep",
+        named,
+        "--wide",
+        "runs/shapes/1-8/teacher-wide-s10/last.pt",
+    ]
     assert {*plan("--rows", "mgd", "--deep-ckpt", named)} != {*plan("--rows", "mgd", "--wide-ckpt", named)}
 
 
-@pytest.mark.parametrize("options,expected", [
-    ("--tables 7", "--tables: invalid choice: '7'"), ("--rows kdd", "--rows: invalid choice: 'kdd'"),
-    ("--student resnet18", "--student: invalid choice: 'resnet18'"), ("--deep foo", "--deep: invalid choice: 'foo'"),
-    ("--seeds 0,1", "separate several with spaces"), ("--seeds -1", "--seeds"), ("--part 0.125", "expected 1/K"),
-    ("--part 1/0", "expected 1/K"), ("--teacher-part 2/3", "expected 1/K"), ("--nproc 0", "--nproc 0: must be"),
-    ("--dataset voc", "--dataset voc: give --data DIR too"), ("--data x", "--dataset shapes: give --dataset folder too"),
-    ("--dataset folder --data /", "--data /: has no name"), ("--dataset camvid", "invalid choice: 'camvid'"),
-    ("--wide-ckpt absent.pt", "--wide-ckpt absent.pt: no such file"), ("--args=--out=x", "--out is set by the plan"),
-    ("--deep-ckpt junk.pt", "junk.pt: cannot be read"), ("--args=--no-such-flag", "sup-r18: unrecognized arguments"),
-    ("--args='--lr", "--args"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,expected",
+    [
+        ("--tables 7", "--tables: invalid choice: '7'"),
+        ("--rows kdd", "--rows: invalid choice: 'kdd'"),
+        ("--student resnet18", "--student: invalid choice: 'resnet18'"),
+        ("--deep foo", "--deep: invalid choice: 'foo'"),
+        ("--seeds 0,1", "separate several with spaces"),
+        ("--seeds -1", "--seeds"),
+        ("--part 0.125", "expected 1/K"),
+        ("--part 1/0", "expected 1/K"),
+        ("--teacher-part 2/3", "expected 1/K"),
+        ("--nproc 0", "--nproc 0: must be"),
+        ("--dataset voc", "--dataset voc: give --data DIR too"),
+        ("--data x", "--dataset shapes: give --dataset folder too"),
+        ("--dataset folder --data /", "--data /: has no name"),
+        ("--dataset camvid", "invalid choice: 'camvid'"),
+        ("--wide-ckpt absent.pt", "--wide-ckpt absent.pt: no such file"),
+        ("--args=--out=x", "--out is set by the plan"),
+        ("--deep-ckpt junk.pt", "junk.pt: cannot be read"),
+        ("--args=--no-such-flag", "sup-r18: unrecognized arguments"),
+        ("--args='--lr", "--args"),
+    ],
+)
 def test_wrong_options_are_one_line_and_run_nothing(monkeypatch, tmp_path, options, expected):
     (tmp_path / "junk.pt").write_text("words")
     with pytest.raises(common.UserError) as failed:
@@ -310,8 +355,9 @@ def test_several_processes_run_under_torchrun(monkeypatch):
 
     def keep(command, stdin):
         commands.append(command)
-        return subprocess.CompletedProcess(command, finished(pathlib.Path(command[command.index("--out") + 1]))
-                                           if "--out" in command else 0)  # fmt: skip
+        return subprocess.CompletedProcess(
+            command, finished(pathlib.Path(command[command.index("--out") + 1])) if "--out" in command else 0
+        )
 
     monkeypatch.setattr(matrix.subprocess, "run", keep)
     matrix.main(["--rows", "sup", "--nproc", "4"])
@@ -361,8 +407,15 @@ def test_the_cost_is_that_of_the_forwards(monkeypatch):
     train = "train_teacher.py --out x --backbone r18 --steps 10 --batch 2 --sup-only 0 --method"
     teach = "distill.py --out x --deep d --wide w --steps 10 --batch 2"
     for command, images in {
-        f"{train} sup": 3, f"{train} cps": 16, f"{train} mt": 9, f"{train} cps --sup-only 0.5": 11,
-        teach: 6 + 2 * 4, f"{teach} --mixed-terms clean": 6 + 2 * 3, f"{teach} --losses sup pixel:labeled": 3 + 2,
-        f"{teach} --losses sup pixel": 6 + 2 * 3, f"{teach} --no-cutmix": 6 + 2 * 2, f"{teach} --method kd": 6 + 2 * 2,
-    }.items():  # fmt: skip
+        f"{train} sup": 3,
+        f"{train} cps": 16,
+        f"{train} mt": 9,
+        f"{train} cps --sup-only 0.5": 11,
+        teach: 6 + 2 * 4,
+        f"{teach} --mixed-terms clean": 6 + 2 * 3,
+        f"{teach} --losses sup pixel:labeled": 3 + 2,
+        f"{teach} --losses sup pixel": 6 + 2 * 3,
+        f"{teach} --no-cutmix": 6 + 2 * 2,
+        f"{teach} --method kd": 6 + 2 * 2,
+    }.items():
         assert matrix.cost_of(matrix.arguments_of(command.split()), runs) == pytest.approx(20 * images), command

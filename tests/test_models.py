@@ -95,17 +95,20 @@ def without_hash(load):
     return lambda url, **more: load(url, **{**more, "check_hash": False})
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda state: {"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}},
-    lambda state: {"model": state, "ema": state},
-    lambda state: {"network": state, "epoch": 3},
-    lambda state: {"state_dict": {"model": {f"module.{key}": value for key, value in state.items()}}},
-    lambda state: {f"module.{key}": value for key, value in state.items()},
-    lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
-    lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
-    lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
-    lambda state: {key: value.half() for key, value in state.items()},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}},
+        lambda state: {"model": state, "ema": state},
+        lambda state: {"network": state, "epoch": 3},
+        lambda state: {"state_dict": {"model": {f"module.{key}": value for key, value in state.items()}}},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
+        lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
+        lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+        lambda state: {key: value.half() for key, value in state.items()},
+    ],
+)
 def test_wrapped_weights_are_unwrapped(wrap, tmp_path):
     state = published("resnet18")
     torch.save(wrap(state), tmp_path / "weights.pth")
@@ -143,10 +146,15 @@ def test_a_file_that_does_not_fit_gets_its_reason(content, said, tmp_path, capsy
     assert "\n" not in str(error.value) and capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("content,said", [
-    (b"<!DOCTYPE html>", "damaged or of another format"), (b"", "damaged or of another format"),
-    (b"hello", "damaged or of another format"), (pickle.dumps({"a": RunsCode()}), "is a pickle of Python objects"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content,said",
+    [
+        (b"<!DOCTYPE html>", "damaged or of another format"),
+        (b"", "damaged or of another format"),
+        (b"hello", "damaged or of another format"),
+        (pickle.dumps({"a": RunsCode()}), "is a pickle of Python objects"),
+    ],
+)
 def test_a_file_of_another_program_gets_its_reason(content, said, tmp_path, capfd):
     (tmp_path / "weights.pth").write_bytes(content)
     with pytest.raises(UserError, match=said):

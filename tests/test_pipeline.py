@@ -84,11 +84,18 @@ def test_any_number_of_ranks_and_shares_gives_the_gradient_of_the_joined_batch(j
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU, or no nvcc")
-@pytest.mark.parametrize("stage,options", [
-    (train_teacher, ["--method", "sup"]), (train_teacher, ["--method", "cps", "--sup-only", "0", "--ramp-up", "0"]),
-    (train_teacher, ["--method", "mt", "--sup-only", "0", "--ramp-up", "0"]), (distill, ["--method", "mgd", "--grad-norms"]),
-    (distill, ["--method", "kd"]), (distill, ["--method", "cwd"]),
-], ids=lambda options: options[1] if isinstance(options, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "stage,options",
+    [
+        (train_teacher, ["--method", "sup"]),
+        (train_teacher, ["--method", "cps", "--sup-only", "0", "--ramp-up", "0"]),
+        (train_teacher, ["--method", "mt", "--sup-only", "0", "--ramp-up", "0"]),
+        (distill, ["--method", "mgd", "--grad-norms"]),
+        (distill, ["--method", "kd"]),
+        (distill, ["--method", "cwd"]),
+    ],
+    ids=lambda options: options[1] if isinstance(options, list) else "",
+)
 def test_a_gpu_starts_as_the_cpu_does(script, teachers, tmp_path, stage, options):
     """The losses of the first step, until which all is drawn on the CPU; TF32 has ten bits."""
     if stage is distill:
@@ -108,10 +115,12 @@ def test_a_gpu_starts_as_the_cpu_does(script, teachers, tmp_path, stage, options
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run(tmp_path):
     program = tmp_path / "program.py"
-    program.write_text("import os, train_teacher\noriginal = train_teacher.poly_lr\n"
-                       "def poly_lr(step, *rest):\n    if os.environ['RANK'] == '1' and step == 1:\n"
-                       "        raise RuntimeError('rank 1 is gone')\n    return original(step, *rest)\n"
-                       "train_teacher.poly_lr = poly_lr\ntrain_teacher.main()\n")  # fmt: skip
+    program.write_text(
+        "import os, train_teacher\noriginal = train_teacher.poly_lr\n"
+        "def poly_lr(step, *rest):\n    if os.environ['RANK'] == '1' and step == 1:\n"
+        "        raise RuntimeError('rank 1 is gone')\n    return original(step, *rest)\n"
+        "train_teacher.poly_lr = poly_lr\ntrain_teacher.main()\n"
+    )
     arguments = ["--out", tmp_path / "x", "--method", "sup", *TINY, "--batch", "4", "--steps", "4"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, *arguments]
     done = subprocess.run([*map(str, command)], env=ONE_THREAD, capture_output=True, text=True, timeout=120)
@@ -156,9 +165,29 @@ def test_distil_and_evaluate(script, full_teachers, tmp_path, student, monkeypat
     assert f"MGD {run_folder.load_checkpoint(ckpt)['row']['backbone']}" in out and str(tmp_path / "p.png") in out
     result = json.loads((tmp_path / "r.json").read_text())
     row = result["rows"][0]
-    assert {"dataset", "partition", "partition_hash", "labeled", "method", "role", "backbone", "head_width", "weights", "crop",
-            "seed", "steps", "seconds", "teachers", "teacher_labels", "losses", "regions", "gmacs_backbone", "gmacs_model",
-            "miou", "iou"} <= row.keys()  # fmt: skip
+    assert {
+        "dataset",
+        "partition",
+        "partition_hash",
+        "labeled",
+        "method",
+        "role",
+        "backbone",
+        "head_width",
+        "weights",
+        "crop",
+        "seed",
+        "steps",
+        "seconds",
+        "teachers",
+        "teacher_labels",
+        "losses",
+        "regions",
+        "gmacs_backbone",
+        "gmacs_model",
+        "miou",
+        "iou",
+    } <= row.keys()
     assert row["teachers"] == ["T_D", "T_W"] and row["teacher_backbones"] == ["resnet18", "mobilenetv2"]
     assert row["teacher_labels"] == "partition" and row["steps"] == 4
     assert row["miou"] == run_folder.load_checkpoint(ckpt)["row"]["miou"]  # evaluation and training agree to the last digit
@@ -199,13 +228,26 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
     assert "unknown backbone" in errors(script, distill, *distill_args(tmp_path / "x", teachers, "--student", "vgg"))
     assert "--regions 0" in errors(script, distill, *distill_args(tmp_path / "x", teachers, "--regions", "0"))
     assert "no such checkpoint" in errors(script, evaluate, "--ckpt", tmp_path / "absent.pt")
-    assert "not finite" in errors(script, train_teacher, "--out", tmp_path / "x", "--method", "sup", *TINY, "--steps", "9",
-                                  "--lr", "1e30")  # fmt: skip
+    assert "not finite" in errors(
+        script, train_teacher, "--out", tmp_path / "x", "--method", "sup", *TINY, "--steps", "9", "--lr", "1e30"
+    )
     assert not (tmp_path / "x" / "last.pt").exists() and not (tmp_path / "x" / "resume.pt").exists()
     (tmp_path / "file").write_text("words, not weights")
-    wrong = ["--seed -1", "--workers -1", "--steps-factor nan", "--conf-thresh 95", "--sup-only 40", "--scales 0",
-             "--image-scale 0", "--weight-decay -1", "--val-every -1", "--part 1/", "--crop abc", "--dataset imagenet",
-             "--no-such-flag"]  # fmt: skip
+    wrong = [
+        "--seed -1",
+        "--workers -1",
+        "--steps-factor nan",
+        "--conf-thresh 95",
+        "--sup-only 40",
+        "--scales 0",
+        "--image-scale 0",
+        "--weight-decay -1",
+        "--val-every -1",
+        "--part 1/",
+        "--crop abc",
+        "--dataset imagenet",
+        "--no-such-flag",
+    ]
     for flags in [["--weights", tmp_path / "file"], *map(str.split, wrong)]:
         assert flags[0] in errors(script, train_teacher, *run, *flags)
     assert "--out" in errors(script, train_teacher, *run, "--out", tmp_path / "file")
@@ -257,8 +299,12 @@ def test_native_kernels_and_pytorch_train_alike(teachers, tmp_path):
         options = ["--steps", "20", "--lambda-region", "100", "--lr", "1e-5", "--batch", "4", "--precision", "fp32"]
         options = distill_args(tmp_path / ops, teachers, *options)
         program = "import tiny; tiny.install(); import distill; distill.main()"
-        subprocess.run([sys.executable, "-c", program, *map(str, options)], check=True, capture_output=True,
-                       env={**ONE_THREAD, "MGD_OPS": ops})  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-c", program, *map(str, options)],
+            check=True,
+            capture_output=True,
+            env={**ONE_THREAD, "MGD_OPS": ops},
+        )
         assert run_folder.load_checkpoint(tmp_path / ops / "last.pt")["row"]["mgd_ops"] == ops
         logs.append(log(tmp_path / ops))
     assert len(logs[0]) == 21  # one a step, and the validation

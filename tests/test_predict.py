@@ -173,13 +173,30 @@ RAMP = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
 DEEP, WORDS, FLOATS = (RAMP.astype(dtype) for dtype in (np.uint16, np.int32, np.float32))
 
 
-@pytest.mark.parametrize("values,suffix,tags", [
-    (RAMP, "png", {}), (DEEP * 257, "png", {}), (DEEP * 257, "tif", {}), (DEEP * 257, "pgm", {}), (DEEP, "tif", {}),
-    (DEEP * 16 + 15, "png", {}), (DEEP * 16 + 15, "tif", {}), (DEEP * 4, "tif", {281: 1023}), (DEEP * 64, "tif", {281: 16383}),
-    (WORDS, "tif", {}), (WORDS * 257, "tif", {}), (WORDS * 16, "tif", {}), (WORDS * 0x01010101, "tif", {339: 1}),
-    (FLOATS / 255, "tif", {}), (FLOATS, "tif", {}), (FLOATS * 257, "tif", {}), (FLOATS * 4, "tif", {341: 1020.0}),
-    ((RAMP > 127), "png", {}), ((RAMP > 127), "tif", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values,suffix,tags",
+    [
+        (RAMP, "png", {}),
+        (DEEP * 257, "png", {}),
+        (DEEP * 257, "tif", {}),
+        (DEEP * 257, "pgm", {}),
+        (DEEP, "tif", {}),
+        (DEEP * 16 + 15, "png", {}),
+        (DEEP * 16 + 15, "tif", {}),
+        (DEEP * 4, "tif", {281: 1023}),
+        (DEEP * 64, "tif", {281: 16383}),
+        (WORDS, "tif", {}),
+        (WORDS * 257, "tif", {}),
+        (WORDS * 16, "tif", {}),
+        (WORDS * 0x01010101, "tif", {339: 1}),
+        (FLOATS / 255, "tif", {}),
+        (FLOATS, "tif", {}),
+        (FLOATS * 257, "tif", {}),
+        (FLOATS * 4, "tif", {341: 1020.0}),
+        ((RAMP > 127), "png", {}),
+        ((RAMP > 127), "tif", {}),
+    ],
+)
 def test_grey_values_have_their_brightness(tmp_path, values, suffix, tags):
     path = saved(values, tmp_path / f"a.{suffix}", **({"tiffinfo": tags} if tags else {}))
     if 339 in tags:  # SampleFormat, which Pillow writes as signed
@@ -190,12 +207,18 @@ def test_grey_values_have_their_brightness(tmp_path, values, suffix, tags):
     assert image.shape == (4, 256, 3) and np.abs(image - expected[..., None].astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("values,tags,expected", [
-    (FLOATS - 5, {}, "from -5 to 250"), (FLOATS / 100, {}, "up to 2.55"),
-    (FLOATS * 1e6, {}, "up to 2.55e\\+08"), (np.full((3, 3), np.nan, np.float32), {}, "not finite"),
-    (np.full((3, 3), np.inf, np.float32), {}, "not finite"), (WORDS * 10000, {}, "up to 2.55e\\+06"),
-    (WORDS - 7, {339: 2}, "from -7 to 248"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values,tags,expected",
+    [
+        (FLOATS - 5, {}, "from -5 to 250"),
+        (FLOATS / 100, {}, "up to 2.55"),
+        (FLOATS * 1e6, {}, "up to 2.55e\\+08"),
+        (np.full((3, 3), np.nan, np.float32), {}, "not finite"),
+        (np.full((3, 3), np.inf, np.float32), {}, "not finite"),
+        (WORDS * 10000, {}, "up to 2.55e\\+06"),
+        (WORDS - 7, {339: 2}, "from -7 to 248"),
+    ],
+)
 def test_grey_values_without_a_white_are_refused(tmp_path, values, tags, expected):
     path = saved(values, tmp_path / "a.tif", **({"tiffinfo": tags} if tags else {}))
     with pytest.raises(UserError, match=f"a.tif: holds .*{expected}.*; save it with") as error:
@@ -244,8 +267,16 @@ def exif_bytes(orientation, entries=()):
 
 UNWRITABLE = (0x111, 9, 1, struct.pack("<i", -3))  # a signed number in a tag that has none
 BROKEN = [b"Exif\0\0II*\0" + bytes(2), b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
-TURNED = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: np.swapaxes(a, 0, 1),
-          6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2), 8: np.rot90}  # fmt: skip
+TURNED = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: np.swapaxes(a, 0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2),
+    8: np.rot90,
+}
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
@@ -555,14 +586,19 @@ def test_nothing_of_the_users_is_replaced(script, ckpt, folder, tmp_path):
     assert script(predict, *arguments, tmp_path / "out", "--overwrite")[0] == 0
 
 
-@pytest.mark.parametrize("arguments,expected", [
-    (["--images", "absent", "--out", "x"], "absent: no such folder"), (["--images", "photos", "--out", "file"], "--out file"),
-    (["--images", "photos", "--out", "file/x"], "--out file/x"), (["--images", "photos"], "--out"),
-    (["--out", "x"], "--images"),
-    (["--images", "photos", "--out", "x", "--scales", "0"], "--scales"),
-    (["--images", "photos", "--out", "x", "--window", "0"], "--window"),
-    (["--images", "photos", "--out", "photos"], "--out photos: would write among the images"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        (["--images", "absent", "--out", "x"], "absent: no such folder"),
+        (["--images", "photos", "--out", "file"], "--out file"),
+        (["--images", "photos", "--out", "file/x"], "--out file/x"),
+        (["--images", "photos"], "--out"),
+        (["--out", "x"], "--images"),
+        (["--images", "photos", "--out", "x", "--scales", "0"], "--scales"),
+        (["--images", "photos", "--out", "x", "--window", "0"], "--window"),
+        (["--images", "photos", "--out", "photos"], "--out photos: would write among the images"),
+    ],
+)
 def test_wrong_arguments_are_one_line(script, ckpt, photos, tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(predict, "predict_files", None)  # no work begins

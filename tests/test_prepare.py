@@ -172,11 +172,31 @@ def test_evaluation_refuses_val_masks_without_a_number(folder):
 @pytest.mark.slow
 def test_no_result_file_is_written_where_there_is_nothing_to_evaluate(script, folder, tmp_path):
     model = models.build_model("resnet18", 3, "none", "standard", 16, False)
-    args = {"dataset": "folder", "data": str(folder), "backbone": "resnet18", "weights": "none", "stem": "standard",
-            "window": None, "head_width": 16, "separable_head": False, "image_scale": 1.0, "scales": [1.0],
-            "precision": "fp32"}  # fmt: skip
-    row = {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1", "labeled": 8, "steps": 2, "seed": 0,
-           "gmacs_model": 1.0, "mgd_ops": "torch", "head_width": 16}  # fmt: skip
+    args = {
+        "dataset": "folder",
+        "data": str(folder),
+        "backbone": "resnet18",
+        "weights": "none",
+        "stem": "standard",
+        "window": None,
+        "head_width": 16,
+        "separable_head": False,
+        "image_scale": 1.0,
+        "scales": [1.0],
+        "precision": "fp32",
+    }
+    row = {
+        "method": "sup",
+        "role": "student",
+        "backbone": "resnet18",
+        "partition": "1",
+        "labeled": 8,
+        "steps": 2,
+        "seed": 0,
+        "gmacs_model": 1.0,
+        "mgd_ops": "torch",
+        "head_width": 16,
+    }
     of_data = {"classes": ["road", "tree", "car"], "palette": readers.voc_palette(3)}
     torch.save({"model": model.state_dict(), "args": args, "row": row, **of_data}, tmp_path / "m.pt")
     arguments = ["--ckpt", tmp_path / "m.pt", "--json", tmp_path / "r.json"]
@@ -533,20 +553,24 @@ def test_the_input_is_never_the_output(script, folder, out):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("flags,expected", [
-    (["--masks", "nowhere"], "--masks nowhere: no such folder"),
-    (["--values", "0"], "--values 0: give VALUE=CLASS"),
-    (["--values", "0=0", "255"], "--values 255: give VALUE=CLASS"),
-    (["--values", "0=0", "0=1"], "gives 0 two classes"),
-    (["--values", "0=0", "1,1,1=1"], "either values or colours"),
-    (["--values", "0=0", "1=bike"], "classes.txt: names no class 'bike'.*--ignore 'bike'"),
-    (["--values", "0=0", "1=3"], "classes.txt: names no class '3'"),
-    (["--values", "0=0", "1=1", "--palette", "voc"], "give one of the two"),
-    (["--palette", "nowhere.txt"], "nowhere.txt: no such file"),
-    (["--ignore", "bike"], "--ignore bike: no such class"),
-    (["--images", "nowhere"], "--images nowhere: no such folder"),
-    (["--suffix", "_x"], "holds no mask of an image.*--suffix"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
+@pytest.mark.parametrize(
+    "flags,expected",
+    [
+        (["--masks", "nowhere"], "--masks nowhere: no such folder"),
+        (["--values", "0"], "--values 0: give VALUE=CLASS"),
+        (["--values", "0=0", "255"], "--values 255: give VALUE=CLASS"),
+        (["--values", "0=0", "0=1"], "gives 0 two classes"),
+        (["--values", "0=0", "1,1,1=1"], "either values or colours"),
+        (["--values", "0=0", "1=bike"], "classes.txt: names no class 'bike'.*--ignore 'bike'"),
+        (["--values", "0=0", "1=3"], "classes.txt: names no class '3'"),
+        (["--values", "0=0", "1=1", "--palette", "voc"], "give one of the two"),
+        (["--palette", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--ignore", "bike"], "--ignore bike: no such class"),
+        (["--images", "nowhere"], "--images nowhere: no such folder"),
+        (["--suffix", "_x"], "holds no mask of an image.*--suffix"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
 def test_wrong_flags_are_one_line(script, folder, flags, expected):
     source = [] if "--masks" in flags else ["--masks", folder / "masks"]
     code, _, err = script(prepare, "masks", *source, "--out", folder / "new" / "masks", *flags)
@@ -702,13 +726,17 @@ def test_pictures_replace_nothing_and_fail_before_the_look(script, folder, monke
 # ---- voc ----
 
 
-@pytest.mark.parametrize("change,expected", [
-    (lambda voc: (voc / "benchmark_RELEASE/dataset/cls/2010_000007.mat").write_bytes(b"junk"), "7.mat: cannot be read"),
-    (lambda voc: shutil.rmtree(voc / "benchmark_RELEASE"), "holds no SBD"),
-    (lambda voc: shutil.rmtree(voc / "VOCdevkit"), "holds no VOC2012/JPEGImages"),
-    (lambda voc: (voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").unlink(), "val.txt: no such file"),
-    (lambda voc: (voc / "VOCdevkit/VOC2012/SegmentationClass/2007_000001.png").unlink(), "2007_000001.png: no such mask"),
-], ids=["mat", "sbd", "voc", "list", "mask"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change,expected",
+    [
+        (lambda voc: (voc / "benchmark_RELEASE/dataset/cls/2010_000007.mat").write_bytes(b"junk"), "7.mat: cannot be read"),
+        (lambda voc: shutil.rmtree(voc / "benchmark_RELEASE"), "holds no SBD"),
+        (lambda voc: shutil.rmtree(voc / "VOCdevkit"), "holds no VOC2012/JPEGImages"),
+        (lambda voc: (voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").unlink(), "val.txt: no such file"),
+        (lambda voc: (voc / "VOCdevkit/VOC2012/SegmentationClass/2007_000001.png").unlink(), "2007_000001.png: no such mask"),
+    ],
+    ids=["mat", "sbd", "voc", "list", "mask"],
+)
 def test_preparation_says_what_is_missing(script, voc, change, expected):
     change(voc)
     code, _, err = script(prepare, "voc", "--data", voc)

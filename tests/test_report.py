@@ -19,13 +19,34 @@ def row(method="sup", backbone="resnet18", miou=50.0, seed=0, **changes):
     """A row as evaluate.py writes it."""
     distilled = method in ("mgd", "kd", "cwd")
     return {
-        "dataset": "voc", "partition": "1/8", "partition_hash": "aaa", "labeled": 1323, "method": method, "role": "student",
-        "backbone": backbone, "head_width": 256, "separable_head": False, "weights": "imagenet", "crop": [512, 512],
-        "seed": seed, "steps": 1000, "seconds": 1.0, "teachers": ["T_D", "T_W"] if distilled else [],
-        "teacher_labels": "partition" if distilled else None, "losses": FULL if method == "mgd" else ["sup"],
-        "regions": 7 if method == "mgd" else None, "gmacs_backbone": 15.9, "gmacs_model": 41.2, "mgd_ops": "torch",
-        "miou": miou, "iou": {"a": miou}, "window": [512, 512], "scales": [1.0], "flip": False, **changes,
-    }  # fmt: skip
+        "dataset": "voc",
+        "partition": "1/8",
+        "partition_hash": "aaa",
+        "labeled": 1323,
+        "method": method,
+        "role": "student",
+        "backbone": backbone,
+        "head_width": 256,
+        "separable_head": False,
+        "weights": "imagenet",
+        "crop": [512, 512],
+        "seed": seed,
+        "steps": 1000,
+        "seconds": 1.0,
+        "teachers": ["T_D", "T_W"] if distilled else [],
+        "teacher_labels": "partition" if distilled else None,
+        "losses": FULL if method == "mgd" else ["sup"],
+        "regions": 7 if method == "mgd" else None,
+        "gmacs_backbone": 15.9,
+        "gmacs_model": 41.2,
+        "mgd_ops": "torch",
+        "miou": miou,
+        "iou": {"a": miou},
+        "window": [512, 512],
+        "scales": [1.0],
+        "flip": False,
+        **changes,
+    }
 
 
 @pytest.fixture
@@ -83,10 +104,15 @@ def test_paper_figures_stand_beside_ours(tables, dataset, table):
     known = [r for r in PAPER["rows"] if r["table"] == table]
     out = tables([row("mgd", dataset=dataset, labeled=known[1]["labeled"])])
     names = report.NAMES
-    shown = {(line["role"], line["backbone"], line["method"], f"{part} paper"): line[f"{part} paper"]
-             for line in markdown(out / f"{table}.md") for part in ("1/16", "1/8", "1/4", "1/2")}  # fmt: skip
-    assert shown == {(names[r["role"]], names[r["backbone"]], names[r["method"]], f"{r['partition']} paper"): f"{r['miou']:.2f}"
-                     for r in known}  # fmt: skip
+    shown = {
+        (line["role"], line["backbone"], line["method"], f"{part} paper"): line[f"{part} paper"]
+        for line in markdown(out / f"{table}.md")
+        for part in ("1/16", "1/8", "1/4", "1/2")
+    }
+    assert shown == {
+        (names[r["role"]], names[r["backbone"]], names[r["method"]], f"{r['partition']} paper"): f"{r['miou']:.2f}"
+        for r in known
+    }
     ours = collections.Counter(line["1/8"] for line in markdown(out / f"{table}.md"))
     assert ours == {"–": len(known) // 4 - 1, "50.00": 1}
     assert [float(line["miou"]) for line in records(out / f"{table}.csv", "paper")] == [r["miou"] for r in known]
@@ -109,13 +135,31 @@ def test_paper_figures_are_the_published_ones():
 # ---- nothing is mixed that is not alike ----
 
 
-@pytest.mark.parametrize("change", [
-    {"steps": 2000}, {"partition_hash": "bbb"}, {"head_width": 64}, {"separable_head": True}, {"weights": "none"},
-    {"crop": [256, 512]}, {"window": None}, {"scales": [0.5, 1.0]}, {"flip": True}, {"backbone": "mobilenetv2"},
-    {"partition": "1/4", "labeled": 2646}, {"role": "teacher_deep"}, {"dataset": "camvid"}, {"batch": 16}, {"lr": 0.1},
-    {"teacher_backbones": ["vgg"]}, {"teacher_methods": ["mt"]}, {"teacher_steps": [9]}, {"train_scales": [1.0]},
-    *({key: 0.123} for key in OPTIONAL),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 2000},
+        {"partition_hash": "bbb"},
+        {"head_width": 64},
+        {"separable_head": True},
+        {"weights": "none"},
+        {"crop": [256, 512]},
+        {"window": None},
+        {"scales": [0.5, 1.0]},
+        {"flip": True},
+        {"backbone": "mobilenetv2"},
+        {"partition": "1/4", "labeled": 2646},
+        {"role": "teacher_deep"},
+        {"dataset": "camvid"},
+        {"batch": 16},
+        {"lr": 0.1},
+        {"teacher_backbones": ["vgg"]},
+        {"teacher_methods": ["mt"]},
+        {"teacher_steps": [9]},
+        {"train_scales": [1.0]},
+        *({key: 0.123} for key in OPTIONAL),
+    ],
+)
 def test_runs_that_differ_are_not_averaged_and_can_be_told_apart(tables, change):
     method = METHODS_WITH.get(next(iter(change)), ("sup",))[0]  # of those that have the setting
     out = tables([row(method, miou=40.0), row(method, miou=60.0, seed=1, **change)])
@@ -146,8 +190,13 @@ def test_students_of_one_seed_and_different_teachers_all_count(tables):
 
 
 def test_students_of_teachers_with_all_labels_have_their_own_table(tables):
-    rows = [row("mgd", miou=50.0), row("mgd", miou=70.0, teacher_labels="all"), row("sup", miou=40.0), row("cps", miou=45.0),
-            row("cps", "resnet101", 80.0, partition="1", partition_hash="all", labeled=10582, role="teacher_deep")]  # fmt: skip
+    rows = [
+        row("mgd", miou=50.0),
+        row("mgd", miou=70.0, teacher_labels="all"),
+        row("sup", miou=40.0),
+        row("cps", miou=45.0),
+        row("cps", "resnet101", 80.0, partition="1", partition_hash="all", labeled=10582, role="teacher_deep"),
+    ]
     out = tables(rows)
     both = {name: {float(r["miou"]) for r in records(out / f"{name}.csv")} for name in ("table1", "table1-all")}
     assert both == {"table1": {50, 40, 45, 80}, "table1-all": {70, 40, 45, 80}}
@@ -170,11 +219,20 @@ def test_the_newest_of_rows_that_agree_counts(tables, newest_first):
 @pytest.mark.parametrize("dataset", ["voc", "cityscapes", "camvid"])
 def test_ablations_beside_the_paper(tables, dataset):
     one = ["sup", "pixel", "image:T_D", "region:T_D"]
-    out = tables([row(dataset=dataset, **r) for r in (
-        {"miou": 40.0}, {"method": "mgd"}, {"method": "mgd", "miou": 44.0, "teachers": ["T_D"], "losses": one},
-        {"method": "mgd", "miou": 45.0, "teachers": ["T_D", "T_D"]}, {"method": "mgd", "miou": 48.0, "regions": 3},
-        {"method": "mgd", "miou": 42.0, "losses": ["sup", "pixel"], "regions": None},
-        {"method": "mgd", "miou": 41.0, "losses": ["sup", "pixel:labeled"], "regions": None})])  # fmt: skip
+    out = tables(
+        [
+            row(dataset=dataset, **r)
+            for r in (
+                {"miou": 40.0},
+                {"method": "mgd"},
+                {"method": "mgd", "miou": 44.0, "teachers": ["T_D"], "losses": one},
+                {"method": "mgd", "miou": 45.0, "teachers": ["T_D", "T_D"]},
+                {"method": "mgd", "miou": 48.0, "regions": 3},
+                {"method": "mgd", "miou": 42.0, "losses": ["sup", "pixel"], "regions": None},
+                {"method": "mgd", "miou": 41.0, "losses": ["sup", "pixel:labeled"], "regions": None},
+            )
+        ]
+    )
     found = {}
     for table in ("table4", "table5a", "table5b", "table6"):
         lines, field = markdown(out / f"{table}-{dataset}.md"), report.TABLES[table][1][0]
@@ -192,12 +250,19 @@ def test_ablations_beside_the_paper(tables, dataset):
     assert {r["miou"] for r in methods} == {"40.0", "50.0"}  # of MGD, the full method alone
 
 
-@pytest.mark.parametrize("roles,backbones,kinds", [
-    ("teacher_deep teacher_wide", "resnet101 wide_resnet34", "T_D T_W"), ("teacher_deep teacher_deep", "r34 r34", "T_D T_D"),
-    ("teacher_wide teacher_wide", "r18 r18", "T_W T_W"), ("student teacher_wide", "resnet34 resnet18", "T_D T_W"),
-    ("student teacher_wide", "resnet18 resnet18", "T_W T_W"), ("teacher_wide teacher_deep", "resnet18 resnet34", "T_D T_W"),
-    ("teacher_deep teacher_wide", "resnet18 resnet18", "T_D T_W"), ("student student", "resnet18 resnet18", "T_D T_W"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "roles,backbones,kinds",
+    [
+        ("teacher_deep teacher_wide", "resnet101 wide_resnet34", "T_D T_W"),
+        ("teacher_deep teacher_deep", "r34 r34", "T_D T_D"),
+        ("teacher_wide teacher_wide", "r18 r18", "T_W T_W"),
+        ("student teacher_wide", "resnet34 resnet18", "T_D T_W"),
+        ("student teacher_wide", "resnet18 resnet18", "T_W T_W"),
+        ("teacher_wide teacher_deep", "resnet18 resnet34", "T_D T_W"),
+        ("teacher_deep teacher_wide", "resnet18 resnet18", "T_D T_W"),
+        ("student student", "resnet18 resnet18", "T_D T_W"),
+    ],
+)
 def test_two_teachers_of_one_kind_are_no_full_mgd(tables, roles, backbones, kinds):
     """Rows name teachers by the flag they were given under, also where both are of one kind."""
     both = {"teachers": ["T_D", "T_W"], "teacher_roles": roles.split(), "teacher_backbones": backbones.split()}
@@ -213,10 +278,16 @@ def test_two_teachers_of_one_kind_are_no_full_mgd(tables, roles, backbones, kind
 
 @pytest.mark.slow
 def test_heads_and_pictures(tables):
-    heads = [row("mgd", miou=50 - i, head_width=256 >> i, gmacs_model=40.0 / (i + 1), separable_head=separable)
-             for i in range(3) for separable in (False, True)]  # fmt: skip
-    parts = [row("sup", miou=40 + n / 1000, seed=seed, partition=part, partition_hash=part, labeled=n)
-             for part, n in (("1/4", 2646), ("1/2", 5291)) for seed in (0, 1)]  # fmt: skip
+    heads = [
+        row("mgd", miou=50 - i, head_width=256 >> i, gmacs_model=40.0 / (i + 1), separable_head=separable)
+        for i in range(3)
+        for separable in (False, True)
+    ]
+    parts = [
+        row("sup", miou=40 + n / 1000, seed=seed, partition=part, partition_hash=part, labeled=n)
+        for part, n in (("1/4", 2646), ("1/2", 5291))
+        for seed in (0, 1)
+    ]
     out = tables([*heads, *parts, row("cps", "resnet101", 80.0, role="teacher_deep", gmacs_backbone=59.0)], pictures=True)
     lines = [(line["head width"], line["separable head"]) for line in markdown(out / "heads-voc.md")]
     assert lines == [(width, sep) for width in ("64", "128", "256") for sep in ("no", "yes")]
@@ -320,21 +391,40 @@ def test_curves_keep_others_pictures_and_names_are_no_formulas(script, tmp_path)
     assert script(report, "--curves", log, "--out", picture)[0] == 0
 
 
-@pytest.mark.parametrize("arguments,expected", [
-    ([], "give result files"), (["absent.json"], "absent.json: cannot be read"), (["junk.json"], "junk.json: cannot be read"),
-    (["list.json"], "list.json: holds no rows"), (["empty.json"], "empty.json: holds no rows"),
-    (["lacks.json"], "lacks.json: a row lacks 'partition'"), (["nan.json"], "nan.json: a row's mIoU is nan"),
-    (["bench.json", "paper.json"], "no result file has rows"), (["good.json", "--out", "junk.json"], "--out junk.json"),
-    (["--curves", "absent"], "--curves absent: cannot be read"), (["--curves", "list.json"], "holds no step yet"),
-    (["--curves", "empty.json"], "--curves empty.json: cannot be read as a log"), (["--curves", "bare.json"], "no step yet"),
-    (["--curves", "good.json", "--out", "x.jpg"], "ends in .png"), (["good.json", "--curves", "bare.json"], "or --curves"),
-    (["--curves", "bare.json", "--out", "junk.json/x.png"], "--out junk.json: cannot be made a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        ([], "give result files"),
+        (["absent.json"], "absent.json: cannot be read"),
+        (["junk.json"], "junk.json: cannot be read"),
+        (["list.json"], "list.json: holds no rows"),
+        (["empty.json"], "empty.json: holds no rows"),
+        (["lacks.json"], "lacks.json: a row lacks 'partition'"),
+        (["nan.json"], "nan.json: a row's mIoU is nan"),
+        (["bench.json", "paper.json"], "no result file has rows"),
+        (["good.json", "--out", "junk.json"], "--out junk.json"),
+        (["--curves", "absent"], "--curves absent: cannot be read"),
+        (["--curves", "list.json"], "holds no step yet"),
+        (["--curves", "empty.json"], "--curves empty.json: cannot be read as a log"),
+        (["--curves", "bare.json"], "no step yet"),
+        (["--curves", "good.json", "--out", "x.jpg"], "ends in .png"),
+        (["good.json", "--curves", "bare.json"], "or --curves"),
+        (["--curves", "bare.json", "--out", "junk.json/x.png"], "--out junk.json: cannot be made a folder"),
+    ],
+)
 def test_wrong_input_is_one_line(script, tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
-    contents = {"junk": "{", "list": "[]", "empty": '{"rows": []}', "lacks": '{"rows": [{"miou": 1, "dataset": "voc"}]}',
-                "nan": json.dumps({"rows": [row(miou=float("nan"))]}), "bench": '{"rows": [{"case": "x"}]}',
-                "paper": json.dumps(PAPER), "bare": '{"step": 1}', "good": json.dumps({"rows": [row()]})}  # fmt: skip
+    contents = {
+        "junk": "{",
+        "list": "[]",
+        "empty": '{"rows": []}',
+        "lacks": '{"rows": [{"miou": 1, "dataset": "voc"}]}',
+        "nan": json.dumps({"rows": [row(miou=float("nan"))]}),
+        "bench": '{"rows": [{"case": "x"}]}',
+        "paper": json.dumps(PAPER),
+        "bare": '{"step": 1}',
+        "good": json.dumps({"rows": [row()]}),
+    }
     for name, text in contents.items():
         (tmp_path / f"{name}.json").write_text(text)
     code, _, err = script(report, *arguments)

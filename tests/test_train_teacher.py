@@ -23,10 +23,14 @@ import train_teacher
 pytestmark = pytest.mark.usefixtures("tiny_networks")
 
 
-@pytest.mark.parametrize("method,options", [
-    ("sup", []), ("cps", ["--sup-only", "0.2", "--ramp-up", "0.4"]),
-    ("mt", ["--sup-only", "0", "--ramp-up", "0.4", "--ema-decay", "0.8", "--mt-weight", "10"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("sup", []),
+        ("cps", ["--sup-only", "0.2", "--ramp-up", "0.4"]),
+        ("mt", ["--sup-only", "0", "--ramp-up", "0.4", "--ema-decay", "0.8", "--mt-weight", "10"]),
+    ],
+)
 def test_training_learns(script, few, tmp_path, method, options):
     """Forty steps on four labeled and four unlabeled images."""
     code, _, err = script(train_teacher, "--out", tmp_path / method, "--method", method, "--data", few, *LEARNING, *options)

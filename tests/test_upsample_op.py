@@ -463,8 +463,11 @@ def test_argmax_equals_the_float64_reference(native, shape, size, layout, device
         best = full.topk(min(2, shape[1]), 1).values
         clear = best[:, 0] - best[:, -1] > 1e-3 if shape[1] > 1 else torch.ones_like(best[:, 0], dtype=torch.bool)
         for threshold in (0.0, 0.6):
-            label = mgd_ops.upsampled_argmax(logits, size, threshold) if native else mgd_ops.upsampled_argmax_default(
-                logits, *size, threshold)  # fmt: skip
+            label = (
+                mgd_ops.upsampled_argmax(logits, size, threshold)
+                if native
+                else mgd_ops.upsampled_argmax_default(logits, *size, threshold)
+            )
             assert label.dtype == torch.int64 and label.shape == (shape[0], *size)
             expected = mgd_ops.upsampled_argmax_reference(logits.double(), size, threshold)
             sure = clear & ((probability.amax(1) - threshold).abs() > 1e-4)
