@@ -2,13 +2,14 @@
 as pictures.
 
     python evaluate.py --ckpt runs/shapes/1-8/mgd-r18/last.pt
-    python evaluate.py --ckpt A/last.pt B/last.pt --json out.json --panels out.png
+    python evaluate.py --ckpt A/last.pt B/last.pt --json ab.json --panels ab.png
     torchrun --nproc-per-node 4 evaluate.py --ckpt A/last.pt
 
 The same `evaluate` validates during training, so the numbers cannot differ.
-Images are seen as in the training's validation (whole, or in the sliding windows
-of its --window), at one scale and not mirrored unless told otherwise. Predictions
-are compared at the size of the mask. Under torchrun the images are shared out.
+Images are seen as in the training's validation (whole, or in the sliding
+windows of its --window), at one scale and not mirrored unless told otherwise.
+Predictions are compared at the size of the mask. Under torchrun the images are
+shared out.
 """
 
 import math
@@ -325,7 +326,7 @@ def parse_args(argv=None):
         "--data",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder of the data set (default: the one of the training)",
+        help="folder of the data set (default: as in training)",
     )
     parser.add_argument("--json", help="write a result file (default: none)", **path)
     parser.add_argument("--panels", help="write a PNG: image, ground truth, each model (default: none)", **path)
@@ -376,7 +377,7 @@ def add_protocol_arguments(parser):
     )
     parser.add_argument("--flip", action="store_true", help="average over mirrored images too (default: off)")
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], help="of autocast (default: that of the training)")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="of autocast (default: as in training)")
 
 
 def check_protocol_arguments(args):

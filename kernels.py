@@ -1,9 +1,12 @@
 """Build, cache and load the native kernels of the ops in `mgd_ops.py`.
 
-    python kernels.py     # build the kernels of csrc/ ahead, and say what was built (make ext)
+    python kernels.py      # build the kernels of csrc/ ahead (make ext)
+    TORCH_EXTENSIONS_DIR=build python kernels.py      # and keep them in build/
 
-`load_kernels` builds what is not built yet and loads it. MGD_OPS=auto (the default) falls back to PyTorch with one line that
-gives the reason, MGD_OPS=native raises instead, MGD_OPS=torch does not try. Builds are kept in TORCH_EXTENSIONS_DIR.
+`load_kernels` builds the kernels where they are not built yet, and loads them.
+With MGD_OPS=auto (the default) a failure is reported in one line, with its
+reason, and PyTorch computes the ops. MGD_OPS=native raises instead, and
+MGD_OPS=torch never tries. Builds are kept in TORCH_EXTENSIONS_DIR.
 """
 
 import contextlib
@@ -199,7 +202,7 @@ def one_line(error: BaseException) -> str:
 
 
 def main():
-    ArgumentParser(__doc__).parse_args()
+    ArgumentParser(__doc__, usage="%(prog)s").parse_args()
     for device in ("cpu", "cuda"):
         began = time.perf_counter()
         try:

@@ -1,10 +1,12 @@
 """DeepLabV3+ on torchvision backbones.
 
-    python models.py            # params and GMACs of every backbone, beside the paper's
-    python models.py --json     # the same figures for a program
+    python models.py           # parameters and GMACs, beside the paper's
+    python models.py --json    # the same as JSON
 
-A model maps images (B, 3, H, W) to `Output(logits, features)`: the classifier's logits (B, N, H/4, W/4) in float32, and the
-decoder's features (B, C, H/4, W/4), the F of the paper's region-level loss. `mgd_ops.upsample` brings logits to any size.
+A model maps images (B, 3, H, W) to `Output(logits, features)`: the classifier's
+logits (B, N, H/4, W/4) in float32, and the decoder's features (B, C, H/4, W/4),
+the F of the paper's region-level loss. `mgd_ops.upsample` brings the logits to
+any size.
 """
 
 import copy
@@ -407,10 +409,10 @@ def measure(
 
 
 def main():
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead of the table")
-    parser.add_argument("--head-width", type=int, default=256, help="channels of ASPP and decoder")
-    parser.add_argument("--separable-head", action="store_true", help="depthwise separable ASPP and decoder")
+    parser = ArgumentParser(__doc__, usage="%(prog)s [options]")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of the table (default: off)")
+    parser.add_argument("--head-width", type=int, default=256, metavar="N", help="channels of ASPP and decoder (default: 256)")
+    parser.add_argument("--separable-head", action="store_true", help="depthwise separable ASPP and decoder (default: off)")
     args = parser.parse_args()
     rows = [measure(name, stem, args.head_width, args.separable_head) for name in BACKBONES for stem in STEMS]
     if args.json:

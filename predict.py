@@ -1,19 +1,19 @@
-r"""Predict images with a checkpoint: masks of class indices, overlays, and a sheet to look at. No masks are needed.
+r"""Predict images with a checkpoint: masks of class indices, overlays, and a sheet
+to look at. No masks are needed.
 
-    python predict.py --ckpt runs/shapes/1-8/mgd-r18/last.pt --images photos --out predictions
-    python predict.py --ckpt runs/mine/1/mgd-r18/last.pt --images photo.jpg --out predictions \
+    python predict.py --ckpt A/last.pt --images photos --out predictions
+    python predict.py --ckpt A/last.pt --images photo.jpg --out predictions \
         --window 512 --tta-scales 0.75 1 1.25 --flip
 
---images is a folder or one image. Every file in a folder is predicted or named, whatever its suffix: an image is what
-Pillow opens, and of an animation its first frame. Files whose names begin with a dot are ignored, and subfolders are not
-looked into. Files that are no images are named together in one line. A file that has an image's suffix or first bytes but
-cannot be read is named with the reason, and so is one whose prediction fails, such as for lack of memory. The others are
-still predicted, and the exit code is 1. With MGD_DEBUG=1 the traceback is shown too.
+OUT/masks/NAME.png     class indices, with the palette of the classes
+OUT/overlays/NAME.png  the image, half covered by the colours of the classes
+OUT/sheet.png          the first 60 overlays
 
-OUT/masks/NAME.png holds class indices with the palette of the classes, OUT/overlays/NAME.png the image half covered by
-their colours, and OUT/sheet.png the first sixty overlays. Images are seen as in the training's validation unless told
-otherwise. With sliding windows (--window SIDE), one scale and no --flip the memory grows with an image's width, and not
-with its area.
+--images is a folder or one image. Every file of the folder is predicted or
+named, whatever its suffix; hidden files and subfolders are left out. A file
+that cannot be read or predicted is named with the reason, the others are still
+predicted, and the exit code is 1. With sliding windows (--window SIDE), one
+scale and no --flip, large images need little memory.
 """
 
 import copy
@@ -41,8 +41,8 @@ from run_folder import make_folder
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# A file claims to be an image by one of these suffixes or first bytes. Pillow's own list of suffixes is added, without what it
-# knows but cannot open as an image.
+# A file claims to be an image by one of these suffixes or first bytes, or by a suffix of Pillow's own list, except those that
+# Pillow knows but does not open as images.
 NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib"}
 STUBS = {"MPEG", "HDF5", "BUFR", "GRIB"}  # formats that Pillow only recognises
 SUFFIXES = {".heic", ".heif", ".hif", ".avif", ".jxl", ".jxr", ".webp", ".svg", ".exr", ".hdr", ".raw", ".dng"}
@@ -53,15 +53,15 @@ TILES = 60  # of the sheet
 
 
 def is_image(path: pathlib.Path) -> bool:
-    """Whether a file is an image or claims to be one: Pillow opens it, or knows its suffix, or its first bytes are those of an
-    image. Its pixels are not decoded."""
+    """Whether a file is an image or claims to be one: Pillow opens it or knows its suffix, or it starts as image files do. The
+    pixels are not decoded. Of an animation, the first frame is the image."""
     try:
         with Image.open(path) as file:
             return file.format not in STUBS
     except UnidentifiedImageError:
         with open(path, "rb") as file:
             start = file.read(16)
-    except Exception:  # a plugin recognised it, or it cannot be opened at all: reading it will tell why
+    except Exception:  # a plugin recognised it, or it cannot be opened at all: reading it will report why
         return True
     suffix = path.suffix.lower()
     by_suffix = suffix in SUFFIXES or (suffix in Image.registered_extensions() and suffix not in NO_IMAGES)
@@ -70,7 +70,8 @@ def is_image(path: pathlib.Path) -> bool:
 
 
 def find_images(images: pathlib.Path) -> list[pathlib.Path]:
-    """The images of a folder, sorted; what else is there is named on stderr. Raises UserError where there is none."""
+    """The images of a folder, sorted. Its other files and its subfolders are named on stderr, except hidden ones. Raises
+    UserError where there is no image."""
     if images.is_file():
         return [images]
     try:
@@ -80,7 +81,7 @@ def find_images(images: pathlib.Path) -> list[pathlib.Path]:
     except OSError as error:
         raise UserError(f"--images {printable(images)}: cannot be read as a folder ({error.strerror})") from None
     folders = [path for path in entries if path.is_dir()]
-    # a link to nothing is left to the reader, which says so; a pipe or a device is never opened
+    # the reader reports a link to nothing; a pipe or a device is never opened
     paths = [path for path in entries if (path.is_file() and is_image(path)) or (path.is_symlink() and not path.exists())]
     others = [path for path in entries if path not in {*folders, *paths}]
     for what, rest in (("no images, left out", others), ("subfolders, not looked into", folders)):
@@ -98,8 +99,8 @@ def names_of(paths: list[pathlib.Path], most: int = 20) -> str:
 
 
 def output_names(paths: list[pathlib.Path]) -> list[str]:
-    """NAME.png of each image, no two alike: its name without the suffix, or with it where another image needs the same."""
-    stems = Counter(path.stem.casefold() for path in paths)  # some disks do not tell upper case from lower
+    """NAME.png for each image, all different: NAME has no suffix unless another image has the same name without it."""
+    stems = Counter(path.stem.casefold() for path in paths)  # some disks ignore case
     full = {path.name.casefold() for path in paths}
     return [
         f"{path.stem if stems[path.stem.casefold()] == 1 and path.stem.casefold() not in full else path.name}.png"
@@ -108,7 +109,7 @@ def output_names(paths: list[pathlib.Path]) -> list[str]:
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that the tensors made under this mode hold at once, as on the meta device, where nothing is computed."""
+    """Counts the most bytes that the tensors made under this mode hold at once; on the meta device nothing is computed."""
 
     def __init__(self):
         super().__init__()
@@ -140,8 +141,8 @@ def bytes_per_pixel(model, precision: str) -> float:
 
 
 def check_memory(path: pathlib.Path, size: tuple[int, int], classes: int, whole: float, device, protocol: Protocol):
-    """Raise UserError where the prediction of an image of `size` (H, W) cannot fit into the free memory; `whole` is the memory
-    of the network per pixel. With sliding windows, one scale and no mirroring there is little that grows."""
+    """Raises UserError where the prediction of an image of `size` (H, W) does not fit into the free memory. `whole` is the
+    network's memory per pixel. With sliding windows, one scale and no mirroring, little grows with the image."""
     views = len(protocol.scales) * (1 + protocol.flip)
     pixels = size[0] * size[1]
     probabilities = 4 * classes * pixels if views > 1 else 0
@@ -160,7 +161,7 @@ def reason_of(error: Exception, path: pathlib.Path, protocol: Protocol) -> str:
     kind, text = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, UserError):  # names the file
         return text.split("; replace it")[0]
-    # a CPU has no exception of its own for it
+    # a CPU has no exception of its own for a lack of memory
     signs = ("not enough memory: you tried to allocate", "DefaultCPUAllocator")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text for sign in signs):
         fix = "--window 512" if protocol.window is None else "a smaller --window, and no --tta-scales or --flip"
@@ -169,8 +170,8 @@ def reason_of(error: Exception, path: pathlib.Path, protocol: Protocol) -> str:
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """image (H, W, 3) uint8, half covered by the colours of labels (H, W). A black class, such as VOC's background, leaves it
-    as it is."""
+    """image (H, W, 3) uint8, half covered by the colours of labels (H, W). A black class, such as VOC's background, does not
+    change it."""
     out = np.empty_like(image)
     for row, pixels, colours in zip(out, image, (palette[line] for line in labels), strict=True):  # rows, to save memory
         row[:] = np.where(colours.any(1, keepdims=True), (pixels.astype(np.uint16) + colours) // 2, pixels)
@@ -178,13 +179,13 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.nd
 
 
 def tile_of(image: Image.Image, side: int = 320) -> Image.Image:
-    """The image in the size of the sheet; an image of one row or column keeps it."""
+    """The image, resized for the sheet to at most `side` pixels per side."""
     scale = side / max(image.size)
     return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
 
 
 def draw_sheet(path: pathlib.Path, tiles: list[tuple[str, Image.Image]], checkpoint: dict, shown: list[int]):
-    """A PNG of the overlays with their files' names, and a legend of the classes `shown`."""
+    """Write a PNG of the overlays with the names of their files, and a legend of the classes `shown`."""
     columns = min(6, len(tiles))
     rows = -(-len(tiles) // columns)
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(2.2 * columns, 2 * rows), layout="constrained")
@@ -200,8 +201,7 @@ def draw_sheet(path: pathlib.Path, tiles: list[tuple[str, Image.Image]], checkpo
 
 
 def predict_files(model, checkpoint: dict, paths: list[pathlib.Path], out: pathlib.Path, device, precision, protocol) -> int:
-    """Predict images into the folders masks and overlays of OUT and a sheet. What goes wrong with a file is reported on stderr;
-    returns the number of those."""
+    """Predict images into OUT/masks, OUT/overlays and OUT/sheet.png. Returns how many files failed; each is reported on stderr."""
     palette, classes = readers.colour_table(checkpoint["palette"]), len(checkpoint["classes"])
     whole = bytes_per_pixel(model, precision) if protocol.window is None else 0.0
     tiles, failed, shown = [], 0, np.zeros(256, bool)
@@ -210,7 +210,7 @@ def predict_files(model, checkpoint: dict, paths: list[pathlib.Path], out: pathl
             image = np.asarray(readers.open_image(path))
             check_memory(path, image.shape[:2], classes, whole, device, protocol)
             labels = predict(model, image, device, precision, protocol).cpu().numpy()
-        except Exception as error:  # whatever it is, it is this file's
+        except Exception as error:  # the other files can still be predicted
             if os.environ.get("MGD_DEBUG") == "1":
                 traceback.print_exc()
             print(f"skipped {printable(reason_of(error, path, protocol))}", file=sys.stderr)
@@ -233,7 +233,7 @@ def predict_files(model, checkpoint: dict, paths: list[pathlib.Path], out: pathl
 
 
 def check_outputs(paths: list[pathlib.Path], images: pathlib.Path, out: pathlib.Path, overwrite: bool):
-    """Make OUT and its folders. Raises UserError, before any work, where they cannot be written to or a file would be lost."""
+    """Make OUT and its folders. Raises UserError, before any work, if they cannot be written to or a file would be lost."""
     folders = [out, out / "masks", out / "overlays"]
     if images.is_dir() and os.path.realpath(images) in map(os.path.realpath, folders):
         raise UserError(f"--out {printable(out)}: would write among the images of --images; give another")
@@ -247,11 +247,13 @@ def check_outputs(paths: list[pathlib.Path], images: pathlib.Path, out: pathlib.
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--ckpt", type=pathlib.Path, required=True, help="checkpoint of train_teacher.py or distill.py")
-    parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of images, or one image")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder where masks, overlays and sheet.png go")
-    parser.add_argument("--overwrite", action="store_true", help="replace files in OUT that this project did not write")
+    parser = ArgumentParser(__doc__, usage="%(prog)s --ckpt FILE --images DIR --out DIR [options]")
+    parser.add_argument(
+        "--ckpt", type=pathlib.Path, metavar="FILE", required=True, help="checkpoint of train_teacher.py or distill.py"
+    )
+    parser.add_argument("--images", type=pathlib.Path, metavar="DIR", required=True, help="folder of images, or one image")
+    parser.add_argument("--out", type=pathlib.Path, metavar="DIR", required=True, help="folder of the predictions")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write (default: off)")
     add_protocol_arguments(parser)
     args = parser.parse_args(argv)
     check_protocol_arguments(args)

@@ -1,14 +1,17 @@
-r"""Prepare a data set: look at it before training, build VOC's augmented masks, turn other people's masks into class indices.
+"""Prepare a data set: look at it before training, build VOC's augmented masks, or
+turn masks of any form into class indices.
 
     python prepare.py check --dataset folder --data data/mine --picture look.png
     python prepare.py voc --data data/voc --download
-    python prepare.py masks --masks originals --out data/mine/masks --values 0=0 255=1
-    python prepare.py masks --masks originals --out data/mine/masks --palette labelmap.txt
+    python prepare.py masks --masks old --out data/mine/masks --values 0=0 255=1
+    python prepare.py masks --masks old --out data/mine/masks --palette map.txt
 
-check    opens every image and mask that the data set lists and prints what is wrong; exit code 1 if anything is.
+check    opens every image and mask of the data set, and prints what is wrong.
+         The exit code is 1 if anything is.
 voc      builds SegmentationClassAug from VOC 2012 and SBD.
-masks    writes masks of class indices: of colours (palette.txt, CVAT's labelmap.txt, CamVid's label_colors.txt), or of
-         values that are not the indices. Files may be called NAME_mask.png, NAME_L.png, ... The input is never changed.
+masks    writes masks of class indices from masks of colours (palette.txt,
+         CVAT's labelmap.txt, CamVid's label_colors.txt) or of other values.
+         Their names may end in _mask, _L, ... The input is never changed.
 """
 
 import argparse
@@ -506,49 +509,57 @@ def is_between(key: int, classes: Classes) -> bool:
 
 
 def main():
-    parser = ArgumentParser(__doc__)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="{check,voc,masks}")
-    checker = commands.add_parser("check", help="look at every file of a data set before training")
+    parser = ArgumentParser(__doc__, usage="%(prog)s {check,voc,masks} [options]")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND", prog="prepare.py")
+    usage = "%(prog)s [options]"
+    checker = commands.add_parser(
+        "check", usage=f"{usage} --dataset folder --data DIR", help="look at every file of a data set before training"
+    )
     add_flags(checker, METHODS, groups=("data",))
-    checker.add_argument("--picture", type=pathlib.Path, help="write a PNG of eight labeled images and their masks")
-    checker.add_argument("--chart", type=pathlib.Path, help="write a PNG of each class's percentage of the pixels")
-    preparer = commands.add_parser("voc", help="build VOC's augmented masks from SBD")
-    preparer.add_argument("--data", type=pathlib.Path, required=True, help="folder that holds VOCdevkit and SBD")
-    preparer.add_argument("--download", action="store_true", help="download what is missing")
-    converter = commands.add_parser("masks", help="turn masks of colours or other values into class indices")
-    converter.add_argument("--masks", type=pathlib.Path, required=True, help="folder of the masks; it is never changed")
-    converter.add_argument("--out", type=pathlib.Path, required=True, help="folder for new masks, such as data/mine/masks")
+    path = {"type": pathlib.Path, "metavar": "FILE"}
+    checker.add_argument("--picture", help="write a PNG of eight labeled images and their masks (default: none)", **path)
+    checker.add_argument("--chart", help="write a PNG of each class's percentage of the pixels (default: none)", **path)
+    folder = {"type": pathlib.Path, "metavar": "DIR"}
+    preparer = commands.add_parser("voc", usage=f"{usage} --data DIR", help="build VOC's augmented masks from SBD")
+    preparer.add_argument("--data", required=True, help="folder that holds VOCdevkit and SBD", **folder)
+    preparer.add_argument("--download", action="store_true", help="download what is missing (default: off)")
+    converter = commands.add_parser(
+        "masks", usage=f"{usage} --masks DIR --out DIR", help="turn masks of colours or other values into class indices"
+    )
+    converter.add_argument("--masks", required=True, help="folder of the masks; it is never changed", **folder)
+    converter.add_argument("--out", required=True, help="folder for the new masks, such as data/mine/masks", **folder)
     converter.add_argument(
         "--values",
         nargs="+",
         metavar="VALUE=CLASS",
-        help="what values (0=0 255=1) or colours (128,0,0=1) stand for; a class is an index, a name, or ignore (255)",
+        help="the class of each value (0=0 255=1) or colour (128,0,0=1): an index, a name, or ignore, which stands for 255 "
+        "(default: values are indices)",
     )
     converter.add_argument(
         "--palette",
         metavar="FILE",
-        help="colours of the classes: palette.txt, CVAT's labelmap.txt, "
-        "CamVid's label_colors.txt, voc or cityscapes; by default, for masks of colours, palette.txt beside "
-        "OUT or labelmap.txt beside the masks",
+        help="colours of the classes: palette.txt, labelmap.txt of CVAT, label_colors.txt of CamVid, voc or cityscapes "
+        "(default: palette.txt beside OUT, or labelmap.txt beside the masks)",
     )
-    converter.add_argument("--ignore", nargs="+", default=[], metavar="CLASS", help="classes that become 255")
+    converter.add_argument("--ignore", nargs="+", default=[], metavar="CLASS", help="classes that become 255 (default: none)")
     converter.add_argument(
         "--unknown",
         choices=["error", "ignore", "nearest"],
         default="error",
-        help="what values and colours of no class do: stop the conversion, become 255, or take the class of the nearest",
+        help="values and colours without a class: end with an error, become 255, or become the nearest class (default: error)",
     )
     converter.add_argument(
-        "--images", type=pathlib.Path, help="folder of the images, whose names the masks get; by default images/ beside OUT"
+        "--images", help="folder of the images, which give the masks their names (default: images/ beside OUT)", **folder
     )
     converter.add_argument(
         "--suffix",
         metavar="ENDING",
-        help="masks are called NAME + ENDING, such as _mask; by default the names of the images tell",
+        help="masks are called NAME + ENDING, such as _mask (default: found by the names of the images)",
     )
-    replacements = {checker: "pictures", preparer: "train_aug.txt", converter: "masks"}
-    for command, what in replacements.items():
-        command.add_argument("--overwrite", action="store_true", help=f"replace {what} that this project did not write")
+    for command, what in {checker: "pictures", preparer: "train_aug.txt", converter: "masks"}.items():
+        command.add_argument(
+            "--overwrite", action="store_true", help=f"replace {what} that this project did not write (default: off)"
+        )
     args = parser.parse_args()
     if args.what == "check":
         sys.exit(1 if check(args) else 0)

@@ -1,10 +1,13 @@
-"""What do the students cost, whole, with wide, narrow and depthwise separable heads?
+"""What do whole students cost with wide, narrow and depthwise separable heads?
 
-    python benchmarks/bench_heads.py [--json FILE]      (make bench; writes results/heads-DEVICE.json)
+    python benchmarks/bench_heads.py      # writes results/heads-DEVICE.json
+    python benchmarks/bench_heads.py --device cpu --json heads.json
 
-A 256-channel head costs more than the backbones it sits on. For both students and each head: parameters, GMACs of the whole
-model, and the latency of one 512x512 image up to the classifier, in float32 and with batch norm folded. The models take turns,
-round by round, so that drift meets all alike. Their mIoU is `make matrix TABLES=heads`.
+A 256-channel head costs more than the backbones it sits on. For both students
+and each head this measures parameters, GMACs of the whole model, and the latency
+of one 512x512 image up to the classifier, in float32 and with batch norm folded.
+The models take turns, round by round, so that drift affects all alike. The mIoU
+of these students comes from `make matrix TABLES=heads`.
 """
 
 import os
@@ -26,11 +29,16 @@ HEADS = [(width, separable) for separable in (False, True) for width in (256, 12
 
 
 def main():
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--json", type=pathlib.Path, help="where to write; by default results/heads-DEVICE.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
+    parser = ArgumentParser(__doc__, usage="python benchmarks/%(prog)s [options]")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="result file (default: results/heads-DEVICE.json)")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=["cpu", "cuda"],
+        help="where to measure (default: cuda where there is one)",
+    )
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed rounds (default: 15)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write (default: off)")
     args = parser.parse_args()
     path = args.json or pathlib.Path("results", f"heads-{device_slug(args.device)}.json")
     refuse_outputs([("--json", path)], [], args.overwrite)

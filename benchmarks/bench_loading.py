@@ -1,10 +1,14 @@
-"""How fast are augmented crops made, choosing the window first, against the plain order: resize all, then crop?
+"""How fast are augmented crops made if the window is chosen first, against the
+plain order: resize the whole image, then crop?
 
-    python benchmarks/bench_loading.py [--json FILE]      (part of make bench; writes results/loading-cpu.json)
+    python benchmarks/bench_loading.py      # writes results/loading-cpu.json
+    python benchmarks/bench_loading.py --rounds 5 --json loading.json
 
-The plain order is torchvision's v2 transforms on tensors. Both make the paper's crops at the paper's scales, of drawn
-images: a 2048x1024 PNG with its mask (Cityscapes), and a 500x375 JPEG (VOC). `decode` times everything from the file on;
-`resize` starts from decoded arrays; `cache` is the window-first order with --cache. One process, one image at a time, in turn.
+The plain order is torchvision's v2 transforms on tensors. Both make the paper's
+crops at the paper's scales, of drawn images: a 2048x1024 PNG with its mask
+(Cityscapes), and a 500x375 JPEG (VOC). `decode` times everything from the file
+on; `resize` starts from decoded arrays; `cache` is the window-first order with
+--cache. One process works on one image at a time.
 """
 
 import os
@@ -74,10 +78,11 @@ def window_first(dataset, crop):
 
 
 def main():
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("results/loading-cpu.json"))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
+    parser = ArgumentParser(__doc__, usage="python benchmarks/%(prog)s [options]")
+    path = pathlib.Path("results/loading-cpu.json")
+    parser.add_argument("--json", type=pathlib.Path, default=path, metavar="FILE", help=f"result file (default: {path})")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed rounds (default: 15)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write (default: off)")
     args = parser.parse_args()
     refuse_outputs([("--json", args.json)], [], args.overwrite)
     torch.set_num_threads(1)  # as in a loader's worker

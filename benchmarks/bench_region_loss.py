@@ -1,14 +1,19 @@
-"""How fast is the region loss, and how far from the floor?
+"""How fast is the region loss, and how close to the lower bound?
 
-    python benchmarks/bench_region_loss.py [--json FILE]      (make bench; writes results/region-loss-DEVICE.json)
+    python benchmarks/bench_region_loss.py      # results/region-loss-DEVICE.json
+    python benchmarks/bench_region_loss.py --no-compile --json region.json
 
-For every shape, dtype and memory format the native op and torch.compile of the reference are first checked against the
-reference in float64, then reference, compile and native are timed in turn, round by round, so that drift meets all alike.
+For every shape, dtype and memory format the native op and torch.compile of the
+reference are first checked against the reference in float64. Then reference,
+compile and native are timed in turn, round by round, so that drift affects all
+alike.
 
-The floor is what any implementation must do: read both feature maps once (fwd), and write one gradient (fwd+bwd). It is
-measured in the same run, as sums over and a fill of buffers of the same bytes. On the CPU pages stay with the process, since
-otherwise the operating system's work on fresh pages is measured (the script restarts itself with the allocator told so). On a
-GPU the times are those of CUDA-graph replays over rotating inputs larger than the cache.
+The lower bound (`floor`) is what every implementation must do: read both feature
+maps once (fwd), and write one gradient (fwd+bwd). It is measured in the same
+run, as sums over and a fill of buffers of the same size. On the CPU the process
+keeps its pages, since otherwise the operating system's work on fresh pages is
+measured; for that the script restarts itself. On a GPU the times are those of
+CUDA-graph replays over rotating inputs larger than the cache.
 """
 
 import os
@@ -200,12 +205,19 @@ def print_table(rows):
 
 
 def main():
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--json", type=pathlib.Path, help="where to write; by default results/region-loss-DEVICE.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
+    parser = ArgumentParser(__doc__, usage="python benchmarks/%(prog)s [options]")
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="result file (default: results/region-loss-DEVICE.json)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=["cpu", "cuda"],
+        help="where to measure (default: cuda where there is one)",
+    )
+    parser.add_argument("--rounds", type=int, default=25, metavar="N", help="timed rounds (default: 25)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out (default: off)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write (default: off)")
     args = parser.parse_args()
     path = args.json or pathlib.Path("results", f"region-loss-{device_slug(args.device)}.json")
     refuse_outputs([("--json", path)], [], args.overwrite)

@@ -1,12 +1,17 @@
-"""How long does a training step take, against the released procedure, and where does the time go?
+"""How long does a training step take, against the released procedure, and where
+does the time go?
 
-    python benchmarks/bench_step.py [--json FILE] [--curves PNG]     (make bench; writes results/step-DEVICE.json)
+    python benchmarks/bench_step.py      # writes results/step-DEVICE.json
+    python benchmarks/bench_step.py --cases 'distill r18 128' --json step.json
 
-The released procedure is written out below, plainly, from the paper's code: float32 (TF32 convolutions on GPUs, as PyTorch's
-default is), cudnn.benchmark, all networks in training mode, eight teacher and four student forwards per labeled image, eleven
-cross entropies of which those of the student's own logits can give a gradient, every term read on the host. This project's
-steps follow the loops of distill.py and train_teacher.py, and call what these call. Both see the same models, batch and crop,
-drawn on the device. Each arm runs in a process of its own. On the CPU `peak_mb` is resident memory above that after models and
+The released procedure is written out below, from the paper's code: float32 (TF32
+convolutions on GPUs, PyTorch's default), cudnn.benchmark, all networks in
+training mode, eight teacher and four student forwards per labeled image, eleven
+cross entropies of which only those of the student's own logits can give a
+gradient, and every term read on the host. This project's steps follow the loops
+of distill.py and train_teacher.py, and call what these call. Both see the same
+models, batch and crop, drawn on the device. Each variant runs in a process of
+its own. On the CPU `peak_mb` is the resident memory above that after models and
 optimizer are built.
 """
 
@@ -356,15 +361,21 @@ def draw_curves(path, device, rows):
 
 
 def main():
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--json", type=pathlib.Path, help="where to write; by default results/step-DEVICE.json")
-    parser.add_argument("--curves", type=pathlib.Path, help="write a picture of the cost against crop, batch and classes")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--steps", type=int, help="timed steps an arm; by default 30 on a GPU, 5 on the CPU")
-    parser.add_argument("--cases", nargs="+", help="of these alone, such as 'distill r18 512'")
-    parser.add_argument("--no-compile", action="store_true", help="without the compiled arm")
+    parser = ArgumentParser(__doc__, usage="python benchmarks/%(prog)s [options]")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="result file (default: results/step-DEVICE.json)")
+    curves = "write a picture of the cost against crop, batch and classes (default: none)"
+    parser.add_argument("--curves", type=pathlib.Path, metavar="PNG", help=curves)
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=["cpu", "cuda"],
+        help="where to measure (default: cuda where there is one)",
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="timed steps per variant (default: 30 on a GPU, 5 on the CPU)")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="such as 'distill r18 512' (default: all)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (default: off)")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write (default: off)")
     args = parser.parse_args()
     if args.arm:
         os.environ["MGD_OPS"] = "native"  # or fail

@@ -1,11 +1,15 @@
-"""How fast are cross entropies and pseudo labels of upsampled logits, and what memory do they take?
+"""How fast are cross entropies and pseudo labels of upsampled logits, and how much
+memory do they take?
 
-    python benchmarks/bench_upsample_loss.py [--json FILE]      (make bench; writes results/upsample-loss-DEVICE.json)
+    python benchmarks/bench_upsample_loss.py    # upsample-loss-DEVICE.json
+    python benchmarks/bench_upsample_loss.py --no-compile --json upsample.json
 
-A step's losses at full resolution: coarse logits, a quarter of the labels' size, against three label maps, as distill.py has
-them on labeled images. The reference interpolates and then takes the cross entropies, `compile` is torch.compile of it. Losses
-and gradients of compile and native are first checked against the reference in float64, pseudo labels wherever the best two
-classes differ; then all are timed in turn as in bench_region_loss.py.
+A step's losses at full resolution: coarse logits, a quarter of the labels' size,
+against three label maps, as distill.py has them on labeled images. The reference
+interpolates and then takes the cross entropies; `compile` is torch.compile of
+it. Losses and gradients of compile and native are first checked against the
+reference in float64, and pseudo labels wherever the best two classes differ.
+Then all are timed in turn, as in bench_region_loss.py.
 """
 
 import os
@@ -148,12 +152,19 @@ def print_table(rows):
 
 
 def main():
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--json", type=pathlib.Path, help="where to write; by default results/upsample-loss-DEVICE.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
+    parser = ArgumentParser(__doc__, usage="python benchmarks/%(prog)s [options]")
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="result file (default: results/upsample-loss-DEVICE.json)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=["cpu", "cuda"],
+        help="where to measure (default: cuda where there is one)",
+    )
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed rounds (default: 15)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out (default: off)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write (default: off)")
     args = parser.parse_args()
     path = args.json or pathlib.Path("results", f"upsample-loss-{device_slug(args.device)}.json")
     refuse_outputs([("--json", path)], [], args.overwrite)

@@ -1,4 +1,5 @@
-"""Train the runs that tables of the paper need, one after the other, and evaluate them (`make matrix`).
+"""Train the runs that tables of the paper need, one after the other, and
+evaluate them (`make matrix`).
 
     python -m paper.matrix --tables 1 4 --dataset voc --data data/voc --dry-run
     python -m paper.matrix --tables 1 4 --dataset voc --data data/voc \\
@@ -8,8 +9,8 @@ Teachers are trained before their students, and all students share them. A
 finished run (last.pt) is never retrained, and an interrupted one continues at
 its last resume.pt: give the same command again. All commands are checked before
 the first one runs. A run that fails is named at the end, and the others go on;
-a student whose teacher failed fails too. What is finished is then evaluated into
-one result file. The exit code is 1 if runs failed.
+a student whose teacher failed fails too. The finished runs are then evaluated
+into one result file. The exit code is 1 if runs failed.
 
 --dry-run prints the plan and estimates its time. It counts the multiply-
 accumulates of each run, and measures the speed of this machine.
@@ -110,7 +111,7 @@ def seed_tag(seed: int) -> str:
 
 
 def teacher_seed(args, teacher: str, seed: int) -> int:
-    """Of a teacher of the student of `seed`. `deep 2` is of seed 10 beside that of seed 0, of 11 beside 1, and so on."""
+    """The seed of a teacher of the student of `seed`; of `deep 2` it is 10 where that of `deep` is 0, 11 where it is 1, ..."""
     seed = seed if args.teacher_seed is None else args.teacher_seed
     return int(f"1{seed}") if teacher.endswith("2") else seed
 
@@ -125,7 +126,7 @@ def teacher_file(args, teacher: str, seed: int) -> pathlib.Path:
 
 
 def student_folder(args, row: str, seed: int) -> pathlib.Path:
-    """Students of teachers other than those of the same labels and seed say so in their folder's name."""
+    """The folder of a student. Its name tells of teachers that have other labels or another seed, or are given by file."""
     of = ""
     if ROWS[row].teachers:
         if args.teacher_part != args.part:
@@ -139,7 +140,7 @@ def student_folder(args, row: str, seed: int) -> pathlib.Path:
 
 
 def plan(args) -> dict[pathlib.Path, list[str]]:
-    """{folder of a run: its script and arguments}, each teacher before its students."""
+    """{folder of a run: its script and arguments}, with each teacher before its students."""
     data = ["--dataset", args.dataset, *(["--data", args.data] if args.data else [])]
     runs = {}
 
@@ -176,7 +177,7 @@ def to_evaluate(args) -> list[str]:
 
 
 def arguments_of(command: list[str]) -> argparse.Namespace:
-    """What the script of a command makes of its arguments. Raises UserError for those that it would refuse."""
+    """The arguments of a command, as its script parses them. Raises UserError where the script would refuse them."""
     out = command[command.index("--out") + 1]
     try:
         args = SCRIPTS[command[0]].parse_args(command[1:])
@@ -191,7 +192,7 @@ def arguments_of(command: list[str]) -> argparse.Namespace:
 
 
 def gmacs(args: argparse.Namespace) -> float:
-    """Of one forward of one crop by the network of a run."""
+    """GMACs of one forward pass of one crop by the network of a run."""
     cost = models.measure(args.backbone, args.stem, args.head_width, args.separable_head)["model_gmacs_512"]
     return cost * args.crop[0] * args.crop[1] / 512**2
 
@@ -217,7 +218,7 @@ def cost_of(args: argparse.Namespace, runs: dict[pathlib.Path, argparse.Namespac
 
 
 def seconds_per_gmac(args: argparse.Namespace) -> float:
-    """Measured, by one process: a training step of the network of `args` on one batch."""
+    """Measured with training steps of the network of `args` on one batch, in one process."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     model = models.model_from_args(vars(args), 8).to(device).train()
@@ -274,41 +275,62 @@ def words(text: str) -> list[str]:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__, usage="python -m paper.matrix [options]")
     parser.add_argument(
         "--tables",
         nargs="+",
         choices=list(TABLES),
         default=["1"],
-        help="tables of the paper, or heads; 2 and 3 are Table 1 for voc-few and cityscapes",
+        metavar="TABLE",
+        help=f"of {', '.join(TABLES)}; 2 and 3 are Table 1 for voc-few and cityscapes (default: 1)",
     )
     parser.add_argument(
-        "--rows", nargs="+", choices=list(ROWS), metavar="ROW", help=f"single rows instead of tables: {', '.join(ROWS)}"
+        "--rows",
+        nargs="+",
+        choices=list(ROWS),
+        metavar="ROW",
+        help=f"single rows instead of tables: {', '.join(ROWS)} (default: none)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan with an estimate of its time, and run nothing")
-    parser.add_argument("--json", type=pathlib.Path, help="result file (default: RUN/matrix-TABLES-STUDENT.json)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and its time, and run nothing (default: off)")
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="result file (default: RUN/matrix-TABLES-STUDENT.json)"
+    )
     group = parser.add_argument_group("runs")
-    group.add_argument("--dataset", default="shapes", choices=list(recipes.RECIPES))
-    group.add_argument("--data", help="folder of the data set")
-    group.add_argument("--part", type=fraction, default="1/8", help="fraction of the training images that is labeled")
-    group.add_argument("--student", default="r18", choices=list(models.ALIASES), help="backbone of the students")
-    group.add_argument("--seeds", type=whole_number, nargs="+", default=[0], help="every run is made once per seed")
-    group.add_argument("--run", type=pathlib.Path, help="folder of the students (default: runs/DATASET/PART)")
-    group.add_argument("--nproc", type=int, default=1, help="processes (GPUs) per run; more than 1 run under torchrun")
+    group.add_argument("--dataset", default="shapes", choices=list(recipes.RECIPES), help="data set (default: shapes)")
+    group.add_argument("--data", metavar="DIR", help="folder of the data set; needed by all but shapes (default: none)")
+    group.add_argument(
+        "--part",
+        type=fraction,
+        default="1/8",
+        metavar="1/K",
+        help="fraction of the training images that is labeled (default: 1/8)",
+    )
+    group.add_argument("--student", default="r18", choices=list(models.ALIASES), help="backbone of the students (default: r18)")
+    group.add_argument(
+        "--seeds", type=whole_number, nargs="+", default=[0], metavar="SEED", help="seeds of each run (default: 0)"
+    )
+    group.add_argument("--run", type=pathlib.Path, metavar="DIR", help="folder of the students (default: runs/DATASET/PART)")
+    group.add_argument(
+        "--nproc", type=int, default=1, metavar="N", help="processes (GPUs) per run, under torchrun (default: 1)"
+    )
     group = parser.add_argument_group("teachers")
     for kind in ("deep", "wide"):
         group.add_argument(
-            f"--{kind}", choices=list(models.ALIASES), help=f"backbone of the {kind} one (default: by --dataset)"
+            f"--{kind}", choices=list(models.ALIASES), help=f"backbone of the {kind} teacher (default: by --dataset)"
         )
-        group.add_argument(f"--{kind}-ckpt", type=pathlib.Path, metavar="FILE", help=f"use this checkpoint as the {kind} one")
-    group.add_argument("--teacher-part", type=fraction, help="partition of the teachers (default: --part)")
-    group.add_argument("--teacher-seed", type=whole_number, help="seed of the teachers (default: that of each student)")
+        help = f"checkpoint of the {kind} teacher (default: it is trained)"
+        group.add_argument(f"--{kind}-ckpt", type=pathlib.Path, metavar="FILE", help=help)
+    group.add_argument("--teacher-part", type=fraction, metavar="1/K", help="partition of the teachers (default: --part)")
+    group.add_argument(
+        "--teacher-seed", type=whole_number, metavar="SEED", help="seed of the teachers (default: the student's)"
+    )
     group = parser.add_argument_group("flags to pass on, as --args='--lr 0.02'")
-    group.add_argument("--args", dest="every_args", type=words, default="", metavar="FLAGS", help="to every training")
-    group.add_argument("--teacher-args", type=words, default="", metavar="FLAGS", help="to the teachers")
-    group.add_argument("--student-args", type=words, default="", metavar="FLAGS", help="to all students")
+    flags = {"type": words, "default": "", "metavar": "FLAGS"}
+    group.add_argument("--args", dest="every_args", help="to every training (default: none)", **flags)
+    group.add_argument("--teacher-args", help="to the teachers (default: none)", **flags)
+    group.add_argument("--student-args", help="to all students (default: none)", **flags)
     for method in METHOD_ARGS:
-        group.add_argument(f"--{method}-args", type=words, default="", metavar="FLAGS", help=f"to the students of {method}")
+        group.add_argument(f"--{method}-args", help=f"to the students of {method} (default: none)", **flags)
     args = parser.parse_args(argv)
 
     if (args.dataset == "shapes") != (args.data is None):
@@ -337,7 +359,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None):
     args = parse_args(argv)
     for path in filter(None, (args.deep_ckpt, args.wide_ckpt)):
-        load_checkpoint(path)  # raises UserError if it is none
+        load_checkpoint(path)  # raises UserError where it is not a checkpoint
     runs = {out: command for out, command in plan(args).items() if not (out / "last.pt").exists()}
     trainings = [arguments_of(command) for command in runs.values()]
     if args.dry_run:

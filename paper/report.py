@@ -1,11 +1,14 @@
-"""Result files -> the paper's tables and figures with ours beside the paper's, and loss curves of runs.
+"""Draw the paper's tables and figures from result files, with our numbers beside
+the paper's, or draw the loss curves of runs.
 
-    python -m paper.report results/*.json --out results/tables    # make tables
-    python -m paper.report --curves runs/camvid/1-8/*/log.jsonl --out curves.png
+    python -m paper.report results/*.json --out results/tables
+    python -m paper.report --curves runs/mine/1/*/log.jsonl --out curves.png
 
-Reads what `evaluate.py --json` wrote and the paper's figures in results/paper.json, nothing else. A table is written as
-Markdown and as CSV, which has one line a cell, all settings, and every digit. Only runs that agree in all settings but the
-seed are averaged. Students of teachers that saw all labels have tables of their own.
+It reads what `evaluate.py --json` wrote, and the paper's numbers in
+results/paper.json. Each table is written as Markdown and as CSV; the CSV has one
+line per cell, with all settings and every digit. Runs are averaged only if they
+agree in all settings but the seed. Students of teachers that saw all labels have
+tables of their own. `make tables` runs the first command.
 """
 
 import collections
@@ -95,7 +98,7 @@ TABLES = {
 
 
 def read_rows(paths: list[pathlib.Path]) -> list[dict]:
-    """The rows with an mIoU, those of older files first, with tuples for lists. Raises UserError, also where there is none."""
+    """The rows with an mIoU, from the oldest file to the newest, with tuples for lists. Raises UserError where there is none."""
     files = []
     for path in paths:
         try:
@@ -122,8 +125,8 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
 
 
 def kinds_of(row: dict) -> list[str]:
-    """The teachers of a row as Table 4 has them. A row names each by the flag that it was given under; two of one backbone of
-    which one was trained as a deep or as a wide one are of that kind, both of them."""
+    """The kinds of a row's teachers, as in Table 4: T_D or T_W, by the flag that each was given under. Two teachers of one
+    backbone are both of the kind that one of them was trained as."""
     backbones, kinds = row["teacher_backbones"], {"teacher_deep": "T_D", "teacher_wide": "T_W"}
     known = {kinds[role] for role in row.get("teacher_roles") or () if role in kinds}
     alike = len(row["teachers"]) == 2 and backbones and len(set(backbones)) == 1
@@ -135,8 +138,8 @@ def tuples(row: dict) -> dict:
 
 
 def average(rows: list[dict]) -> list[dict]:
-    """Mean and sample deviation over the seeds of runs that are alike; of rows of the same seeds, the student's and its
-    teachers', the newest counts."""
+    """Mean and sample deviation over the seeds of runs with the same settings. If two rows have the same settings and seeds
+    (the student's and the teachers'), the newer one counts."""
     alike, replaced = collections.defaultdict(dict), 0
     for row in rows:
         seeds, seed = alike[setting_values(row, GROUP_BY)], (row["seed"], row.get("teacher_seeds"))
@@ -167,14 +170,14 @@ def average(rows: list[dict]) -> list[dict]:
 
 
 def paper_cells(table: str, dataset: str) -> list[dict]:
-    """The paper's figures; of an ablation VOC's where it has none for this data set."""
+    """The paper's numbers for a data set; for an ablation that it did not run there, its numbers for VOC."""
     table = PAPER["tables"].get(dataset) if table == "methods" else table
     cells = [{**tuples(row), "source": "paper"} for row in PAPER["rows"] if row["table"] == table]
     return [c for c in cells if c["dataset"] == dataset] or [c for c in cells if c["dataset"] == "voc"]
 
 
 def is_shown(g: dict, table: str) -> bool:
-    """Whether a table has a place for such a run. All have one for MGD in full."""
+    """Whether a table has a place for such a run. Every table shows MGD with all its losses."""
     mgd, losses, two = g["method"] == "mgd", g["losses"], len(set(g["teachers"])) == 2
     half = "pixel:labeled" in losses or "pixel:unlabeled" in losses
     if mgd and two and losses == FULL and g["regions"] == 7:
@@ -193,7 +196,7 @@ def is_shown(g: dict, table: str) -> bool:
 
 
 def select(groups: list[dict], table: str) -> list[dict]:
-    """The runs of a table: of an ablation the variants and what is like them, of `heads` students trained alike. Or none."""
+    """The runs of a table: the variants of an ablation and the runs with their settings; for `heads`, students trained alike."""
     groups = [g for g in groups if is_shown(g, table)]
     if table == "heads":
         like = [key for key in GROUP_BY if key not in HEAD]
@@ -205,7 +208,7 @@ def select(groups: list[dict], table: str) -> list[dict]:
 
 
 def write_tables(groups: list[dict], dataset: str, name: str, out: pathlib.Path):
-    """All tables of one data set, and once more those of teachers that saw all labels, beside what needed no teachers."""
+    """Write all tables of one data set, and again for teachers that saw all labels, beside the runs without teachers."""
     hashes = {g["partition_hash"] for g in groups if g["teacher_labels"] == "all"}
 
     def is_beside(g):  # the students of the same labels that had no teachers, and the teachers of all labels
@@ -225,8 +228,8 @@ def write_tables(groups: list[dict], dataset: str, name: str, out: pathlib.Path)
 
 
 def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: list[dict], paper: list[dict]):
-    """NAME.md and NAME.csv: a column a partition, and a line for each value of `fields`, the steps, and any setting in which
-    lines of the same `fields` differ. Without ours nothing is written."""
+    """Write NAME.md and NAME.csv: one column per partition, and one line per value of `fields`, the steps, and every setting
+    in which lines of the same `fields` differ. Nothing is written without a run of ours."""
     if not ours:
         return
     alike = {setting_values(g, fields) for g in ours}
@@ -244,7 +247,7 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
     for cell in paper:
         column = f"{cell['partition']} paper" + ("" if cell["dataset"] == ours[0]["dataset"] else f", {TITLES['voc']}")
         key = setting_values(cell, fields)
-        # the paper's figure stands in the line of each of our schedules, or in one of its own
+        # the paper's number stands in the line of each of our schedules, or in a line of its own
         for line in [line for line in lines if line[0] == key] or [(key, setting_values(cell, settings))]:
             lines[line][cell["labeled"], column] = f"{cell['miou']:.2f}"
 
@@ -270,7 +273,7 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
 
 
 def order(value) -> tuple:
-    """A key to sort by: names as in NAMES, tuples by their length first."""
+    """A sort key: names come in the order of NAMES, and tuples by their length first."""
     if isinstance(value, tuple):
         return len(value), *map(order, value)
     return (RANK.get(value, len(RANK)), value) if isinstance(value, str) else (value or 0, "")
@@ -299,7 +302,7 @@ def usual(groups: list[dict], keys: tuple[str, ...], within: tuple[str, ...] = (
 
 
 def draw_figures(groups: list[dict], dataset: str, name: str, out: pathlib.Path):
-    """Figs. 1 and 3 of one data set, and the head study: runs that may be compared, of each network the usual ones."""
+    """Draw Figs. 1 and 3 and the head study for one data set, from runs whose settings may be compared."""
     groups = select([g for g in groups if g["teacher_labels"] != "all"], "methods")
     alike = usual(groups, ("crop", "weights", "image_scale", "window", "scales", "flip"))
     shown = usual(usual(alike, ("partition_hash",), ("partition",)), (*HEAD, "stem"), ("backbone",))
@@ -333,7 +336,7 @@ def draw_cost(groups: list[dict], dataset: str, path: pathlib.Path):
 
 
 def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
-    """mIoU against the labeled images (Fig. 3) or against the GMACs of several heads, a panel a student."""
+    """mIoU against the labeled images (Fig. 3) or against the GMACs of several heads, with one panel per student."""
     backbones = sorted({g["backbone"] for g in groups}, key=order)
     panels = {name: [g for g in groups if (g["backbone"], g["role"]) == (name, "student")] for name in backbones}
     panels = {name: ours for name, ours in panels.items() if any(len(line) > 1 for line in lines_along(x, ours).values())}
@@ -364,7 +367,7 @@ def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
 
 
 def lines_along(x: str, groups: list[dict]) -> dict[tuple, list[dict]]:
-    """The groups that differ in `x` and the head's width alone, in the order of `x`, by what they share: first the method."""
+    """Lines of groups that differ only in `x` and the head's width, sorted by `x`; the key of a line begins with the method."""
     lines = collections.defaultdict(list)
     for g in sorted(groups, key=lambda g: g[x]):
         lines[setting_values(g, (*NETWORK[::-1], *(key for key in SETTINGS if key != "head_width")))].append(g)
@@ -372,8 +375,8 @@ def lines_along(x: str, groups: list[dict]) -> dict[tuple, list[dict]]:
 
 
 def draw_lines(axis, x: str, ours: list[dict], paper: list[dict], ticks: dict[float, str]) -> dict[str, Line2D]:
-    """mIoU against `x`, a line for what differs in `x` alone, with bars of one deviation. Returns the legend.
-    The colour is the method's, the marker the schedule's; open points and dashed lines are the paper's."""
+    """Draw mIoU against `x`, one line per group of runs that differ only in `x`, with bars of one deviation. Returns the
+    legend. The colour shows the method, the marker the schedule; open points and dashed lines are the paper's numbers."""
     axis.set_xscale("log")
     axis.set_xticks(list(ticks), ticks.values())
     axis.minorticks_off()
@@ -415,8 +418,8 @@ def save(figure, entries: dict[str, Line2D], path: pathlib.Path):
 
 
 def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
-    """A panel for each loss term, gradient norm and the mIoU, with a line a run; faint: as logged, strong: the mean of nine
-    entries, and as logged where there are fewer."""
+    """Draw one panel per loss term and gradient norm, and one for the mIoU, with one line per run. The faint line shows the
+    logged values, the strong one their mean over nine entries, if there are that many."""
     logs = {}
     for path in paths:
         try:
@@ -461,11 +464,16 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("results", nargs="*", type=pathlib.Path, help="result files; those without mIoU are left out")
-    parser.add_argument("--curves", nargs="+", type=pathlib.Path, metavar="LOG", help="draw these runs' log.jsonl instead")
-    parser.add_argument("--out", type=pathlib.Path, help="folder (default results/tables), or picture (default curves.png)")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write")
+    parser = ArgumentParser(__doc__, usage="python -m paper.report RESULTS... | --curves LOG... [options]")
+    parser.add_argument(
+        "results", nargs="*", type=pathlib.Path, metavar="RESULTS", help="result files; those without mIoU are left out"
+    )
+    parser.add_argument(
+        "--curves", nargs="+", type=pathlib.Path, metavar="LOG", help="draw the log.jsonl of runs instead (default: none)"
+    )
+    out = "folder of the tables, or PNG of the curves (default: results/tables, or curves.png)"
+    parser.add_argument("--out", type=pathlib.Path, metavar="PATH", help=out)
+    parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write (default: off)")
     args = parser.parse_args(argv)
     if bool(args.results) == bool(args.curves):
         raise UserError("give result files, or --curves with logs: python -m paper.report results/*.json")
@@ -480,7 +488,7 @@ def parse_args(argv=None):
 
 
 def outputs(dataset: str, name: str, out: pathlib.Path) -> list[pathlib.Path]:
-    """What may be written about a data set."""
+    """The files that may be written for a data set."""
     tables = [f"{table}-{name}" for table in TABLES if table != "methods"] + [PAPER["tables"].get(dataset, f"table-{name}")]
     files = [f"{table}{tail}.{suffix}" for table in tables for tail in ("", "-all") for suffix in ("md", "csv")]
     return [out / file for file in [*files, *(f"{figure}-{name}.png" for figure in ("fig1", "fig3", "heads"))]]

@@ -318,9 +318,24 @@ def test_help_shows_the_commands_of_the_docstring_on_any_terminal(file):
     assert time.monotonic() - began < 20  # importing PyTorch on a busy machine takes most of them; a build takes longer
     text = done.stdout.decode("ascii")
     docstring = ast.get_docstring(ast.parse((ROOT / file).read_text()), clean=False) or ""
-    commands = [line.strip() for line in docstring.splitlines() if re.match(r"\s+(python|make|torchrun) ", line)]
-    assert all(line in text for line in commands), text
-    assert "usage: " in text
+    commands = [line.strip() for line in docstring.splitlines() if re.match(r"\s+(\w+=\S+ )*(python|torchrun) ", line)]
+    assert len(commands) >= 2 and all(line in text for line in commands), text
+    check_options(text)
+    for command in re.findall(r"^    (\w+) ", text, re.MULTILINE) if "COMMAND" in text else []:
+        check_options(on_ascii_terminal(file, command, "--help").stdout.decode("ascii"))
+
+
+def check_options(text: str):
+    """Help fits 80 columns, begins with a usage of at most two lines, and gives the default of each flag outside the usage."""
+    assert max(map(len, text.splitlines())) <= 80, text
+    usage = text.split("\n\n")[0]
+    assert usage.startswith("usage: ") and len(usage.splitlines()) <= 2, text
+    options = re.findall(r"^  (-.*(?:\n {3,}.*)*)", text, re.MULTILINE)
+    required = re.findall(r"--\w[\w-]*", usage)
+    assert options
+    for option in options:
+        if not option.startswith(("-h", *(f"{flag} " for flag in required))):
+            assert "default:" in option, option
 
 
 @pytest.mark.slow
