@@ -3,10 +3,10 @@
     python models.py           # parameters and GMACs, beside the paper's
     python models.py --json    # the same as JSON
 
-A model maps images (B, 3, H, W) to `Output(logits, features)`: the classifier's
-logits (B, N, H/4, W/4) in float32, and the decoder's features (B, C, H/4, W/4),
-the F of the paper's region-level loss. `mgd_ops.upsample` brings the logits to
-any size.
+A model maps images (B, 3, H, W) to `Output(logits, features)`: the
+classifier's logits (B, N, H/4, W/4) in float32, and the decoder's features (B,
+C, H/4, W/4), the F of the paper's region-level loss. `mgd_ops.upsample` brings
+the logits to any size.
 """
 
 import copy

@@ -201,7 +201,7 @@ def draw_sheet(path: pathlib.Path, tiles: list[tuple[str, Image.Image]], checkpo
 
 
 def predict_files(model, checkpoint: dict, paths: list[pathlib.Path], out: pathlib.Path, device, precision, protocol) -> int:
-    """Predict images into OUT/masks, OUT/overlays and OUT/sheet.png. Returns how many files failed; each is reported on stderr."""
+    """Predict images into OUT/masks, OUT/overlays and OUT/sheet.png. Report files that fail on stderr; return their number."""
     palette, classes = readers.colour_table(checkpoint["palette"]), len(checkpoint["classes"])
     whole = bytes_per_pixel(model, precision) if protocol.window is None else 0.0
     tiles, failed, shown = [], 0, np.zeros(256, bool)

@@ -4,10 +4,10 @@
     python benchmarks/bench_heads.py --device cpu --json heads.json
 
 A 256-channel head costs more than the backbones it sits on. For both students
-and each head this measures parameters, GMACs of the whole model, and the latency
-of one 512x512 image up to the classifier, in float32 and with batch norm folded.
-The models take turns, round by round, so that drift affects all alike. The mIoU
-of these students comes from `make matrix TABLES=heads`.
+and each head this measures parameters, GMACs of the whole model, and the
+latency of one 512x512 image up to the classifier, in float32 and with batch
+norm folded. The models take turns, round by round, so that drift affects all
+alike. The mIoU of these students comes from `make matrix TABLES=heads`.
 """
 
 import os

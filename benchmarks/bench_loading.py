@@ -4,11 +4,11 @@ plain order: resize the whole image, then crop?
     python benchmarks/bench_loading.py      # writes results/loading-cpu.json
     python benchmarks/bench_loading.py --rounds 5 --json loading.json
 
-The plain order is torchvision's v2 transforms on tensors. Both make the paper's
-crops at the paper's scales, of drawn images: a 2048x1024 PNG with its mask
-(Cityscapes), and a 500x375 JPEG (VOC). `decode` times everything from the file
-on; `resize` starts from decoded arrays; `cache` is the window-first order with
---cache. One process works on one image at a time.
+The plain order is torchvision's v2 transforms on tensors. Both make the
+paper's crops at the paper's scales, of drawn images: a 2048x1024 PNG with its
+mask (Cityscapes), and a 500x375 JPEG (VOC). `decode` times everything from the
+file on; `resize` starts from decoded arrays; `cache` is the window-first order
+with --cache. One process works on one image at a time.
 """
 
 import os

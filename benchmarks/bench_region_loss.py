@@ -1,6 +1,6 @@
 """How fast is the region loss, and how close to the lower bound?
 
-    python benchmarks/bench_region_loss.py      # results/region-loss-DEVICE.json
+    python benchmarks/bench_region_loss.py    # results/region-loss-DEVICE.json
     python benchmarks/bench_region_loss.py --no-compile --json region.json
 
 For every shape, dtype and memory format the native op and torch.compile of the
@@ -8,12 +8,13 @@ reference are first checked against the reference in float64. Then reference,
 compile and native are timed in turn, round by round, so that drift affects all
 alike.
 
-The lower bound (`floor`) is what every implementation must do: read both feature
-maps once (fwd), and write one gradient (fwd+bwd). It is measured in the same
-run, as sums over and a fill of buffers of the same size. On the CPU the process
-keeps its pages, since otherwise the operating system's work on fresh pages is
-measured; for that the script restarts itself. On a GPU the times are those of
-CUDA-graph replays over rotating inputs larger than the cache.
+The lower bound (`floor`) is what every implementation must do: read both
+feature maps once (fwd), and write one gradient (fwd+bwd). It is measured in
+the same run, as sums over and a fill of buffers of the same size. On the CPU
+the process keeps its pages, since otherwise the operating system's work on
+fresh pages is measured; for that the script restarts itself. On a GPU the
+times are those of CUDA-graph replays over rotating inputs larger than the
+cache.
 """
 
 import os

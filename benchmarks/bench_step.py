@@ -4,15 +4,15 @@ does the time go?
     python benchmarks/bench_step.py      # writes results/step-DEVICE.json
     python benchmarks/bench_step.py --cases 'distill r18 128' --json step.json
 
-The released procedure is written out below, from the paper's code: float32 (TF32
-convolutions on GPUs, PyTorch's default), cudnn.benchmark, all networks in
-training mode, eight teacher and four student forwards per labeled image, eleven
-cross entropies of which only those of the student's own logits can give a
-gradient, and every term read on the host. This project's steps follow the loops
-of distill.py and train_teacher.py, and call what these call. Both see the same
-models, batch and crop, drawn on the device. Each variant runs in a process of
-its own. On the CPU `peak_mb` is the resident memory above that after models and
-optimizer are built.
+The released procedure is written out below, from the paper's code: float32
+(TF32 convolutions on GPUs, PyTorch's default), cudnn.benchmark, all networks
+in training mode, eight teacher and four student forwards per labeled image,
+eleven cross entropies of which only those of the student's own logits can give
+a gradient, and every term read on the host. This project's steps follow the
+loops of distill.py and train_teacher.py, and call what these call. Both see
+the same models, batch and crop, drawn on the device. Each variant runs in a
+process of its own. On the CPU `peak_mb` is the resident memory above that
+after models and optimizer are built.
 """
 
 import argparse

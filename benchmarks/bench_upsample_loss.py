@@ -1,15 +1,15 @@
-"""How fast are cross entropies and pseudo labels of upsampled logits, and how much
-memory do they take?
+"""How fast are cross entropies and pseudo labels of upsampled logits, and how
+much memory do they take?
 
     python benchmarks/bench_upsample_loss.py    # upsample-loss-DEVICE.json
     python benchmarks/bench_upsample_loss.py --no-compile --json upsample.json
 
-A step's losses at full resolution: coarse logits, a quarter of the labels' size,
-against three label maps, as distill.py has them on labeled images. The reference
-interpolates and then takes the cross entropies; `compile` is torch.compile of
-it. Losses and gradients of compile and native are first checked against the
-reference in float64, and pseudo labels wherever the best two classes differ.
-Then all are timed in turn, as in bench_region_loss.py.
+A step's losses at full resolution: coarse logits, a quarter of the labels'
+size, against three label maps, as distill.py has them on labeled images. The
+reference interpolates and then takes the cross entropies; `compile` is
+torch.compile of it. Losses and gradients of compile and native are first
+checked against the reference in float64, and pseudo labels wherever the best
+two classes differ. Then all are timed in turn, as in bench_region_loss.py.
 """
 
 import os

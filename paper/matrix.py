@@ -318,8 +318,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         group.add_argument(
             f"--{kind}", choices=list(models.ALIASES), help=f"backbone of the {kind} teacher (default: by --dataset)"
         )
-        help = f"checkpoint of the {kind} teacher (default: it is trained)"
-        group.add_argument(f"--{kind}-ckpt", type=pathlib.Path, metavar="FILE", help=help)
+        group.add_argument(
+            f"--{kind}-ckpt", type=pathlib.Path, metavar="FILE", help=f"the {kind} teacher (default: it is trained)"
+        )
     group.add_argument("--teacher-part", type=fraction, metavar="1/K", help="partition of the teachers (default: --part)")
     group.add_argument(
         "--teacher-seed", type=whole_number, metavar="SEED", help="seed of the teachers (default: the student's)"
@@ -327,10 +328,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("flags to pass on, as --args='--lr 0.02'")
     flags = {"type": words, "default": "", "metavar": "FLAGS"}
     group.add_argument("--args", dest="every_args", help="to every training (default: none)", **flags)
-    group.add_argument("--teacher-args", help="to the teachers (default: none)", **flags)
-    group.add_argument("--student-args", help="to all students (default: none)", **flags)
-    for method in METHOD_ARGS:
-        group.add_argument(f"--{method}-args", help=f"to the students of {method} (default: none)", **flags)
+    students = {"student": "all students", **{method: f"the students of {method}" for method in METHOD_ARGS}}
+    for name, receivers in {"teacher": "the teachers", **students}.items():
+        group.add_argument(f"--{name}-args", help=f"to {receivers} (default: none)", **flags)
     args = parser.parse_args(argv)
 
     if (args.dataset == "shapes") != (args.data is None):

@@ -5,10 +5,10 @@ the paper's, or draw the loss curves of runs.
     python -m paper.report --curves runs/mine/1/*/log.jsonl --out curves.png
 
 It reads what `evaluate.py --json` wrote, and the paper's numbers in
-results/paper.json. Each table is written as Markdown and as CSV; the CSV has one
-line per cell, with all settings and every digit. Runs are averaged only if they
-agree in all settings but the seed. Students of teachers that saw all labels have
-tables of their own. `make tables` runs the first command.
+results/paper.json. Each table is written as Markdown and as CSV; the CSV has
+one line per cell, with all settings and every digit. Runs are averaged only if
+they agree in all settings but the seed. Students of teachers that saw all
+labels have tables of their own. `make tables` runs the first command.
 """
 
 import collections
@@ -98,7 +98,7 @@ TABLES = {
 
 
 def read_rows(paths: list[pathlib.Path]) -> list[dict]:
-    """The rows with an mIoU, from the oldest file to the newest, with tuples for lists. Raises UserError where there is none."""
+    """The rows with an mIoU, those of older files first, with tuples for lists. Raises UserError where there is none."""
     files = []
     for path in paths:
         try:
@@ -196,7 +196,7 @@ def is_shown(g: dict, table: str) -> bool:
 
 
 def select(groups: list[dict], table: str) -> list[dict]:
-    """The runs of a table: the variants of an ablation and the runs with their settings; for `heads`, students trained alike."""
+    """The runs of a table: an ablation's variants and the runs with their settings; for `heads`, students trained alike."""
     groups = [g for g in groups if is_shown(g, table)]
     if table == "heads":
         like = [key for key in GROUP_BY if key not in HEAD]
@@ -471,8 +471,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--curves", nargs="+", type=pathlib.Path, metavar="LOG", help="draw the log.jsonl of runs instead (default: none)"
     )
-    out = "folder of the tables, or PNG of the curves (default: results/tables, or curves.png)"
-    parser.add_argument("--out", type=pathlib.Path, metavar="PATH", help=out)
+    parser.add_argument(
+        "--out", type=pathlib.Path, metavar="PATH", help="(default: results/tables, or curves.png for --curves)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write (default: off)")
     args = parser.parse_args(argv)
     if bool(args.results) == bool(args.curves):

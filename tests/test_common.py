@@ -321,7 +321,7 @@ def test_help_shows_the_commands_of_the_docstring_on_any_terminal(file):
     commands = [line.strip() for line in docstring.splitlines() if re.match(r"\s+(\w+=\S+ )*(python|torchrun) ", line)]
     assert len(commands) >= 2 and all(line in text for line in commands), text
     check_options(text)
-    for command in re.findall(r"^    (\w+) ", text, re.MULTILINE) if "COMMAND" in text else []:
+    for command in re.findall(r"[{,](\w+)(?=[,}])", text.splitlines()[0]):  # such as prepare.py {check,voc,masks}
         check_options(on_ascii_terminal(file, command, "--help").stdout.decode("ascii"))
 
 
