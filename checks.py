@@ -1,4 +1,4 @@
-"""What makes the numbers of a data set meaningless: looked for before training and evaluation, and by `prepare.py check`."""
+"""Checks for faults that make results meaningless, before training and evaluation, and for `prepare.py check`."""
 
 import collections
 import functools
@@ -15,20 +15,20 @@ from readers import MOST_UNNAMED, flags_for, upright_size
 
 
 class Look(NamedTuple):
-    """What the files of a data set hold. The groups are labeled, unlabeled and val; unlabeled masks are never opened."""
+    """The content of a data set's files. The groups are labeled, unlabeled and val; unlabeled masks are never opened."""
 
     sizes: collections.Counter  # images of each (height, width)
     pixels: dict[str, np.ndarray]  # group -> (256,) int64: pixels of each label
-    images: dict[str, np.ndarray]  # group -> (256,) int64: images that show it
-    palettes: dict[bytes, dict[int, str]]  # palette of mask files -> its indices that occur -> the first file that shows one
+    images: dict[str, np.ndarray]  # group -> (256,) int64: images that show each label
+    palettes: dict[bytes, dict[int, str]]  # palette of mask files -> index that occurs -> the first file that shows it
     problems: dict[str, str]  # name -> what is wrong with its image or mask
 
 
 def look_at(dataset, groups: dict[str, list[str]], whole: bool) -> Look:
     """Look at the images and masks of `groups` (group -> names).
 
-    With `whole`, images are decoded and problems are collected, and progress is shown. Otherwise only the headers of the images
-    are read, and the first problem raises UserError.
+    With `whole`, images are decoded, problems are collected, and a progress bar is shown. Otherwise only the headers of the
+    images are read, and the first problem raises UserError.
     """
     masked = [group for group in groups if group != "unlabeled"]
     pixels, images = ({group: np.zeros(256, np.int64) for group in masked} for _ in range(2))
@@ -73,7 +73,7 @@ def look_at(dataset, groups: dict[str, list[str]], whole: bool) -> Look:
 
 
 def faults(dataset, look: Look) -> list[str]:
-    """What makes every number meaningless that is trained or measured on these masks, each in one line."""
+    """The faults that make training or evaluation with these masks meaningless, each as one line."""
     if dataset.drawn:
         return []
     found, labels = [], {group: set(pixels.nonzero()[0].tolist()) for group, pixels in look.pixels.items()}
@@ -84,26 +84,26 @@ def faults(dataset, look: Look) -> list[str]:
             continue  # none could be read
         if not classes:
             found.append(
-                f"{where} hold 255 alone, which is ignored, so there is nothing to {task}; take images that show "
+                f"{where} hold only 255, which is ignored, so there is nothing to {task}; use images that show "
                 f"classes, or {dataset.fix('--values 0=0 255=1')}"
             )
         elif len(classes) == 1 and shown == {0, IGNORE_INDEX}:
-            found.append(f"{where} hold 0 and 255 alone, and 255 is ignored; {dataset.fix('--values 0=0 255=1')}")
+            found.append(f"{where} hold only 0 and 255, and 255 is ignored; {dataset.fix('--values 0=0 255=1')}")
         elif len(classes) == 1:
             found.append(
-                f"{where} show one class alone, '{dataset.classes[classes[0]]}', so there is nothing to {task}; take "
-                "images that show others too (a larger --part, other lists), or fix the masks"
+                f"{where} show only one class, '{dataset.classes[classes[0]]}', so there is nothing to {task}; use "
+                "images that also show others (a larger --part, other lists), or fix the masks"
             )
     every = sorted(set().union(*labels.values()) - {IGNORE_INDEX})
     gap = sorted(set(range(max(every, default=0))) - set(every))
-    counted = not dataset.named and "labeled" in labels  # val alone may lack a class
+    counted = not dataset.named and "labeled" in labels  # val by itself may lack a class
     if counted and len(every) > 1 and (gap or len(every) > MOST_UNNAMED):
         pixels = sum(look.pixels.values())
         flags = flags_for(pixels.nonzero()[0], pixels[pixels > 0], len(every))
         if max(every) <= MOST_UNNAMED:
             flags = "--values " + " ".join(f"{label}={i}" for i, label in enumerate(every))
         if len(every) > 8:
-            what = f"{len(every)} different labels{', with gaps,' if gap else ''} as soft edges and levels of grey do"
+            what = f"{len(every)} different labels{', with gaps,' if gap else ''}, as from soft edges or levels of grey"
         else:
             what = f"the labels {', '.join(map(str, every))} but not {gap[0]}"
         found.append(
@@ -117,8 +117,8 @@ def faults(dataset, look: Look) -> list[str]:
 
 
 def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
-    """Where one colour stands for two indices that occur, in two mask files or in one and `dataset.palette`, and one of the two
-    palettes has another colour at the other's index: then the indices mean different things."""
+    """The fault, or None, that one colour stands for two indices that occur, in two mask files or in one and `dataset.palette`,
+    and that one of the two palettes has another colour at the other's index: the indices then mean different things."""
     known = {}  # colour -> index -> a palette that has it there, and its file
     official = bytes(channel for colour in dataset.palette for channel in colour) if dataset.palette_from else b""
     place = dataset.palette_from
@@ -145,8 +145,8 @@ def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
 
 
 def refuse_faults(dataset, groups: dict[str, list[str]]):
-    """Raises UserError for the first file that cannot be read, size or label that is wrong, or fault of the masks. A look at
-    headers of images, and at every mask of `groups` (see `look_at`)."""
+    """Raises UserError for the first unreadable file, wrong size, wrong label, or fault of the masks. It reads the headers of
+    the images and every mask of `groups` (see `look_at`)."""
     if not dataset.drawn:
         problems = faults(dataset, look_at(dataset, groups, whole=False))
         if problems:
@@ -156,4 +156,4 @@ def refuse_faults(dataset, groups: dict[str, list[str]]):
 def check_size(path: pathlib.Path, mask: np.ndarray, size: tuple[int, int]):
     height, width = mask.shape
     if (width, height) != size:
-        raise UserError(f"{path}: is {width}x{height}, its image {size[0]}x{size[1]}; image and mask must be of one size")
+        raise UserError(f"{path}: is {width}x{height}, its image {size[0]}x{size[1]}; image and mask must have the same size")

@@ -44,14 +44,14 @@ class Partition(NamedTuple):
     name: str  # such as 1/8
     labeled: list[str]
     unlabeled: list[str]
-    hash: str  # of both lists; stands in checkpoints and results, so that figures can be compared
+    hash: str  # of both lists; recorded in checkpoints and results, so that numbers can be compared
 
 
 class Shapes:
     """The embedded data set: 64x64 scenes of five kinds of shapes, drawn by a generator seeded with the image's name.
 
-    Each kind has a hue of its own, somewhat spread, and the background is paler than the shapes; brightness, stripes, size
-    and angle say nothing. Shapes cover one another, and thin lines distract.
+    Each kind has its own range of hues, and the background is paler than the shapes. Brightness, stripes, size and angle are
+    independent of the kind. Shapes cover one another, and thin lines are drawn over them.
     """
 
     name = "shapes"
@@ -69,7 +69,7 @@ class Shapes:
     def has_mask(self, name):
         return True
 
-    @functools.lru_cache(maxsize=1024)  # noqa: B019  (one instance a process; drawing costs more than augmenting)
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  (one instance per process; drawing costs more than augmenting)
     def draw(self, name):
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
         s = self.size
@@ -149,15 +149,15 @@ OUTLINES = {
 
 
 class Files:
-    """A data set of files: images by name, and masks of some of them. `Folder`, `Voc` and `Cityscapes` say where they lie.
+    """A data set of files: images by name, and masks of some of them. `Folder`, `Voc` and `Cityscapes` find them.
 
-    A mask is opened only where `mask` is called for its name.
+    A mask is opened only when `mask` is called with its name.
     """
 
     drawn = False
     cache: pathlib.Path | None = None  # a folder of decoded images and masks
-    expected: tuple[int, int] | None = None  # training and val images of a data set that everybody has alike: `missing`
-    palette_from: str | None = None  # who says that `palette` holds the colours of the masks; None: nobody
+    expected: tuple[int, int] | None = None  # numbers of training and val images, for `missing`
+    palette_from: str | None = None  # the source of `palette`; None: it need not fit the masks
     named = True  # whether the classes have names, or are counted in val's masks
 
     root: pathlib.Path
@@ -196,32 +196,32 @@ class Files:
         return mask.astype(np.uint8)
 
     def fix(self, flags: str, path: pathlib.Path | None = None) -> str:
-        """How to get right masks, `path` or all, as the end of a message; `flags` are those of `prepare.py masks`."""
+        """How to fix the mask `path`, or all masks, as the end of a message; `flags` are for `prepare.py masks`."""
         return "replace it"
 
     def colours(self, name: str) -> bytes | None:
-        """The palette in the file of a mask, three bytes for each class; None where it has none."""
+        """The palette in a mask's file, three bytes per class, or None."""
         return read_colours(self.masks[name])
 
     def to_classes(self, mask: np.ndarray, path: pathlib.Path) -> np.ndarray:
-        """From the values in a mask file to class indices."""
+        """Convert the values of a mask file to class indices."""
         return mask
 
     def decoded(self, path: pathlib.Path, decode) -> np.ndarray:
         """decode(path), or the array that an earlier call left in the cache, memory-mapped.
 
-        The entry's name is made of the file's path, size and time, so that a changed file is decoded anew.
+        The name of the cache entry depends on the file's path, size and time, so a changed file is decoded again.
         """
         if self.cache is None:
             return decode(path)
         try:
             stat = path.stat()
         except OSError:
-            return decode(path)  # which says what is wrong
+            return decode(path)  # which raises the error
         key = digest(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {','.join(self.classes)}")
         entry = self.cache / f"{key}.npy"
         if entry.exists():
-            with contextlib.suppress(OSError, ValueError, EOFError):  # cut short: made again
+            with contextlib.suppress(OSError, ValueError, EOFError):  # an incomplete entry is written again
                 return np.load(entry, mmap_mode="r")
         array = decode(path)
         try:
@@ -234,7 +234,7 @@ class Files:
         return array
 
     def missing(self) -> str | None:
-        """What lacks to the counts that everybody has, in one line."""
+        """One line about missing images of a data set whose size is known, or None."""
         if self.expected and (len(self.train), len(self.val)) != self.expected:
             return (
                 f"{self.root}: {self.name} has {len(self.train)} training and {len(self.val)} val images here, not "
@@ -244,23 +244,22 @@ class Files:
 
 
 class Folder(Files):
-    """Own data: images/NAME.(jpg|png), masks/NAME.png (class index, 255 = ignore), train.txt, val.txt, and optionally
-    classes.txt (one name a line), palette.txt (one `R G B` a line) and unlabeled.txt. An image without a mask is unlabeled."""
+    """Your own data: images/NAME.(jpg|png), masks/NAME.png (class index, 255 = ignore), train.txt, val.txt, and optionally
+    classes.txt (one name per line), palette.txt (one `R G B` per line) and unlabeled.txt. An image without a mask is unlabeled."""
 
     def __init__(self, root: pathlib.Path | str):
         self.root = root = pathlib.Path(root)
         self.name = root.resolve().name
         for folder in (root, root / "images", root / "masks"):
             if not folder.is_dir():
-                raise UserError(f"{folder}: no such folder; --data names one that holds images/, masks/, train.txt and val.txt")
+                raise UserError(f"{folder}: no such folder; --data must hold images/, masks/, train.txt and val.txt")
         self.images = by_name(p for p in (root / "images").iterdir() if p.suffix.lower() in SUFFIXES)
         self.masks = by_name(p for p in (root / "masks").iterdir() if p.suffix.lower() == ".png")
         lossy = by_name(p for p in (root / "masks").iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))
         if lossy:
             path = min(lossy.values())
             raise UserError(
-                f"{path}: is a JPEG, whose compression changes labels; masks must be PNG files; "
-                f"{self.fix(flags_for_file(path))}"
+                f"{path}: is a JPEG, whose compression corrupts labels; masks must be PNG; {self.fix(flags_for_file(path))}"
             )
         self.train, self.val = (read_names(root / f, self.images) for f in ("train.txt", "val.txt"))
         extra = read_names(root / "unlabeled.txt", self.images) if (root / "unlabeled.txt").exists() else []
@@ -269,7 +268,7 @@ class Folder(Files):
         if overlap:
             other = "train.txt" if min(overlap) in set(self.train) else "unlabeled.txt"
             raise UserError(
-                f"{root / 'val.txt'}: '{min(overlap)}' is also a training image, of {other}; take it out of one list"
+                f"{root / 'val.txt'}: '{min(overlap)}' is also a training image in {other}; remove it from one list"
             )
         unmasked = [name for name in self.val if name not in self.masks]
         if unmasked:
@@ -277,13 +276,13 @@ class Folder(Files):
             help = f", or, as there is {min(longer)}.png, {self.fix('')}" if longer else ""
             raise UserError(
                 f"{root / 'masks' / (unmasked[0] + '.png')}: no such mask, but val.txt lists its image; "
-                f"add the mask or take the name out{help}"
+                f"add the mask or remove the name{help}"
             )
         self.named = (root / "classes.txt").exists()
         self.classes = read_lines(root / "classes.txt") if self.named else self.count_classes()
         twice = [name for name, count in collections.Counter(self.classes).items() if count > 1]
         if twice:
-            raise UserError(f"{root / 'classes.txt'}: names '{twice[0]}' twice; give every class a name of its own")
+            raise UserError(f"{root / 'classes.txt'}: names '{twice[0]}' twice; give every class its own name")
         if not 2 <= len(self.classes) <= IGNORE_INDEX:
             raise UserError(f"{root / 'classes.txt'}: names {len(self.classes)} class(es); 2 to 255 are needed, one per line")
         self.palette = voc_palette(len(self.classes))
@@ -292,9 +291,9 @@ class Folder(Files):
             self.palette_from = str(root / "palette.txt")
 
     def count_classes(self) -> list[str]:
-        """Names for the labels of val's masks, so that there are as many classes whatever the partition."""
+        """Names for the labels in val's masks, so that the number of classes does not depend on the partition."""
         labels = set().union(*(np.unique(open_mask(self.masks[name])).tolist() for name in self.val)) - {IGNORE_INDEX}
-        many = len(labels) > MOST_UNNAMED  # `faults` refuses that, in words that fit, where no mask is refused before
+        many = len(labels) > MOST_UNNAMED  # `checks.faults` refuses that, with a better message
         return [f"class {i}" for i in range(IGNORE_INDEX if many else 1 + min(max(labels | {1}), IGNORE_INDEX - 1))]
 
     def fix(self, flags, path=None):
@@ -329,9 +328,9 @@ VOC_CLASSES = [
 class Voc(Files):
     """PASCAL VOC 2012 in the VOCdevkit layout; `data` is VOCdevkit, its VOC2012, or the folder that holds VOCdevkit.
 
-    Training images are VOC's train and SBD's, without VOC's val: those that ImageSets/Segmentation/train_aug.txt lists, or,
-    without that file, those with a mask in SegmentationClassAug (see `prepare.py`). With `few` (voc-few) they are VOC's
-    train alone.
+    The training images are VOC's train and SBD, without VOC's val: those that ImageSets/Segmentation/train_aug.txt lists, or,
+    without that file, those with a mask in SegmentationClassAug (see `prepare.py`). With `few` (voc-few) only VOC's train is
+    used.
     """
 
     def __init__(self, data: pathlib.Path | str, few: bool = False):
@@ -349,7 +348,7 @@ class Voc(Files):
             return
         if not augmented.is_dir():
             raise UserError(
-                f"{augmented}: no such folder; build it with python prepare.py voc --data {data}, or take --dataset voc-few"
+                f"{augmented}: no such folder; build it with python prepare.py voc --data {data}, or use --dataset voc-few"
             )
         self.listed = [*self.listed, *by_name(augmented.glob("*.png"))]
         for file in ("train_aug.txt", "trainaug.txt"):
@@ -365,7 +364,7 @@ class Voc(Files):
         without = [name for name in self.listed if name not in self.images]
         if without:
             return f"JPEGImages lacks {len(without)} of them, first {without[0]}.jpg"
-        return "ImageSets/Segmentation or SegmentationClassAug is not whole (python prepare.py voc builds the latter)"
+        return "ImageSets/Segmentation or SegmentationClassAug is incomplete (python prepare.py voc builds the latter)"
 
 
 VOC_FOLDERS = ("", "VOC2012", "VOCdevkit/VOC2012")
@@ -408,7 +407,7 @@ CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 
 
 class Cityscapes(Files):
     """Cityscapes as downloaded: leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png and gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png,
-    or _labelTrainIds.png, which goes first where both are there."""
+    or _labelTrainIds.png, which is used where both exist."""
 
     name, expected = "cityscapes", (2975, 500)
 
@@ -456,12 +455,10 @@ class Cityscapes(Files):
 
 
 def open_dataset(name: str, data: pathlib.Path | str | None, cache: pathlib.Path | None = None):
-    """The data set of `--dataset` and `--data`. Raises UserError."""
+    """The data set that `--dataset` and `--data` name. Raises UserError."""
     if name == "shapes":
         if data is not None:
-            raise UserError(
-                f"--data {data}: the embedded data set takes no folder; give --dataset folder with it (make: DATASET=folder)"
-            )
+            raise UserError(f"--data {data}: the embedded data set has no folder; add --dataset folder (make: DATASET=folder)")
         return Shapes()
     if data is None:
         raise UserError(f"--dataset {name}: needs its folder; give --data DIR (make: DATA=DIR)")
@@ -474,23 +471,23 @@ def open_dataset(name: str, data: pathlib.Path | str | None, cache: pathlib.Path
 
 
 def digest(text: str) -> str:
-    """A short hash; file names that are not UTF-8 are welcome."""
+    """A short hash; file names need not be UTF-8."""
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def partition(dataset, part: str) -> Partition:
-    """Split the training images: of n, ceil(n / k) stay labeled for `part` 1/k, or as many of them as have a mask.
+    """Split the training images: for `part` 1/k, ceil(n / k) of n images stay labeled, or fewer if fewer have a mask.
 
-    Images come in an order drawn by their names, but those that show a class for the first time come first, so every class
-    is labeled if that many images can hold it. Partitions are nested, 1/16 in 1/8 in 1/4, and do not change when the masks
-    of unlabeled images go away. To find those images, masks are looked at in that order until each class was seen; training
-    itself opens the labeled ones alone. `1` keeps every mask.
+    Images come in a random order that depends on their names only, but images that show a class for the first time come first,
+    so every class is labeled if that many images can contain it. To find them, masks are opened in that order until each class
+    was seen; training itself opens only the labeled masks. Partitions are nested, 1/16 in 1/8 in 1/4, and do not change when
+    the masks of unlabeled images are removed. `1` keeps every mask.
     """
     match = re.fullmatch(r"1(?:/([1-9][0-9]*))?", part)
     if not match:
         raise UserError(
-            f"--part {part}: expected 1/K with a whole number K, such as 1/8, or 1 for all masks; lists of "
-            "your own are --labeled-list and --unlabeled-list"
+            f"--part {part}: expected 1/K with a whole number K, such as 1/8, or 1 for all masks; for your "
+            "own lists use --labeled-list and --unlabeled-list"
         )
     k = int(match[1] or 1)
     able = [name for name in dataset.train if dataset.has_mask(name)]
@@ -510,7 +507,7 @@ def make_partition(name: str, labeled: list[str], unlabeled: list[str]) -> Parti
 
 
 def first_carriers(dataset, names: list[str]) -> set[str]:
-    """The images that show a class which none before them shows."""
+    """The images that show a class that no image before them shows."""
     carriers, missing = set(), set(range(len(dataset.classes)))
     for name in names:
         if not missing:
@@ -524,7 +521,7 @@ def first_carriers(dataset, names: list[str]) -> set[str]:
 
 
 def listed_partition(dataset, labeled_list: pathlib.Path, unlabeled_list: pathlib.Path | None) -> Partition:
-    """The partition of --labeled-list and --unlabeled-list; without the latter all other training images are unlabeled.
+    """The partition of --labeled-list and --unlabeled-list; without the latter, all other training images are unlabeled.
 
     An image in both lists stays labeled, with a warning. Raises UserError for a val image, and for one without a mask.
     """
@@ -534,21 +531,21 @@ def listed_partition(dataset, labeled_list: pathlib.Path, unlabeled_list: pathli
     for path, names in ((labeled_list, labeled), (unlabeled_list, unlabeled)):
         held_out = sorted(set(names) & set(dataset.val))
         if held_out:
-            raise UserError(f"{path}: names {len(held_out)} val image(s), first '{held_out[0]}'; take them out")
+            raise UserError(f"{path}: names {len(held_out)} val image(s), first '{held_out[0]}'; remove them")
     unmasked = [name for name in labeled if not dataset.has_mask(name)]
     if unmasked:
-        raise UserError(f"{labeled_list}: '{unmasked[0]}' has no mask; add it or take the name out")
+        raise UserError(f"{labeled_list}: '{unmasked[0]}' has no mask; add it or remove the name")
     both = sorted(set(labeled) & set(unlabeled)) if unlabeled_list else []
     if both:
         print(
-            f"warning: {unlabeled_list} names {len(both)} labeled image(s) too, first '{both[0]}'; they stay labeled",
+            f"warning: {unlabeled_list} also names {len(both)} labeled image(s), first '{both[0]}'; they stay labeled",
             file=sys.stderr,
         )
     return make_partition(labeled_list.stem, sorted(labeled), sorted(set(unlabeled) - set(labeled)))
 
 
 def partition_of(dataset, args: argparse.Namespace) -> Partition:
-    """The partition of the arguments. Raises UserError."""
+    """The partition that the arguments choose. Raises UserError."""
     if args.labeled_list:
         return listed_partition(dataset, args.labeled_list, args.unlabeled_list)
     if args.unlabeled_list:
@@ -557,15 +554,15 @@ def partition_of(dataset, args: argparse.Namespace) -> Partition:
 
 
 def open_training_data(args: argparse.Namespace, unlabeled: bool):
-    """The data set and the partition of a training, with every file's header checked; `unlabeled` says whether unlabeled
-    images are needed. Raises UserError."""
+    """The data set and the partition of a training, with the header of every file checked. `unlabeled`: unlabeled images are
+    needed. Raises UserError."""
     dataset = open_dataset(args.dataset, args.data, args.cache)
     part = partition_of(dataset, args)
     if unlabeled and not part.unlabeled:
         flag = f"--labeled-list {args.labeled_list}" if args.labeled_list else f"--part {args.part}"
         raise UserError(
-            f"{flag}: leaves no unlabeled image; take a smaller part, add images to unlabeled.txt, or train "
-            "with labels alone (train_teacher.py --method sup)"
+            f"{flag}: leaves no unlabeled image; use a smaller part, add images to unlabeled.txt, or train "
+            "with labels only (train_teacher.py --method sup)"
         )
     if rank_and_size()[0] == 0:  # an error here ends all ranks
         if dataset.missing():

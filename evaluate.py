@@ -46,12 +46,12 @@ from recipes import WINDOW_HELP, window_size
 from result_files import GROUP_BY, git_commit, refuse_outputs, setting_values, settings_of, write_result
 from run_folder import load_checkpoint, remove_resume_checkpoint
 
-STRIP_BYTES = 2**27  # of finished logits: with fewer an image is one strip, with more memory grows
+STRIP_BYTES = 2**27  # of finished logits per strip; fewer bytes are one strip, more take more memory
 
 
 class Protocol(NamedTuple):
-    """How the network sees an image. Every training validates with the protocol of its arguments, and a checkpoint is
-    evaluated with that of its training, but for what the command line changes."""
+    """How the network sees an image. A training validates with the protocol of its arguments. A checkpoint is evaluated with
+    the same protocol, except for what the command line changes."""
 
     image_scale: float = 1.0  # factor on the size of all images
     window: tuple[int, int] | None = None  # (height, width) of sliding windows; None: the whole image at once
@@ -79,7 +79,7 @@ def window_strips(forward, rows, size: tuple[int, int], window: tuple[int, int] 
 
     rows(top, bottom) -> the normalized rows (1, 3, bottom - top, W), and forward(those of a window) -> their logits. Only rows
     that windows still to come see, and as many as STRIP_BYTES holds, are kept. Without a window there is one strip.
-    An image smaller than a window is padded with zeros, the mean colour, at its right and lower border.
+    An image smaller than a window is padded with zeros, the mean colour, at the right and lower border.
     """
     if window is None:
         yield forward(rows(0, size[0]))
@@ -111,11 +111,11 @@ def seen_by(begins: list[int], side: int) -> torch.Tensor:
 
 
 def upsampled_strips(strips: Iterator[torch.Tensor], size: tuple[int, int], target: tuple[int, int]) -> Iterator[torch.Tensor]:
-    """Strips of logits of an image of `size`, as `window_strips` gives them -> strips (1, N, h, W) of `mgd_ops.upsample` of the
-    whole to `target` (H, W).
+    """Strips of logits of an image of `size`, as from `window_strips` -> strips (1, N, h, W) of the whole, upsampled to
+    `target` (H, W).
 
-    Where one strip is the whole, it is that function's. Otherwise the rows are interpolated by the same weights, with the same
-    bits for four classes or more on CPUs that multiply and add at once; elsewhere the last bit can differ.
+    One strip of the whole image goes through `mgd_ops.upsample`. Otherwise the rows are interpolated with the same weights. The
+    result is bit-equal for four classes or more on CPUs with fused multiply-add; elsewhere the last bit can differ.
     """
     if size == target:
         yield from strips
@@ -132,12 +132,12 @@ def upsampled_strips(strips: Iterator[torch.Tensor], size: tuple[int, int], targ
         position = torch.arange(rows, dtype=torch.float32) * (torch.tensor(height - 1.0) / max(1, rows - 1))
         above = position.long().clamp(max=height - 1)
         below = (above + 1).clamp(max=height - 1)
-        share = (position - above).clamp(0, 1)
+        fraction = (position - above).clamp(0, 1)
         ready = int((below < first + kept.shape[2]).sum())
-        block = max(1, STRIP_BYTES // 16 // (4 * strip.shape[1] * width))  # several tensors of this size are made
+        block = max(1, STRIP_BYTES // 16 // (4 * strip.shape[1] * width))  # several tensors of this size are alive
         for top in range(done, ready, block):
             part = slice(top, min(top + block, ready))
-            weight = share[part, None].to(kept.device)
+            weight = fraction[part, None].to(kept.device)
             upper, lower = (kept[:, :, (index[part] - first).to(kept.device)] for index in (above, below))
             yield torch.addcmul(lower * weight, upper, 1 - weight)
         done, end = ready, first + kept.shape[2]
@@ -193,7 +193,7 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def confusion_matrix(prediction: torch.Tensor, mask: torch.Tensor, classes: int) -> torch.Tensor:
-    """(N, N) int64: entry ij counts the pixels of class i that were predicted as j; pixels of 255 are left out."""
+    """(N, N) int64: entry ij counts the pixels of class i that were predicted as j; pixels labeled 255 are left out."""
     valid = mask != IGNORE_INDEX
     index = classes * mask[valid].long() + prediction[valid].long()
     return torch.bincount(index, minlength=classes**2).view(classes, classes)
@@ -204,8 +204,7 @@ def iou(confusion: torch.Tensor) -> tuple[float, list[float | None]]:
     Raises UserError where no pixel was compared."""
     if not confusion.any():
         raise UserError(
-            "no pixel of the masks has a label but 255, which is ignored: there is nothing to evaluate; "
-            "python prepare.py check says more"
+            "all pixels of the masks are 255, which is ignored, so there is nothing to evaluate; run python prepare.py check"
         )
     hit = confusion.diagonal().double()
     union = confusion.sum(0) + confusion.sum(1) - hit
@@ -217,7 +216,7 @@ def iou(confusion: torch.Tensor) -> tuple[float, list[float | None]]:
 def evaluate(model, dataset, names: Sequence[str], device, precision: str, protocol: Protocol = WHOLE) -> torch.Tensor:
     """The confusion matrix (N, N), int64 on the CPU, of `model` over the images `names`. The mode of `model` is restored.
 
-    Under torch.distributed every rank takes its share of the names, none twice, and gets the sum.
+    Under torch.distributed each rank evaluates a part of the names, and all get the sum.
     """
     was_training = model.training
     model.eval()
@@ -230,7 +229,7 @@ def evaluate(model, dataset, names: Sequence[str], device, precision: str, proto
         if prediction.shape != mask.shape:
             raise UserError(
                 f"{name}: its mask is {tuple(mask.shape)}, its image {tuple(prediction.shape)} (height, width); "
-                "image and mask must be of one size"
+                "image and mask must have the same size"
             )
         confusion += confusion_matrix(prediction, mask, n)
     if ranks > 1:
@@ -248,7 +247,7 @@ def finish_run(args, model, dataset, device, row: dict, save, progress):
     """End a training: save, validate, write OUT/last.pt with its mIoU, and remove OUT/resume.pt. `save(step, path)` writes a
     checkpoint of `model` with its `row`."""
     sync_buffers(model)
-    save(args.steps, args.out / "resume.pt")  # so that nothing is lost should the validation fail
+    save(args.steps, args.out / "resume.pt")  # so that nothing is lost if the validation fails
     row["miou"] = validate(model, dataset, device, args)
     save(args.steps, args.out / "last.pt")
     remove_resume_checkpoint(args)
@@ -258,7 +257,7 @@ def finish_run(args, model, dataset, device, row: dict, save, progress):
 
 
 def result_row(args, dataset, partition, device, **fields) -> dict:
-    """A training's entry in result files, without its outcome. GMACs are those at 512x512."""
+    """A training's row in result files, still without its mIoU. GMACs are at 512x512."""
     cost = models.measure(args.backbone, args.stem, args.head_width, args.separable_head, len(dataset.classes))
     return {
         "dataset": dataset.name,
@@ -282,13 +281,13 @@ def result_row(args, dataset, partition, device, **fields) -> dict:
 
 
 def label_of(row: dict) -> str:
-    """How tables and pictures call a run: `Sup resnet18`, `MGD resnet18`, `CPS resnet34 (T_D)`."""
+    """The name of a run in tables and pictures: `Sup resnet18`, `MGD resnet18`, `CPS resnet34 (T_D)`."""
     role = {"teacher_deep": " (T_D)", "teacher_wide": " (T_W)"}.get(row["role"], "")
     return f"{row['method'].upper() if row['method'] != 'sup' else 'Sup'} {row['backbone']}{role}"
 
 
 def print_table(rows: list[dict], names: list[str], classes: list[str]):
-    """One line a model with the name of its run's folder, then the IoU of each class with one column a model."""
+    """One line per model with the name of its run's folder, then the IoU of each class with one column per model."""
     print(f"\n{'':3} {'model':24} {'part':>5} {'labeled':>7} {'steps':>6} {'seed':>4} {'GMACs':>6} {'mIoU':>6}  run")
     for i, (row, name) in enumerate(zip(rows, names, strict=True)):
         print(
@@ -305,7 +304,7 @@ def print_table(rows: list[dict], names: list[str], classes: list[str]):
 
 
 def print_seeds(rows: list[dict]):
-    """Mean and standard deviation over the seeds, for what was trained with more than one."""
+    """Mean and standard deviation over the seeds, for each model that was trained with more than one."""
     groups = {}
     for row in rows:
         groups.setdefault(str(setting_values(row, GROUP_BY)), {})[row["seed"], str(row.get("teacher_seeds"))] = row

@@ -81,7 +81,7 @@ def load(device: str, mode: str):
 
 def build(device: str) -> pathlib.Path:
     """Build and load the kernels of `cpu` or `cuda`; return the folder that holds them. Raises KernelError."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports where it found CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it prints where it found CUDA
     from torch.utils import cpp_extension  # takes a second, and only builds need it
 
     if shutil.which(compiler()[0]) is None:
@@ -130,15 +130,15 @@ def compiler() -> list[str]:
 
 
 def digest(target: str) -> str:
-    """Names a build: by the kernels' sources and their place, so that two checkouts never rebuild in turns, and by torch, CUDA,
-    the compiler and what it builds for."""
+    """A hash that names a build: of the kernels' sources and their folder, so that two checkouts never rebuild in turns, and of
+    torch, CUDA, the compiler and its target."""
     parts = [torch.__version__, str(torch.version.cuda), target, *compiler(), str(SOURCES.resolve())]
     parts += [f"{path.name}\n{path.read_text()}" for path in sorted(SOURCES.iterdir()) if path.is_file()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def processor() -> str:
-    """What -march=native depends on."""
+    """A text about the processor that -march=native depends on."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
@@ -148,7 +148,7 @@ def processor() -> str:
 
 @contextlib.contextmanager
 def ninja_on_path():
-    """The ninja of this Python's environment is found also where that environment is not activated."""
+    """Finds the ninja of this Python's environment even if that environment is not activated."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), before])
     try:
@@ -159,7 +159,7 @@ def ninja_on_path():
 
 @contextlib.contextmanager
 def compiler_in_one_word(folder: pathlib.Path):
-    """torch takes CXX as the name of a program; where it holds arguments, it becomes that of a script which has them."""
+    """torch takes CXX as the name of a program. If it holds arguments, this replaces it by a script that has them."""
     before = os.environ.get("CXX")
     if len(compiler()) > 1:
         script = folder / "cxx"
@@ -196,7 +196,7 @@ def lock(folder: pathlib.Path, baton: bool):
 
 
 def one_line(error: BaseException) -> str:
-    """The most telling line of a build's output: the first error of the compiler, or the last line."""
+    """The most informative line of a build's output: the first error of the compiler, or the last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "error:" in line), lines[-1] if len(lines) > 1 else lines[0])
 

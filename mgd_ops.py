@@ -134,7 +134,7 @@ def check_logits(op: str, logits: torch.Tensor, size):
     if logits.shape[1] > IGNORE_INDEX:
         raise ValueError(
             f"{op}: there are {logits.shape[1]} classes; {IGNORE_INDEX} is the label of ignored pixels, "
-            f"so that there can be at most {IGNORE_INDEX}"
+            f"so there can be at most {IGNORE_INDEX}"
         )
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"{op}: logits cannot be brought to the size {tuple(size)}; it takes a height and a width")
@@ -152,13 +152,13 @@ def check_labels(op: str, logits: torch.Tensor, labels: list[torch.Tensor]):
 
 
 def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, normalizer=None, threshold=0.7, keep=0.08) -> torch.Tensor:
-    """Cross entropy, mean over the hard pixels: those whose true class has a probability below `threshold`, and at least
-    the share `keep` of all pixels, hardest first, as far as they have labels (Shrivastava et al. 2016; CPS on Cityscapes
-    keeps 50,000 of 800x800). `normalizer` is ignored, and there so that this can stand in for
-    `pixel_cross_entropy`: each micro-batch has hard pixels of its own.
+    """Cross entropy, mean over the hard pixels (Shrivastava et al. 2016): those whose true class has a probability below
+    `threshold`, and at least the fraction `keep` of all pixels, hardest first, among those with a label. CPS on Cityscapes
+    keeps 50,000 of 800x800. `normalizer` is ignored: it makes the signature that of `pixel_cross_entropy`, and each micro-batch
+    has its own hard pixels.
 
-    logits (B, N, h, w) floating, brought to the label's size as there, but held whole, since it is single pixels' losses that
-    are sorted; label (B, H, W) int64, 255 = ignore -> scalar, float32 or float64; 0 for an empty batch.
+    logits (B, N, h, w) floating, upsampled to the label's size and held whole, since the losses of single pixels are sorted;
+    label (B, H, W) int64, 255 = ignore -> scalar, float32 or float64; 0 for an empty batch.
     """
     logits = upsample(logits, label.shape[1:])
     losses = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="none").flatten()
@@ -196,7 +196,7 @@ def image_loss(student: torch.Tensor, teacher: torch.Tensor, size: tuple[int, in
 
     student and teacher (B, N, h, w) floating, of equal batch and classes -> scalar, float32 or float64, the batch's mean, 0 for
     an empty batch.
-    reduction: `sum` over the classes, or `mean`, which is Eq. 4 to the letter and N times weaker.
+    reduction: `sum` over the classes, or `mean`, which is Eq. 4 as written and N times weaker.
     """
     difference = (global_logits(student, size) - global_logits(teacher, size)).abs()  # (B, N)
     per_image = difference.sum(1) if reduction == "sum" else difference.mean(1)
@@ -329,7 +329,7 @@ def unpool(grad_pooled, height, width, rows, cols, dtype, channels_last):
     return grad.to(dtype, memory_format=memory_format(channels_last))
 
 
-def normalize(pooled):
+def unit_vectors(pooled):
     """(B, R, C) -> unit vectors (B, R, C) and norms (B, R, 1), 0 and infinity for a region without direction."""
     squared = pooled.square().sum(2, keepdim=True)
     norm = torch.where(squared < MIN_NORM**2, math.inf, squared.sqrt())
@@ -354,7 +354,7 @@ def is_channels_last(feat) -> bool:
 def region_loss_default(student, teacher, rows, cols):
     check_features("mgd::region_loss", student, teacher)
     region_counts("mgd::region_loss", (rows, cols))
-    (unit, norm), (unit_t, _) = (normalize(pool(feat, rows, cols)) for feat in (student, teacher))
+    (unit, norm), (unit_t, _) = (unit_vectors(pool(feat, rows, cols)) for feat in (student, teacher))
     difference = unit @ unit.transpose(1, 2) - unit_t @ unit_t.transpose(1, 2)  # (B, R, R)
     count = max(difference.numel(), 1)
     grad_pooled = correlation_gradient(2 * difference / count, unit.to(difference.dtype), norm.to(difference.dtype))
@@ -372,7 +372,7 @@ def pooled_correlation_default(feat, rows, cols):
     check_map("mgd::pooled_correlation", FEATURES, feat)
     region_counts("mgd::pooled_correlation", (rows, cols))
     pooled = pool(feat, rows, cols)
-    unit, _ = normalize(pooled)
+    unit, _ = unit_vectors(pooled)
     return unit @ unit.transpose(1, 2), pooled
 
 
@@ -381,7 +381,7 @@ def pooled_correlation_backward_default(grad, pooled, height, width, rows, cols,
     size = (pooled.shape[0], rows * cols, rows * cols)
     check_pooled("mgd::pooled_correlation_backward", pooled, grad, size, height, width, rows, cols, dtype)
     grad, pooled = (each.to(accumulation_dtype(dtype)) for each in (grad, pooled))
-    return unpool(correlation_gradient(grad, *normalize(pooled)), height, width, rows, cols, dtype, channels_last)
+    return unpool(correlation_gradient(grad, *unit_vectors(pooled)), height, width, rows, cols, dtype, channels_last)
 
 
 def check_pooled(op, pooled, grad, size, height, width, rows, cols, dtype):
@@ -394,7 +394,7 @@ def check_pooled(op, pooled, grad, size, height, width, rows, cols, dtype):
         raise ValueError(f"{op}: a gradient on {grad.device} does not fit a tensor on {pooled.device}")
 
 
-# One image at a time, so that the large logits of one image alone exist at once.
+# One image at a time, so that only one image's large logits exist at once.
 
 
 @default

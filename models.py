@@ -102,7 +102,7 @@ class DeepLabV3Plus(nn.Module):
 
     `head_width` is the number of channels of ASPP and decoder (the paper's models have 256); `separable_head` makes
     their 3x3 convolutions depthwise separable, as DeepLabV3+ does for light backbones. In training mode a batch needs at
-    least two images, since ASPP normalises one pooled vector an image.
+    least two images, since ASPP normalizes one pooled vector per image.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ def dilated_network(name: str, stem: str) -> nn.Module:
 
 
 def load_weights(network: nn.Module, name: str, weights: str, stem: str):
-    """Load `weights`, `imagenet` or a file, into the network of `name`, but for its classifier. Raises UserError.
+    """Load `weights`, `imagenet` or a file, into the network of `name`, except for its classifier. Raises UserError.
 
     The counters `num_batches_tracked` are ignored on both sides: torchvision's published ResNet files do not have them.
     """
@@ -244,12 +244,12 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
     """The state dict in a file of torch.save, taken out of the dictionary that holds it (`state_dict`, `model`, ...), and its
     keys without the prefixes of DataParallel and torch.compile. Raises UserError with the reason where there is none."""
     try:
-        with warnings.catch_warnings():  # torch's about foreign pickles; what follows says it in one line
+        with warnings.catch_warnings():  # torch's, about foreign pickles; the error below reports them in one line
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"--weights {path}: no such file; give a file, 'imagenet' or 'none'") from None
-    except Exception as error:  # of many kinds, by the bytes that the file holds
+    except Exception as error:  # of many types, depending on the file's bytes
         raise UserError(f"--weights {path}: {why_unreadable(path, error)}") from None
     if isinstance(state, dict) and {"model", "args", "row"} <= state.keys():
         raise UserError(
@@ -295,14 +295,14 @@ def is_state_dict(state) -> bool:
 
 
 def without_classifier(state: dict) -> dict:
-    """The entries that a backbone needs: neither those of the classifier nor batch norm's counters of its batches."""
+    """The entries that a backbone needs: without the classifier and without batch norm's counters."""
     classifier = ("fc.", "classifier.", "features.18.")
     return {k: v for k, v in state.items() if not (k.startswith(classifier) or k.endswith(".num_batches_tracked"))}
 
 
 @functools.cache
 def expected_shapes(name: str, stem: str) -> dict[str, torch.Tensor]:
-    """The state dict that `name` needs, without memory."""
+    """The state dict that `name` needs, on the meta device."""
     with torch.device("meta"):
         return without_classifier(dilated_network(name, stem).state_dict())
 

@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 
 
 def draw_panels(path: pathlib.Path, dataset, names: list[str], columns: list[tuple[str, list[np.ndarray]]]):
-    """A PNG with one row per image: the image, its ground truth, and the prediction of each model, with a legend (Fig. 4)."""
+    """Write a PNG with a legend and one row per image: image, ground truth, and the prediction of each model (Fig. 4)."""
     palette = colour_table(dataset.palette)
     heads = ["image", "ground truth", *(head for head, _ in columns)]
     aspect = min(3.0, max(0.25, np.divide(*dataset.image(names[0]).shape[:2])))
@@ -42,7 +42,7 @@ def draw_panels(path: pathlib.Path, dataset, names: list[str], columns: list[tup
 
 
 def add_legend(figure, classes: Sequence[str], palette, shown: Sequence[int]):
-    """A legend of the classes `shown`, sorted indices, below a figure of constrained layout, which grows by its height."""
+    """A legend of the classes `shown`, sorted indices, below a figure with constrained layout, which grows by its height."""
     if len(shown) == 0:
         return
     names = class_labels(classes)
@@ -64,17 +64,17 @@ def add_legend(figure, classes: Sequence[str], palette, shown: Sequence[int]):
 
 
 def draw_confusion(path: pathlib.Path, confusion: torch.Tensor, classes: list[str], title: str):
-    """A PNG of the confusion matrix of the classes that occur, each row (a true class) in percent of its pixels."""
+    """Write a PNG of the confusion matrix of the classes that occur; a row is a true class, in percent of its pixels."""
     occur = (confusion.sum(0) + confusion.sum(1)).nonzero()[:, 0]
-    shares = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1))[occur][:, occur].numpy()
+    percent = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1))[occur][:, occur].numpy()
     names, n = class_labels(classes), len(occur)
     names = [names[i] for i in occur]
     side, size, least = (0.4, 8, 0.5) if n <= 50 else (0.2, 6, 5)  # of a cell in inches, of the font, in percent
     figure, axis = plt.subplots(figsize=(2.5 + side * n, 2 + side * n), layout="constrained")
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    for i, j in np.argwhere(shares >= least):
-        colour = "white" if shares[i, j] > 50 else "black"
-        axis.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=size - 1, color=colour)
+    axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for i, j in np.argwhere(percent >= least):
+        colour = "white" if percent[i, j] > 50 else "black"
+        axis.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=size - 1, color=colour)
     axis.set_xticks(range(n), names, rotation=90, fontsize=size, parse_math=False)
     axis.set_yticks(range(n), names, fontsize=size, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true (rows sum to 100%)")
@@ -95,8 +95,8 @@ def save_figure(path: pathlib.Path, figure, dpi: int = 100):
 
 
 def class_labels(classes: Sequence[str]) -> list[str]:
-    """The names of classes for a picture, at most 40 characters each; a name that no installed font can draw becomes `class 3`,
-    and one line says so."""
+    """The names of classes for a picture, at most 40 characters each. A name that no installed font can draw becomes `class 3`,
+    with a note on stderr."""
     able = drawable(classes)
     labels = [name if can else f"class {i}" for i, (name, can) in enumerate(zip(classes, able, strict=True))]
     if not all(able):
@@ -112,7 +112,7 @@ def note_once(text: str):
 
 
 def drawable(texts: Sequence[str]) -> list[bool]:
-    """Whether matplotlib can draw each of `texts`; installed fonts that have what its own lacks are added to `font.family`."""
+    """Whether matplotlib can draw each of `texts`. Installed fonts with missing characters are added to `font.family`."""
     from matplotlib import font_manager
 
     def has(path: str, characters: set[str]) -> set[str]:

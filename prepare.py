@@ -43,8 +43,8 @@ from run_folder import atomic_write, make_folder
 # ---- check ----
 
 
-def check(args: argparse.Namespace) -> int:
-    """Look at every file, say what is wrong and what there is; the number of problems."""
+def check_data(args: argparse.Namespace) -> int:
+    """Look at every file, and print what the data set holds and what is wrong. Returns the number of problems."""
     pictures = (("--picture", args.picture), ("--chart", args.chart))
     for flag, path in pictures:
         if path and path.suffix.lower() != ".png":
@@ -92,7 +92,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def save_picture(path: pathlib.Path, dataset, names: list[str]):
-    """A sheet of images over their masks, each within 240x240 pixels."""
+    """Write a sheet of images, each above its mask and within 240x240 pixels."""
     colours, side = colour_table(dataset.palette), 240
     columns = []
     for name in names:
@@ -108,7 +108,7 @@ def save_picture(path: pathlib.Path, dataset, names: list[str]):
 
 
 def save_chart(path: pathlib.Path, dataset, percent: dict[str, np.ndarray]):
-    """Bars: each class's percentage of the pixels, in the labeled and the val masks."""
+    """Write a bar chart: the percentage of pixels of each class, in the labeled and the val masks."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,10 +130,10 @@ def save_chart(path: pathlib.Path, dataset, percent: dict[str, np.ndarray]):
 
 
 def prepare_voc(data: pathlib.Path, download: bool, overwrite: bool):
-    """Write SegmentationClassAug and ImageSets/Segmentation/train_aug.txt: the masks and names of VOC's train and, of SBD's
-    images, those that VOC's val does not hold. Masks that exist are kept. Raises UserError.
+    """Write SegmentationClassAug and ImageSets/Segmentation/train_aug.txt: the masks and names of VOC's train, and of the SBD
+    images outside VOC's val. Existing masks are kept. Raises UserError.
 
-    SBD is looked for in `data` as benchmark_RELEASE/dataset, sbd or dataset; `download` fetches what is missing there.
+    SBD is searched in `data` as benchmark_RELEASE/dataset, sbd or dataset. `download` fetches missing files.
     """
     try:
         from scipy.io import loadmat
@@ -169,7 +169,7 @@ def prepare_voc(data: pathlib.Path, download: bool, overwrite: bool):
     if listed.exists() and read_lines(listed) != names and not overwrite:
         raise UserError(
             f"{listed}: lists other images than VOC's train and SBD hold; add --overwrite to replace it, or keep "
-            "the list and the masks as they are"
+            "the list and the masks"
         )
     flat = [channel for colour in voc_palette(256) for channel in colour]
     for name in tqdm(names, desc=target.name, disable=None):
@@ -204,7 +204,7 @@ WRITTEN = "mgd prepare.py masks"  # the PNG text `Software`: other than that of 
 
 
 class Classes(NamedTuple):
-    """What the values or colours of masks stand for."""
+    """The classes that values or colours of masks stand for."""
 
     indices: dict[int, int]  # a grey value, or a colour as `packed`, -> class index or 255
     names: list[str]
@@ -228,8 +228,8 @@ def colour_of(text: str) -> tuple[int, int, int] | None:
 
 
 def read_colour_file(path: str) -> list[tuple[tuple[int, int, int], str | None]]:
-    """[(colour, class name or None)] of palette.txt (`R G B`), CamVid's label_colors.txt (`R G B NAME`) or CVAT's labelmap.txt
-    (`NAME:R,G,B:PARTS:ACTIONS`). Raises UserError."""
+    """[(colour, class name or None)] from palette.txt (`R G B`), CamVid's label_colors.txt (`R G B NAME`) or CVAT's
+    labelmap.txt (`NAME:R,G,B:PARTS:ACTIONS`). Raises UserError."""
     entries = []
     for line in read_lines(pathlib.Path(path)):
         if line.startswith("#"):
@@ -239,7 +239,7 @@ def read_colour_file(path: str) -> list[tuple[tuple[int, int, int], str | None]]
         colour = colour_of(cvat[2] if cvat else plain[1]) if cvat or plain else None
         if colour is None:
             raise UserError(
-                f"{path}: '{line}' is no colour; write one 'R G B' per line, each from 0 to 255, or give CVAT's "
+                f"{path}: '{line}' is not a colour; write one 'R G B' per line, each from 0 to 255, or give CVAT's "
                 "labelmap.txt, with lines such as 'road:128,64,128::'"
             )
         entries.append((colour, cvat[1] if cvat else plain[2]))
@@ -251,15 +251,15 @@ def read_colour_file(path: str) -> list[tuple[tuple[int, int, int], str | None]]
 
 
 def has_colours(path: pathlib.Path) -> bool:
-    """Whether a mask file shows colours, and not grey values alone."""
+    """Whether a mask file has colours, not only grey values."""
     with opened(path, *BROKEN) as file:
         pixels = np.asarray(file.convert("RGB"))
     return bool((pixels != pixels[..., :1]).any())
 
 
 def read_entries(args: argparse.Namespace, names: list[str] | None, mask: pathlib.Path):
-    """[(value or colour, class)] of `--values`, of `--palette`, or of a file beside the masks where `mask`, one of them, has
-    colours; a class is a name, an index or `ignore`. `names` are those of classes.txt. Raises UserError."""
+    """[(value or colour, class)] from `--values`, `--palette`, or, if `mask` has colours, a file beside the masks.
+    A class is a name, an index or `ignore`; `names` are the lines of classes.txt. Raises UserError."""
     palette = args.palette
     if not palette and not args.values and has_colours(mask):
         source = args.masks.resolve()
@@ -288,7 +288,7 @@ def read_entries(args: argparse.Namespace, names: list[str] | None, mask: pathli
 
 
 def read_classes(args: argparse.Namespace, mask: pathlib.Path) -> Classes:
-    """The classes of classes.txt beside OUT, or those that `read_entries` names, and what they look like in the masks. Raises
+    """The classes of classes.txt beside OUT, or else of `read_entries`, with their values or colours in the masks. Raises
     UserError."""
     path = args.out.resolve().parent / "classes.txt"
     names = read_lines(path) if path.exists() else None
@@ -325,8 +325,8 @@ def read_classes(args: argparse.Namespace, mask: pathlib.Path) -> Classes:
 def find_masks(folder: pathlib.Path, images: set[str], ending: str | None):
     """{image name: mask file} in `folder` and its subfolders, and a list of the files that belong to no image.
 
-    With `ending` (--suffix), masks are the files NAME + ending. Otherwise the name of one of `images` must begin the file's;
-    without images, usual endings are taken off. Raises UserError.
+    With `ending` (--suffix), masks are the files NAME + ending. Otherwise a mask's name begins with the name of one of
+    `images`; without images, the usual endings are removed. Raises UserError.
     """
     masks, others = {}, []
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")):
@@ -342,7 +342,7 @@ def find_masks(folder: pathlib.Path, images: set[str], ending: str | None):
             others.append(path)
         elif name in masks:
             raise UserError(
-                f"{path}: is a mask of '{name}', as {masks[name]} is; say which files are the masks, for example "
+                f"{path}: is a mask of '{name}', and so is {masks[name]}; choose the masks, for example "
                 f"with --suffix '{stem.removeprefix(name)}'"
             )
         else:
@@ -350,19 +350,19 @@ def find_masks(folder: pathlib.Path, images: set[str], ending: str | None):
     if not masks:
         found = f"; the first file is {others[0].name}" if others else ""
         raise UserError(
-            f"--masks {folder}: holds no mask of an image{found}; give the folder of the masks, and with --images "
-            "that of the images (--suffix _mask: files are called NAME_mask.png)"
+            f"--masks {folder}: holds no mask of an image{found}; give the folder of the masks, and --images "
+            "with the folder of the images (--suffix _mask: files are called NAME_mask.png)"
         )
     return masks, others
 
 
 def rgb_of(file: Image.Image, path: pathlib.Path) -> np.ndarray:
-    """(H, W, 3) uint8: the colours of an opened mask, upright, without transparency. Raises UserError where that alone shows
-    the classes."""
+    """(H, W, 3) uint8: the colours of an opened mask, upright, without transparency. Raises UserError where only transparency
+    shows the classes."""
     image = upright(file)
     pixels = np.asarray(image.convert("RGB"))
     if "A" in image.getbands() and np.ptp(np.asarray(image.getchannel("A"))) > 0 and (pixels == pixels[0, 0]).all():
-        raise UserError(f"{path}: is of one colour, and shows its classes by transparency alone; flatten it on another colour")
+        raise UserError(f"{path}: has one colour and shows its classes by transparency; flatten it onto another colour")
     return pixels
 
 
@@ -377,18 +377,18 @@ def read_keys(path: pathlib.Path, classes: Classes) -> np.ndarray:
             return mask_values(file).astype(np.int64) * white
         pixels = rgb_of(file, path)
     if (pixels != pixels[..., :1]).any():
-        raise UserError(f"{path}: is a colour image; say which colour is which class: {readers.flags_for_file(path)}")
+        raise UserError(f"{path}: is a colour image; give the class of each colour: {readers.flags_for_file(path)}")
     return pixels[..., 0].astype(np.int64)
 
 
 def convert_masks(args: argparse.Namespace) -> int:
-    """Write OUT/NAME.png of class indices for every mask, and beside OUT what is missing of classes.txt and palette.txt. The
-    number of unknown values or colours: where there is one, nothing is written. Raises UserError."""
+    """Write class indices to OUT/NAME.png for every mask, and classes.txt and palette.txt beside OUT where they are missing.
+    Returns the number of unknown values or colours; if there is one, nothing is written. Raises UserError."""
     if not args.masks.is_dir():
         raise UserError(f"--masks {args.masks}: no such folder")
     source, out = args.masks.resolve(), args.out.resolve()
     if source == out or source in out.parents or out in source.parents:
-        raise UserError(f"--out {args.out}: is, holds or lies in the folder of --masks, which stays as it is; give another")
+        raise UserError(f"--out {args.out}: is, holds or lies in the folder of --masks, which must not change; give another")
     beside = out.parent / "images"
     if args.images and not args.images.is_dir():
         raise UserError(f"--images {args.images}: no such folder")
@@ -442,7 +442,7 @@ def convert_masks(args: argparse.Namespace) -> int:
                     temporary.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
                 print(f"{args.out.parent / file}: {len(content)} lines")
     if others:
-        print(f"note: {len(others)} file(s) are masks of no image and were left out, first {printable(others[0])}")
+        print(f"note: {len(others)} file(s) belong to no image and were left out, first {printable(others[0])}")
     changed = f"; {sum(unknown.values())} pixels of unknown values: {args.unknown}" if unknown else ""
     print(f"{args.out}: {len(masks)} masks{changed}")
     if beside.is_dir():
@@ -469,7 +469,7 @@ def nearest_key(key: int, classes: Classes) -> int:
 
 
 def report_unknown(classes: Classes, unknown, nearest, example, pixels: int):
-    """Print which values or colours no class has, and what to do about them."""
+    """Print the values or colours without a class, and the fix."""
     total, kind = sum(unknown.values()), "colours" if classes.coloured else "values"
     print(f"{len(unknown)} {kind} belong to no class, {total} pixels ({100 * total / pixels:.2f}%):")
     for key, count in unknown.most_common(10):
@@ -486,7 +486,7 @@ def report_unknown(classes: Classes, unknown, nearest, example, pixels: int):
     if blends >= 0.8 * total and (classes.coloured or len(unknown) > 8):
         print(
             "problem: most lie between two known ones, as at anti-aliased (soft) edges; add --unknown nearest to give each "
-            "the class of the nearest, or, with more than two classes, --unknown ignore to make the edges 255"
+            "the nearest class, or, with more than two classes, --unknown ignore to make the edges 255"
         )
     elif len(unknown) > 32:
         print("problem: there are many, as in a JPEG; save the masks as PNG anew, or add --unknown nearest")
@@ -511,20 +511,20 @@ def is_between(key: int, classes: Classes) -> bool:
 def main():
     parser = ArgumentParser(__doc__, usage="%(prog)s {check,voc,masks} [options]")
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND", prog="prepare.py")
-    usage = "%(prog)s [options]"
+    path, folder = ({"type": pathlib.Path, "metavar": name} for name in ("FILE", "DIR"))
     checker = commands.add_parser(
-        "check", usage=f"{usage} --dataset folder --data DIR", help="look at every file of a data set before training"
+        "check", usage="%(prog)s --dataset folder --data DIR [options]", help="look at every file of a data set before training"
     )
     add_flags(checker, METHODS, groups=("data",))
-    path = {"type": pathlib.Path, "metavar": "FILE"}
     checker.add_argument("--picture", help="write a PNG of eight labeled images and their masks (default: none)", **path)
     checker.add_argument("--chart", help="write a PNG of each class's percentage of the pixels (default: none)", **path)
-    folder = {"type": pathlib.Path, "metavar": "DIR"}
-    preparer = commands.add_parser("voc", usage=f"{usage} --data DIR", help="build VOC's augmented masks from SBD")
+    preparer = commands.add_parser("voc", usage="%(prog)s --data DIR [options]", help="build VOC's augmented masks from SBD")
     preparer.add_argument("--data", required=True, help="folder that holds VOCdevkit and SBD", **folder)
     preparer.add_argument("--download", action="store_true", help="download what is missing (default: off)")
     converter = commands.add_parser(
-        "masks", usage=f"{usage} --masks DIR --out DIR", help="turn masks of colours or other values into class indices"
+        "masks",
+        usage="%(prog)s --masks DIR --out DIR [options]",
+        help="turn masks of colours or other values into class indices",
     )
     converter.add_argument("--masks", required=True, help="folder of the masks; it is never changed", **folder)
     converter.add_argument("--out", required=True, help="folder for the new masks, such as data/mine/masks", **folder)
@@ -562,7 +562,7 @@ def main():
         )
     args = parser.parse_args()
     if args.what == "check":
-        sys.exit(1 if check(args) else 0)
+        sys.exit(1 if check_data(args) else 0)
     if args.what == "voc":
         prepare_voc(args.data, args.download, args.overwrite)
         return

@@ -1,4 +1,4 @@
-"""Read images, masks, lists and palettes of any form that people have, or say in one line why not."""
+"""Read images, masks, lists and palettes of many forms, or raise a UserError of one line with the reason."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ from common import IGNORE_INDEX, UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 VOC_BORDER = (224, 224, 192)  # VOC's colour of 255
-MOST_UNNAMED = 32  # labels without classes.txt; more are rather levels of grey
+MOST_UNNAMED = 32  # labels without classes.txt; more are probably levels of grey
 MAX_PIXELS = 2**28  # of one image, 16384x16384; a small file can claim to be much larger and fill the memory
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns from 89 million pixels on
 
@@ -24,8 +24,8 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns from 89 million
 
 
 def name_of(text: str) -> str:
-    """The image's name in a file name or path: without folders, suffix, and what Cityscapes appends; in Unicode's NFC, since
-    zip files from macOS spell accents as characters of their own (NFD)."""
+    """The image's name in a file name or path: without folders, suffix and the endings of Cityscapes, in Unicode's NFC, since
+    zip files from macOS have accents as separate characters (NFD)."""
     text = unicodedata.normalize("NFC", text).replace("\\", "/").rsplit("/", 1)[-1]
     text = re.sub(r"\.(jpe?g|png)$", "", text, flags=re.IGNORECASE)
     return re.sub(r"_leftImg8bit$|_gtFine(_label(Train)?Ids)?$", "", text)
@@ -49,7 +49,7 @@ def read_lines(path: pathlib.Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; write one name a line") from None
+        raise UserError(f"{path}: no such file; write one name per line") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as such") from None
     return [line.strip() for line in unicodedata.normalize("NFC", text).splitlines() if line.strip()]
@@ -58,8 +58,8 @@ def read_lines(path: pathlib.Path) -> list[str]:
 def read_names(path: pathlib.Path, known: Iterable[str]) -> list[str]:
     """The images that a list names, each once, in its order.
 
-    A line is a name, or a path of the image (folders and suffix do not count), or such a path and that of the mask, with a
-    space or tab between. Raises UserError where the list is empty or names what is not among `known`.
+    A line is a name, a path of the image (without regard to folders and suffix), or such a path and the path of the mask,
+    separated by a space or tab. Raises UserError if the list is empty or a name is not among `known`.
     """
     names, known = {}, set(known)
     for number, line in enumerate(read_lines(path), 1):
@@ -69,11 +69,11 @@ def read_names(path: pathlib.Path, known: Iterable[str]) -> list[str]:
         if name is None:
             raise UserError(
                 f"{path}, entry {number}: '{line}' is no image of this data set (no file "
-                f"'{name_of(line)}.jpg' or .png); add the image or take the line out"
+                f"'{name_of(line)}.jpg' or .png); add the image or remove the line"
             )
         names[name] = None
     if not names:
-        raise UserError(f"{path}: names no image; write one image name a line")
+        raise UserError(f"{path}: names no image; write one image name per line")
     return list(names)
 
 
@@ -82,17 +82,17 @@ def read_palette(path: pathlib.Path, classes: int) -> list[tuple[int, int, int]]
     for line in read_lines(path):
         colour = re.fullmatch(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)", line)
         if not colour or max(map(int, colour.groups())) > 255:
-            raise UserError(f"{path}: '{line}' is no colour; write one 'R G B' a line, each from 0 to 255")
+            raise UserError(f"{path}: '{line}' is not a colour; write one 'R G B' per line, each from 0 to 255")
         palette.append(tuple(map(int, colour.groups())))
     if len(palette) != classes:
-        raise UserError(f"{path}: holds {len(palette)} colours for {classes} classes; write one line a class")
+        raise UserError(f"{path}: holds {len(palette)} colours for {classes} classes; write one line per class")
     return palette
 
 
 @contextlib.contextmanager
 def reading(path, problem: str, fix: str):
-    """One file is read: any exception, out of memory included, becomes a UserError of one line with the file's name and the
-    exception's type. Pillow and its plugins raise almost anything on damaged files, so this catches all."""
+    """While one file is read, any exception, out of memory included, becomes a UserError of one line with the file's name and
+    the exception's type. All are caught, since Pillow and its plugins raise almost anything on damaged files."""
     try:
         yield
     except UserError:
@@ -108,14 +108,14 @@ def reading(path, problem: str, fix: str):
 
 
 @contextlib.contextmanager
-def opened(path, problem: str, fix: str = "replace it or take it out of the lists"):
+def opened(path, problem: str, fix: str = "replace it or remove it from the lists"):
     """`Image.open`, whose errors are UserErrors: see `reading`. An image of more than MAX_PIXELS is refused by its header."""
     with reading(path, problem, fix), Image.open(path) as file:
         width, height = file.size
         if width * height > MAX_PIXELS:
             raise UserError(
-                f"{path}: has {width}x{height} pixels, more than the {MAX_PIXELS:,} that are read at once; cut it "
-                "into pieces or make it smaller"
+                f"{path}: has {width}x{height} pixels, more than the {MAX_PIXELS:,} that are read at once; split "
+                "it or make it smaller"
             )
         yield file
 
@@ -183,7 +183,7 @@ def grey(path, file: Image.Image, values: np.ndarray) -> Image.Image:
     """Grey values (H, W), whole numbers or floats, of an opened file -> an image of 8 bits, black at 0. Raises UserError."""
     tags = getattr(file, "tag_v2", {})  # of a TIFF
     if values.dtype == np.int32 and tags.get(339) in (None, 1, (1,)):
-        values = values.view(np.uint32)  # Pillow knows signed 32-bit values alone
+        values = values.view(np.uint32)  # Pillow knows only signed 32-bit values
     low, high = values.min().item(), values.max().item()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise UserError(f"{path}: holds values that are not finite (nan or inf); save it with grey values from 0 to 255")
@@ -191,7 +191,7 @@ def grey(path, file: Image.Image, values: np.ndarray) -> Image.Image:
         raise UserError(f"{path}: holds grey values from {low:g} to {high:g}, but 0 is black; save it with 0 to 255")
     white = white_of(path, file, tags, high, values.dtype.kind == "f")
     out = np.empty(values.shape, np.uint8)
-    for row, line in zip(out, values, strict=True):  # by rows, which takes little memory
+    for row, line in zip(out, values, strict=True):  # by rows, to save memory
         # 65535 -> 255: whole numbers lose their lower bits
         row[:] = np.rint(line * (255 / white)) if values.dtype.kind == "f" else line.astype(np.uint64) * 256 // (white + 1)
     return Image.fromarray(255 - out if tags.get(262) == 0 else out)  # PhotometricInterpretation 0: 0 is white
@@ -200,10 +200,10 @@ def grey(path, file: Image.Image, values: np.ndarray) -> Image.Image:
 def white_of(path, file: Image.Image, tags, high: float, floats: bool) -> float:
     """The grey value that is white in a file whose largest value is `high`. Raises UserError where that cannot be told.
 
-    It is what the file says: the largest value of a format whose samples Pillow scales to 16 bits (PGM, JPEG 2000), or a TIFF's
-    MaxSampleValue, SMaxSampleValue or BitsPerSample. Otherwise it is the smallest usual one that is not exceeded: 255, 4095
-    (12 bits), 65535 or 2^32 - 1; for floats 1, 255 or 65535. So the values of a 12-bit camera are seen alike in a container
-    of 16 bits. Where all values lie below a sixteenth of it, there is no telling.
+    The file's own value comes first: the largest value of a format whose samples Pillow scales to 16 bits (PGM, JPEG 2000), or
+    a TIFF's MaxSampleValue, SMaxSampleValue or BitsPerSample. Otherwise it is the smallest usual value that is not exceeded:
+    255, 4095 (12 bits), 65535 or 2^32 - 1; for floats 1, 255 or 65535. So the values of a 12-bit camera look the same in a
+    container of 16 bits. If all values lie below a sixteenth of it, it cannot be told.
     """
     if not floats and file.format in ("PPM", "JPEG2000"):
         return 65535
@@ -217,14 +217,14 @@ def white_of(path, file: Image.Image, tags, high: float, floats: bool) -> float:
     white = next((white for white in usual if high <= white), math.inf)
     if white == math.inf or (white > usual[0] and high < white / 16):
         raise UserError(
-            f"{path}: holds grey values up to {high:g}, and does not say which value is white; save it with values "
+            f"{path}: holds grey values up to {high:g}, and it is unknown which value is white; save it with values "
             "from 0 to 255"
         )
     return white
 
 
 def open_mask(path) -> np.ndarray:
-    """(H, W) whole numbers, as they are in a grey or palette PNG of 1 to 16 bits. Raises UserError."""
+    """(H, W) integers, as stored in a grey or palette PNG of 1 to 16 bits. Raises UserError."""
     with opened(path, "cannot be read as a PNG mask", "replace it") as file:
         if file.mode in ("L", "P", "1") or file.mode.startswith("I"):
             return mask_values(file)
@@ -236,15 +236,15 @@ def open_mask(path) -> np.ndarray:
 
 
 def mask_values(file: Image.Image) -> np.ndarray:
-    """(H, W) uint8 or int32: the values of an opened grey or palette image as they stand in the file, upright."""
+    """(H, W) uint8 or int32: the stored values of an opened grey or palette image, upright."""
     raw = file.tile[0].args if file.tile else None
     values = np.array(upright(file)).astype(np.int32 if file.mode.startswith("I") else np.uint8)
     return values // {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else "", 1)  # Pillow stretches them to 0..255
 
 
 def read_colours(path: pathlib.Path) -> bytes | None:
-    """The palette of a mask file, three bytes per index, from its header alone; None where it has none, or one that says
-    nothing: the grey ramp that Pillow gives by default. Raises UserError."""
+    """The palette of a mask file, three bytes per index, from its header alone. None if it has none or only the grey ramp
+    that Pillow writes by default. Raises UserError."""
     with opened(path, "cannot be read as a PNG mask", "replace it") as file:
         if file.mode != "P":
             return None
@@ -264,8 +264,8 @@ def masks_command(folder: pathlib.Path, flags: str) -> str:
 
 
 def flags_for(values: np.ndarray, pixels: np.ndarray, classes: int, named: bool = False) -> str:
-    """The flags of `prepare.py masks` for masks that hold the grey `values`, sorted, in so many `pixels` each, in a data set of
-    `classes` classes; `named`: in classes.txt."""
+    """The flags of `prepare.py masks` for masks with the sorted grey `values`, each in the given number of `pixels`, in a data
+    set with `classes` classes; `named`: in classes.txt."""
     common = values[pixels >= 0.03 * pixels.sum()]
     values = values.tolist()
     wrong = [value for value in values if value >= classes and value != IGNORE_INDEX]
@@ -286,7 +286,7 @@ def flags_for(values: np.ndarray, pixels: np.ndarray, classes: int, named: bool 
 
 
 def flags_for_file(path) -> str:
-    """The flags of `prepare.py masks` for a file that is no grey or palette PNG: by its colours."""
+    """The flags of `prepare.py masks` for a file that is not a grey or palette PNG, by its colours."""
     path = pathlib.Path(path)
     with opened(path, "cannot be read as an image", "replace it") as file:
         pixels = np.asarray(file.convert("RGB")).reshape(-1, 3)

@@ -1,7 +1,7 @@
-"""Result files and pictures: rows, which of them are alike, and how they are written.
+"""Result files and pictures: the settings of rows, and how files are written.
 
-No script replaces a file that this project did not write: `refuse_outputs` is called before any work. Its PNGs carry a text
-chunk, its JSON files say what they are, its logs and tables are known by their first line.
+No script replaces a file that this project did not write: `refuse_outputs` is called before any work. The project's PNGs are
+recognized by a text chunk, its JSON files by their keys, its logs and tables by their first line.
 """
 
 import datetime
@@ -33,18 +33,18 @@ OPTIONAL = tuple(key for key in dict.fromkeys(RECORDED.values()) if key not in (
 OPTIONAL += ("teacher_backbones", "teacher_methods", "teacher_steps", "scales", "flip")
 SETTINGS = (*MAIN, *OPTIONAL)
 GROUP_BY = (*DATA, *NETWORK, *SETTINGS)
-# The settings that only some methods have; of the MAIN ones a row says so itself.
+# The settings that only some methods have; for the MAIN ones the row itself shows it (None or empty).
 METHODS_WITH = {key: FLAGS[name].methods for name, key in RECORDED.items() if FLAGS[name].methods != METHODS}
 METHODS_WITH = {key: methods for key, methods in METHODS_WITH.items() if key not in MAIN}
 
 
 def settings_of(args: dict) -> dict:
-    """What a training's arguments say for a result's row."""
+    """The settings of a training, from its arguments, as the keys of a result's row."""
     return {key: args[name] for name, key in RECORDED.items() if name in args}
 
 
 def setting_values(row: dict, keys) -> tuple:
-    """What a result's row has under `keys`; None for settings that its method does not have."""
+    """The values of a result's row under `keys`, with None for settings that its method does not have."""
     method = row.get("method")
     return tuple(row.get(key) if method in METHODS_WITH.get(key, (method,)) else None for key in keys)
 
@@ -100,8 +100,8 @@ def save_png(path: pathlib.Path, image: Image.Image):
 def is_ours(path: pathlib.Path | str) -> bool:
     """Whether a file may be replaced without asking: this project wrote it, or it is empty.
 
-    A PNG is known by its text chunk, a JSON file by its keys, a log.jsonl by its first entry, a .pt as a checkpoint, a table by
-    its first line. Anything else is somebody's.
+    A PNG is recognized by its text chunk, a JSON file by its keys, a log.jsonl by its first entry, a .pt as a checkpoint, a
+    table by its first line. Any other file belongs to the user.
     """
     path = pathlib.Path(path)
     try:
@@ -128,7 +128,7 @@ def is_ours(path: pathlib.Path | str) -> bool:
 
 
 def png_text(path: pathlib.Path) -> dict[bytes, bytes]:
-    """The tEXt chunks before the pixels of a PNG; none where the file is not one. Pillow would warn of large images."""
+    """The tEXt chunks before the pixels of a PNG; none if the file is not a PNG. Pillow would warn about large images."""
     texts = {}
     with open(path, "rb") as file:
         if file.read(8) != b"\x89PNG\r\n\x1a\n":
@@ -143,8 +143,8 @@ def png_text(path: pathlib.Path) -> dict[bytes, bytes]:
 
 
 def refuse_foreign(paths: Iterable[pathlib.Path], overwrite: bool, flag: str):
-    """Raise UserError, before any work, where one of `paths` exists and this project did not write it. `overwrite` allows it,
-    but for folders. `flag` is the output's on the command line."""
+    """Raises UserError if one of `paths` exists and this project did not write it. `overwrite` allows files, but no folders.
+    `flag` names the output on the command line. Call it before any work."""
     foreign = [path for path in paths if os.path.exists(path) and not (overwrite and path.is_file()) and not is_ours(path)]
     if foreign:
         more = f", and {len(foreign) - 1} more" if len(foreign) > 1 else ""
@@ -155,10 +155,10 @@ def refuse_foreign(paths: Iterable[pathlib.Path], overwrite: bool, flag: str):
 
 
 def refuse_outputs(outputs: Sequence[tuple[str, pathlib.Path | None]], inputs: Iterable[pathlib.Path], overwrite: bool):
-    """Look at the files that a script is going to write, as (flag, path), before any work. Makes their folders.
+    """Check the files that a script is going to write, as (flag, path), and make their folders. Call it before any work.
 
-    Raises UserError where two of them are one file, one is among the `inputs`, its folder cannot be written to, or it would
-    replace a file that is not ours (see `refuse_foreign`).
+    Raises UserError if two outputs are one file, if one is among the `inputs` or would replace a file that is not ours (see
+    `refuse_foreign`), or if a folder cannot be written to.
     """
     inputs = {os.path.realpath(path) for path in inputs}
     written = {}

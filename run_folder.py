@@ -25,8 +25,8 @@ from recipes import FLAGS
 
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path):
-    """A temporary name beside `path`, which replaces `path` when the block ends: `path` is at every moment either the old file
-    or the whole new one. Nothing is left of a block that fails. Raises UserError where the file cannot be written."""
+    """Yields a temporary path beside `path`, which replaces `path` when the block ends: `path` is always the old file or the
+    complete new one. A block that fails leaves nothing. Raises UserError if the file cannot be written."""
     target = pathlib.Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".mgd-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -46,13 +46,13 @@ def atomic_write(path: pathlib.Path):
 
 
 def make_folder(flag: str, folder: pathlib.Path):
-    """Make `folder` where it is missing, and write a file there for a moment. Raises UserError where either fails, so that a
-    run ends before its work and not after it."""
+    """Make `folder` if it is missing, and try to write a file there. Raises UserError if either fails, so that a run ends
+    before its work and not after it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{flag} {printable(folder)}: cannot be made a folder ({error.strerror}); give another") from None
-    try:  # permissions say little: not of a read-only disk, nor to root
+    try:  # permissions do not tell: the disk may be read-only, and root may do all
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{flag} {printable(folder)}: cannot be written to ({error.strerror}); give another folder") from None
@@ -71,8 +71,8 @@ def without_nan(value):
 
 
 def save_checkpoint(path: pathlib.Path, checkpoint: dict):
-    """Write `checkpoint` so that `path` is at every moment either the old file or the whole new one; the first rank does.
-    Raises UserError where it cannot be written."""
+    """Write `checkpoint` on the first rank, so that `path` is always the old file or the complete new one. Raises UserError if
+    it cannot be written."""
     if rank_and_size()[0] > 0:
         return
     checkpoint["rng"] = torch.get_rng_state()
@@ -92,7 +92,7 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
     `versions`. Raises UserError.
     """
     try:
-        with warnings.catch_warnings():  # about files that are no checkpoints, which the line below says
+        with warnings.catch_warnings():  # about files that are not checkpoints; the error below reports them
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -109,9 +109,9 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
 def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
     """Make OUT, and return OUT/resume.pt where --resume is given and it exists.
 
-    Raises UserError where it stems from other arguments or images, where OUT holds a run but --resume is not given, so that
-    none is lost, where OUT is the folder of the data or holds somebody else's files, and where it cannot be written to. Ends
-    the script where the run is finished.
+    Raises UserError if it was written with other arguments or images, if OUT holds a run and --resume is not given, so that no
+    run is lost, if OUT is the folder of the data or holds files of others, or if OUT cannot be written to. Ends the script if
+    the run is finished.
     """
     make_folder("--out", args.out)
     path, log = args.out / "resume.pt", args.out / "log.jsonl"
@@ -133,8 +133,9 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
         return None
     checkpoint = load_checkpoint(path)
     if (args.out / "last.pt").exists():
-        load_checkpoint(args.out / "last.pt")  # which is going to be replaced
-    # What changes no number may change, and the number of micro-batches, each of which batch norm sees alone.
+        load_checkpoint(args.out / "last.pt")  # raises for a file of others, which would be replaced
+    # Arguments without influence on the result may change, and so may the number of micro-batches,
+    # each of which batch norm sees by itself.
     for key, value in sorted(plain_args(args).items(), key=lambda item: item[0] == "window"):  # which follows the crop
         may_change = FLAGS[key].column is None or key in ("data", "grad_accum")
         if not may_change and checkpoint["args"].get(key) != value:
@@ -161,7 +162,7 @@ def plain_args(args: argparse.Namespace) -> dict:
 
 
 def remove_resume_checkpoint(args: argparse.Namespace):
-    """Remove OUT/resume.pt, now that last.pt is there."""
+    """Remove OUT/resume.pt, since last.pt is written."""
     if rank_and_size()[0] == 0:
         (args.out / "resume.pt").unlink(missing_ok=True)
 
@@ -195,7 +196,7 @@ class Progress:
         path = args.out / "log.jsonl"
         if rank_and_size()[0] > 0:
             path = os.devnull
-        else:  # what a resumed run logged before its checkpoint stays; later lines are made again
+        else:  # a resumed run keeps the lines up to its checkpoint, and logs the later ones again
             lines = path.read_bytes().splitlines() if start and path.exists() else []
             with atomic_write(path) as temporary:
                 temporary.write_bytes(b"".join(line + b"\n" for line in lines if logged_step(line) <= start))
@@ -213,12 +214,12 @@ class Progress:
         return item
 
     def step(self, step: int, images: int, lr: float, losses: dict[str, torch.Tensor]):
-        """Count step `step` (from 0), which saw `images` images. Every `log_every` steps the losses are read and logged, and
-        before a checkpoint is saved, so that a training that diverged ends before. Raises UserError."""
+        """Count step `step` (from 0), which saw `images` images. The losses are read and logged every `log_every` steps, and
+        before a checkpoint is saved. Raises UserError if a loss is not finite, so that no checkpoint of it is written."""
         self.steps += 1
         self.bar.update()
         done = step + 1
-        if len(losses) != self.terms:  # at the first step, and where pseudo labels set in
+        if len(losses) != self.terms:  # at the first step, and where pseudo labels begin
             self.terms, self.first = len(losses), step
         if step - self.first in (1, 4):  # the first steps warm up
             float(next(iter(losses.values())))  # waits for the device
@@ -251,7 +252,7 @@ class Progress:
         self.bar.set_postfix_str(text)
 
     def validated(self, step: int, miou: float):
-        """Log a validation after `step` steps; its time does not count as the next steps'."""
+        """Log a validation after `step` steps. Its time does not count for the speed of the next steps."""
         self.write(step=step, miou=miou)
         print0(f"{self.args.out.name} step {step}: {miou:.2f} mIoU")
         self.since, self.steps, self.waited = time.perf_counter(), 0, 0.0

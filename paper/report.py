@@ -332,7 +332,7 @@ def draw_cost(groups: list[dict], dataset: str, path: pathlib.Path):
         entries |= draw_lines(axis, key, ours, cells, ticks)
         plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
     axes[1].set_ylabel("")
-    save(figure, entries, path)
+    save_with_legend(figure, entries, path)
 
 
 def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
@@ -363,7 +363,7 @@ def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
         for g in ours if x == "gmacs_model" else []:  # lines rise to the right: these sides are free
             side = {"xytext": (-6, 4), "ha": "right"} if g["separable_head"] else {"xytext": (6, -11)}
             axis.annotate(g["head_width"], (g[x], g["miou"]), textcoords="offset points", fontsize=9, **side)
-    save(figure, entries, path)
+    save_with_legend(figure, entries, path)
 
 
 def lines_along(x: str, groups: list[dict]) -> dict[tuple, list[dict]]:
@@ -408,7 +408,7 @@ def draw_lines(axis, x: str, ours: list[dict], paper: list[dict], ticks: dict[fl
     return entries | the_paper
 
 
-def save(figure, entries: dict[str, Line2D], path: pathlib.Path):
+def save_with_legend(figure, entries: dict[str, Line2D], path: pathlib.Path):
     columns = 4 if max(map(len, entries)) < 30 else 2
     legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
     for text in legend.get_texts():  # names of folders
@@ -460,7 +460,7 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
     limits = [limit for axis in gradients for limit in axis.dataLim.intervaly if math.isfinite(limit)]
     for axis in gradients if limits else []:
         axis.set(yscale="log", ylim=(max(min(limits), max(limits) / 1e4) / 1.5, max(limits) * 1.5))
-    save(figure, entries, out)
+    save_with_legend(figure, entries, out)
 
 
 def parse_args(argv=None):

@@ -332,7 +332,7 @@ def break_class_named_twice(root):
 def break_binary_masks_without_classes(root):
     (root / "classes.txt").unlink()
     make_binary(root)
-    return "labeled masks hold 0 and 255 alone, .* prepare.py masks .* --values 0=0 255=1$"
+    return "labeled masks hold only 0 and 255, .* prepare.py masks .* --values 0=0 255=1$"
 
 
 def make_binary(root):

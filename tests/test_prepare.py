@@ -67,7 +67,7 @@ def check(script, root, *more):
 def fault_binary(root):
     rewrite(root, lambda mask: np.where(mask == 1, 255, 0))
     write_lines(root / "classes.txt", ["background", "object"])
-    return "the labeled masks hold 0 and 255 alone, .* --values 0=0 255=1$"
+    return "the labeled masks hold only 0 and 255, .* --values 0=0 255=1$"
 
 
 def fault_binary_without_classes(root):
@@ -97,22 +97,22 @@ def fault_gap(root):
 
 def fault_nothing_in_val(root):
     rewrite(root, lambda mask: np.full_like(mask, 255), ["im10", "im11", "im12"])
-    return "the val masks hold 255 alone, .* nothing to evaluate"
+    return "the val masks hold only 255, .* nothing to evaluate"
 
 
 def fault_nothing_labeled(root):
     rewrite(root, lambda mask: np.full_like(mask, 255), [f"im{i:02d}" for i in range(8)])
-    return "the labeled masks hold 255 alone, .* nothing to learn"
+    return "the labeled masks hold only 255, .* nothing to learn"
 
 
 def fault_one_class_in_val(root):
     rewrite(root, lambda mask: np.where(mask == 2, 255, 1), ["im10", "im11", "im12"])
-    return "the val masks show one class alone, 'tree'"
+    return "the val masks show only one class, 'tree'"
 
 
 def fault_one_class_labeled(root):
     rewrite(root, lambda mask: np.zeros_like(mask), [f"im{i:02d}" for i in range(8)])
-    return "the labeled masks show one class alone, 'road'"
+    return "the labeled masks show only one class, 'road'"
 
 
 def fault_palettes(root):
@@ -549,7 +549,7 @@ def test_masks_that_somebody_else_wrote_are_kept(script, folder):
 def test_the_input_is_never_the_output(script, folder, out):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     code, _, err = script(prepare, "masks", "--masks", folder / "masks", "--out", folder / "masks" / out, "--overwrite")
-    assert code == 2 and "--out" in err and "stays as it is" in err
+    assert code == 2 and "--out" in err and "must not change" in err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 

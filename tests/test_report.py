@@ -302,13 +302,13 @@ def test_partitions_trained_for_other_steps_are_no_line_of_fig3(tables):
 
 
 def test_curves(script, tmp_path, monkeypatch):
-    drawn, save = {}, report.save
+    drawn, save = {}, report.save_with_legend
 
     def keep(figure, entries, path):
         drawn.update({axis.get_title(): [line.get_data() for line in axis.lines] for axis in figure.axes})
         save(figure, entries, path)
 
-    monkeypatch.setattr(report, "save", keep)
+    monkeypatch.setattr(report, "save_with_legend", keep)
     for name, extra in (("a", {"cps": 0.5}), ("b", {"sup": float("nan")})):
         (tmp_path / name).mkdir()
         common = {"lr": 0.1, "images_per_s": 9.0, "data_wait": 0.0}
