@@ -267,9 +267,7 @@ class Folder(Files):
         overlap = set(self.val) & {*self.train, *self.unlabeled}
         if overlap:
             other = "train.txt" if min(overlap) in set(self.train) else "unlabeled.txt"
-            raise UserError(
-                f"{root / 'val.txt'}: '{min(overlap)}' is also a training image in {other}; remove it from one list"
-            )
+            raise UserError(f"{root / 'val.txt'}: '{min(overlap)}' is also in {other}; remove it from one list")
         unmasked = [name for name in self.val if name not in self.masks]
         if unmasked:
             longer = [name for name in self.masks.keys() - self.images.keys() if name.startswith(unmasked[0])]

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -132,22 +133,8 @@ def teachers(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
         for role, backbone in (("deep", "r18"), ("wide", "mbv2")):
-            argv = [
-                "train_teacher.py",
-                "--out",
-                str(out / role),
-                "--role",
-                f"teacher_{role}",
-                "--backbone",
-                backbone,
-                "--steps",
-                "4",
-                "--sup-only",
-                "0.5",
-                "--ramp-up",
-                "0.5",
-                *TINY,
-            ]
+            run = f"--out {out / role} --role teacher_{role} --backbone {backbone} --steps 4 --sup-only 0.5 --ramp-up 0.5"
+            argv = ["train_teacher.py", *run.split(), *TINY]
             monkeypatch.setattr("sys.argv", argv)
             train_teacher.main()
     return out / "deep" / "last.pt", out / "wide" / "last.pt"
@@ -177,34 +164,10 @@ def few(tmp_path_factory) -> pathlib.Path:
     return root
 
 
-LEARNING = [
-    "--dataset",
-    "folder",
-    "--part",
-    "1/2",
-    "--weights",
-    "none",
-    "--window",
-    "whole",
-    "--workers",
-    "0",
-    "--batch",
-    "4",
-    "--crop",
-    "32",
-    "--scales",
-    "1",
-    "--head-width",
-    "16",
-    "--lr",
-    "0.05",
-    "--steps",
-    "40",
-    "--log-every",
-    "1",
-    "--precision",
-    "fp32",
-]
+LEARNING = shlex.split(
+    "--dataset folder --part 1/2 --weights none --window whole --workers 0 --batch 4 --crop 32 --scales 1 --head-width 16 "
+    "--lr 0.05 --steps 40 --log-every 1 --precision fp32"
+)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import bench_step
 @pytest.mark.slow
 @pytest.mark.parametrize("mixed_terms", ["mixed", "clean"])
 def test_the_released_step_and_ours_have_equal_terms(mixed_terms):
-    """Teachers and student in evaluation mode on both sides, float32, no padding."""
+    """Teachers and student in evaluation mode on both sides, float32, no ignored pixels."""
     torch.manual_seed(0)
     nets = [models.build_model(name, 5, head_width=16).eval() for name in ("r18", "r18", "mbv2")]
     for net in nets:  # batch norm that does something
@@ -72,7 +72,7 @@ def test_heads_are_measured(script, monkeypatch, tmp_path):
     ],
 )
 def test_a_benchmark_keeps_others_files(script, tmp_path, name, flag):
-    """And says so before it measures."""
+    """The refusal comes before any measurement."""
     module, path = importlib.import_module(f"bench_{name}"), tmp_path / "mine.json"
     path.write_text("precious")
     code, _, err = script(module, flag, path)

@@ -384,18 +384,9 @@ def test_messages_and_tables_are_printed_on_a_terminal_that_has_ascii_alone(tmp_
             tmp_path / f"{row['seed']}.pt",
             {"model": net.state_dict(), "args": args, "row": row, "classes": data.classes, "palette": data.palette},
         )
-    done = on_ascii_terminal(
-        "evaluate.py",
-        "--ckpt",
-        tmp_path / "0.pt",
-        tmp_path / "1.pt",
-        "--device",
-        "cpu",
-        "--panels",
-        tmp_path / "p.png",
-        "--confusion",
-        tmp_path / "c.png",
-    )
+    files = [tmp_path / name for name in ("0.pt", "1.pt")]
+    pictures = ["--panels", tmp_path / "p.png", "--confusion", tmp_path / "c.png"]
+    done = on_ascii_terminal("evaluate.py", "--ckpt", *files, "--device", "cpu", *pictures)
     assert done.returncode == 0 and b"\\u9053" in done.stdout and b"\\xb1" in done.stdout, done.stderr
     assert len(done.stderr.splitlines()) == 1 and b"no font here can draw '\\u9053" in done.stderr
 
@@ -438,34 +429,9 @@ def test_error_of_a_data_worker_is_one_line_in_a_real_process(folder):
     """An image breaks off in the middle, which no header shows; a worker process finds it during the first steps."""
     for path in (folder / "images").glob("im0[0-9].png"):
         path.write_bytes(path.read_bytes()[:3000])
-    command = [
-        sys.executable,
-        "train_teacher.py",
-        "--dataset",
-        "folder",
-        "--data",
-        str(folder),
-        "--part",
-        "1",
-        "--method",
-        "sup",
-        "--backbone",
-        "r18",
-        "--weights",
-        "none",
-        "--out",
-        str(folder / "run"),
-        "--steps",
-        "2",
-        "--batch",
-        "2",
-        "--crop",
-        "32",
-        "--head-width",
-        "16",
-        "--workers",
-        "1",
-    ]
+    data = f"--dataset folder --data {folder} --part 1 --out {folder / 'run'}"
+    options = f"{data} --method sup --backbone r18 --weights none --steps 2 --batch 2 --crop 32 --head-width 16 --workers 1"
+    command = [sys.executable, "train_teacher.py", *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=common.pathlib.Path(common.__file__).parent)
     assert done.returncode == 2
     assert (

@@ -61,7 +61,7 @@ def library(tmp_path_factory) -> pathlib.Path:
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 @pytest.mark.parametrize("file", ["test_region_op.py", "test_upsample_op.py"])
-def test_the_laws_of_the_kernels(library, file, order):
+def test_properties_of_the_kernels(library, file, order):
     """All of them with threads in order, and the longest of all with threads the other way round too."""
     which = ["-k", "float64_reference and not default" if order == "reverse" else "not default"]
     command = [sys.executable, "-m", "pytest", "-q", HERE / file, "-m", "kernel_law", *which]

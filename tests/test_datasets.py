@@ -54,7 +54,7 @@ def test_partitions_are_nested_and_stay_as_they_are():
 
 
 @pytest.mark.parametrize("part", ["0", "2/8", "1/0", "1/", "1/08", "1/x", "half", "1/-8", ""])
-def test_partition_refuses_what_is_no_share(part):
+def test_partition_refuses_other_fractions(part):
     with pytest.raises(UserError, match="--part"):
         datasets.partition(datasets.Shapes(), part)
 
@@ -147,7 +147,7 @@ def break_val_mask(root):
 
 def break_overlap(root):
     (root / "val.txt").write_text("im03\nim11\n")
-    return "val.txt: 'im03' is also a training image"
+    return "val.txt: 'im03' is also in train.txt"
 
 
 def break_every_mask(root):
@@ -285,7 +285,7 @@ def break_list_binary(root):
 
 def break_unlabeled_list(root):
     (root / "unlabeled.txt").write_text("im10\n")
-    return "val.txt: 'im10' is also a training image, of unlabeled.txt"
+    return "val.txt: 'im10' is also in unlabeled.txt"
 
 
 def break_unlabeled_name(root):
@@ -311,7 +311,7 @@ def break_root_is_a_file(root):
 
 def break_palette(root):
     (root / "palette.txt").write_text("0 0 0\n1 1 256\n2 2 2\n")
-    return "palette.txt: '1 1 256' is no colour"
+    return "palette.txt: '1 1 256' is not a colour"
 
 
 def break_palette_length(root):
@@ -507,23 +507,23 @@ def test_sampler_is_a_function_of_seed_and_step():
     assert len(set(seeds)) == len(seeds)
 
 
-def test_shares_of_a_step_are_its_batch():
+def test_micro_batches_of_a_step_are_its_batch():
     whole = list(batches.StepSampler(10, 6, seed=3, start=2, steps=5, views=2))
-    shares = list(batches.StepSampler(10, 6, seed=3, start=2, steps=5, views=2, parts=range(3), size=2))
-    assert len(whole) == 3 and len(shares) == 9
+    micro_batches = list(batches.StepSampler(10, 6, seed=3, start=2, steps=5, views=2, parts=range(3), size=2))
+    assert len(whole) == 3 and len(micro_batches) == 9
     for step, (first, second) in enumerate(zip([w[:6] for w in whole], [w[6:] for w in whole], strict=True)):
-        of_step = shares[3 * step : 3 * step + 3]
-        assert [item for share in of_step for item in share[:2]] == first  # the views stay apart
-        assert [item for share in of_step for item in share[2:]] == second
-    assert list(batches.StepSampler(10, 6, 3, 2, 5, 2, range(1, 3), 2)) == [s for i, s in enumerate(shares) if i % 3]
+        of_step = micro_batches[3 * step : 3 * step + 3]
+        assert [item for micro_batch in of_step for item in micro_batch[:2]] == first  # the views stay apart
+        assert [item for micro_batch in of_step for item in micro_batch[2:]] == second
+    assert list(batches.StepSampler(10, 6, 3, 2, 5, 2, range(1, 3), 2)) == [s for i, s in enumerate(micro_batches) if i % 3]
 
 
 def test_cutmix_mask_covers_what_three_boxes_may():
     masks = batches.cutmix_mask(200, (64, 96), seed=0)
     assert masks.shape == (200, 1, 64, 96) and masks.dtype == torch.bool
-    shares = masks.float().mean((1, 2, 3))
-    # three boxes of a third of 0.25 to 0.5 of the area each; overlaps toggle, so the mean share is below 0.375
-    assert 0.2 < shares.mean() < 0.375 and shares.max() < 0.52
+    areas = masks.float().mean((1, 2, 3))
+    # three boxes of a third of 0.25 to 0.5 of the area each; overlaps toggle, so the mean area is below 0.375
+    assert 0.2 < areas.mean() < 0.375 and areas.max() < 0.52
     assert torch.equal(masks, batches.cutmix_mask(200, (64, 96), seed=0))
     assert not torch.equal(masks, batches.cutmix_mask(200, (64, 96), seed=1))
 

@@ -188,13 +188,13 @@ def test_kd_and_cwd_distil_from_both_teachers_on_labeled_images_and_views(script
 
     label = torch.randint(3, (2, 6, 6), generator=generator)
     labeled, mixed = output(ours=True), output(ours=True)
-    taught = {role: distill.TeacherOutputs(None, None, output(), output()) for role in ("T_D", "T_W")}
+    teacher_outputs = {role: distill.TeacherOutputs(None, None, output(), output()) for role in ("T_D", "T_W")}
     normalizer = torch.tensor([72.0, 72.0])  # all pixels are valid
-    terms = distill.kd_losses(labeled, mixed, label, taught, normalizer, method=method, ohem=False, temperature=4.0)
+    terms = distill.kd_losses(labeled, mixed, label, teacher_outputs, normalizer, method=method, ohem=False, temperature=4.0)
     loss = distill.weighted_sum(terms, {"sup": 1.0, method: 3.0})
     each = distill.kd_loss if method == "kd" else distill.cwd_loss
     expected = sum(
-        each(labeled.logits, t.labeled.logits, 4.0) + each(mixed.logits, t.mixed.logits, 4.0) for t in taught.values()
+        each(labeled.logits, t.labeled.logits, 4.0) + each(mixed.logits, t.mixed.logits, 4.0) for t in teacher_outputs.values()
     )
     torch.testing.assert_close(terms[method], expected)
     expected = F.cross_entropy(labeled.logits, label) + 3 * expected
@@ -238,12 +238,12 @@ def test_total_loss_is_eq_7():
     expected += sum(cross_entropy(unlabeled.logits, each) for each in on_views)
     expected += 0.3 * (unlabeled.logits.mean((2, 3)) - deep_logits.mean((2, 3))).abs().sum(1).mean()
     expected += 11.0 * (correlation(unlabeled.features) - correlation(wide_features)).square().mean()
-    taught = {
+    teacher_outputs = {
         "T_D": distill.TeacherOutputs(on_labeled[0], on_views[0], None, models.Output(deep_logits, None)),
         "T_W": distill.TeacherOutputs(on_labeled[1], on_views[1], None, models.Output(None, wide_features)),
     }
     counts = torch.tensor([72.0, 72.0])  # all pixels of both
-    losses = distill.mgd_losses(labeled, unlabeled, label, taught, counts, ohem=False, **options)
+    losses = distill.mgd_losses(labeled, unlabeled, label, teacher_outputs, counts, ohem=False, **options)
     losses["loss"] = distill.weighted_sum(losses, weights)
     torch.testing.assert_close(losses["loss"], expected)
     inputs = {"labeled": labeled.logits, "unlabeled": unlabeled.logits, "features": unlabeled.features}
@@ -253,17 +253,17 @@ def test_total_loss_is_eq_7():
     reached = {"sup": "labeled", "pixel_l": "labeled", "pixel_u": "unlabeled", "image": "unlabeled", "region": "features"}
     for term, name in reached.items():  # so that no sum hides a term that has lost its gradient
         assert torch.autograd.grad(losses[term], inputs[name], retain_graph=True)[0].abs().sum() > 0, term
-    fewer = distill.mgd_losses(labeled, unlabeled, label, taught, counts / torch.tensor([2, 3]), ohem=False, **options)
+    fewer = distill.mgd_losses(labeled, unlabeled, label, teacher_outputs, counts / torch.tensor([2, 3]), ohem=False, **options)
     for name, factor in {"sup": 2, "pixel_l": 2, "pixel_u": 3, "image": 1, "region": 1}.items():
         torch.testing.assert_close(fewer[name], factor * losses[name])
-    hard = distill.mgd_losses(labeled, unlabeled, label, taught, counts, ohem=True, **options)
+    hard = distill.mgd_losses(labeled, unlabeled, label, teacher_outputs, counts, ohem=True, **options)
     assert {name for name in hard if losses[name] != hard[name]} == {"sup"}
 
 
 @pytest.mark.parametrize("teacher_bn", ["eval", "train"])
 @pytest.mark.parametrize("mixed_terms", ["mixed", "clean"])
 def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
-    """A teacher that says class 1 for an image that is bright at its corner, wherever CutMix puts that image's pixels."""
+    """A teacher that predicts class 1 for the pixels of an image with a bright corner, wherever CutMix puts them."""
     seen = []
 
     class Teacher(torch.nn.Module):
@@ -278,26 +278,29 @@ def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
     box[:, :, :2] = True  # the corner of the mixed view comes from the second view
 
     def outputs(needed, views=views, box=box):
-        padding = torch.cat([ignore, ignore]) if box is not None else ignore
-        batch = batches.Batch(images, label, views, padding, batches.cutmix(views, box), ignore, box)
+        ignore_mask = torch.cat([ignore, ignore]) if box is not None else ignore
+        batch = batches.Batch(images, label, views, ignore_mask, batches.cutmix(views, box), ignore, box)
         return distill.teacher_outputs(Teacher(), batch, needed, teacher_bn=teacher_bn, mixed_terms=mixed_terms)
 
     everything = {*distill.TeacherOutputs._fields}
     label, ignore = torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, 4, 4, dtype=torch.bool)
-    taught = outputs(everything)
+    teacher_outputs = outputs(everything)
     runs = 4 if mixed_terms == "mixed" else 3
     assert seen == ([2] * runs if teacher_bn == "train" else [2 * runs])
     assert (
-        (taught.pseudo_labels_l[0] == 1).all()
-        and (taught.pseudo_labels_l[1] == 0).all()
-        and torch.equal(taught.labeled.features, images)
+        (teacher_outputs.pseudo_labels_l[0] == 1).all()
+        and (teacher_outputs.pseudo_labels_l[1] == 0).all()
+        and torch.equal(teacher_outputs.labeled.features, images)
     )
-    assert (taught.pseudo_labels_u[0, :2] == 1).all() and (taught.pseudo_labels_u[0, 2:] == 0).all()
-    assert (taught.pseudo_labels_u[1, :2] == 0).all() and (taught.pseudo_labels_u[1, 2:] == 1).all()
-    assert torch.equal(taught.mixed.features, batches.cutmix(views, box)) and (taught.mixed.logits[0, 1, :2] == 1).all()
+    assert (teacher_outputs.pseudo_labels_u[0, :2] == 1).all() and (teacher_outputs.pseudo_labels_u[0, 2:] == 0).all()
+    assert (teacher_outputs.pseudo_labels_u[1, :2] == 0).all() and (teacher_outputs.pseudo_labels_u[1, 2:] == 1).all()
+    assert (
+        torch.equal(teacher_outputs.mixed.features, batches.cutmix(views, box))
+        and (teacher_outputs.mixed.logits[0, 1, :2] == 1).all()
+    )
     # by its corner, or each view by its own
-    assert (taught.mixed.logits[0, 1, 2:] == (1 if mixed_terms == "mixed" else -1)).all()
-    # what is not wanted is not run, and what is wanted is the same alone
+    assert (teacher_outputs.mixed.logits[0, 1, 2:] == (1 if mixed_terms == "mixed" else -1)).all()
+    # outputs that are not needed are not computed, and the others stay the same
     for field, runs in {
         "pseudo_labels_l": 1,
         "labeled": 1,
@@ -307,18 +310,18 @@ def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
         seen.clear()
         alone = outputs({field})
         assert sum(seen) == 2 * runs and [name for name in everything if getattr(alone, name) is not None] == [field]
-        got, expected = getattr(alone, field), getattr(taught, field)
+        got, expected = getattr(alone, field), getattr(teacher_outputs, field)
         torch.testing.assert_close(
             tuple(got) if isinstance(got, tuple) else got, tuple(expected) if isinstance(expected, tuple) else expected
         )
-    label[0, 3], ignore[1, :, 3] = 255, True  # what has no label, or lies outside the image, is not learnt from
+    label[0, 3], ignore[1, :, 3] = 255, True  # pixels without a label or outside the image are ignored
     masked = outputs(everything)
-    assert torch.equal(masked.pseudo_labels_l, taught.pseudo_labels_l.masked_fill(label == 255, 255))
-    assert torch.equal(masked.pseudo_labels_u, taught.pseudo_labels_u.masked_fill(ignore, 255))
+    assert torch.equal(masked.pseudo_labels_l, teacher_outputs.pseudo_labels_l.masked_fill(label == 255, 255))
+    assert torch.equal(masked.pseudo_labels_u, teacher_outputs.pseudo_labels_u.masked_fill(ignore, 255))
     ignore.zero_()
-    taught = outputs(everything, views[:2], None)
-    assert (taught.pseudo_labels_u[0] == 0).all() and (taught.pseudo_labels_u[1] == 1).all()
-    assert torch.equal(taught.mixed.features, views[:2])
+    teacher_outputs = outputs(everything, views[:2], None)
+    assert (teacher_outputs.pseudo_labels_u[0] == 0).all() and (teacher_outputs.pseudo_labels_u[1] == 1).all()
+    assert torch.equal(teacher_outputs.mixed.features, views[:2])
 
 
 def test_folded_teachers_say_the_same(teachers):

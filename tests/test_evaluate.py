@@ -141,7 +141,7 @@ def test_scales_and_mirroring_average_probabilities():
 # ---- prediction and pictures ----
 
 
-def test_only_runs_alike_are_averaged_over_their_seeds(capsys):
+def test_only_runs_of_the_same_settings_are_averaged_over_seeds(capsys):
     def row(seed, miou, **changes):
         return {
             "method": "sup",
@@ -199,21 +199,8 @@ def test_wrong_arguments_are_one_line(script, ckpt, tmp_path, monkeypatch, argum
 
 @pytest.mark.slow
 def test_pictures_and_options_reach_the_result_file(script, ckpt, tmp_path):
-    code, out, err = script(
-        evaluate,
-        "--ckpt",
-        ckpt,
-        "--confusion",
-        tmp_path / "c.png",
-        "--json",
-        tmp_path / "r.json",
-        "--window",
-        "48",
-        "--scales",
-        "1",
-        "1.5",
-        "--flip",
-    )
+    options = f"--confusion {tmp_path}/c.png --json {tmp_path}/r.json --window 48 --scales 1 1.5 --flip"
+    code, out, err = script(evaluate, "--ckpt", ckpt, *options.split())
     assert code == 0 and "confusion matrix: " in out and Image.open(tmp_path / "c.png").size[0] > 200, err
     row = json.loads((tmp_path / "r.json").read_text())["rows"][0]
     assert (row["window"], row["scales"], row["flip"]) == ([48, 48], [1.0, 1.5], True)
@@ -310,25 +297,14 @@ def test_a_confusion_matrix_shows_the_classes_that_occur(figures, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_counts_the_same(script, ckpt, tmp_path, ranks):
-    """Eight val images, which three ranks cannot share evenly."""
+    """Eight val images, which three ranks cannot split evenly."""
     code, _, err = script(evaluate, "--ckpt", ckpt, "--json", tmp_path / "one.json")
     assert code == 0, err
     program = "import conftest, datasets, evaluate, tiny; tiny.install(); datasets.Shapes = conftest.FewShapes; evaluate.main()"
     (tmp_path / "program.py").write_text(program)
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks),
-            tmp_path / "program.py",
-            "--ckpt",
-            ckpt,
-            "--json",
-            tmp_path / "many.json",
-        ],
+        [sys.executable, *launch.split(), tmp_path / "program.py", "--ckpt", ckpt, "--json", tmp_path / "many.json"],
         env={**os.environ, **NO_GPU, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

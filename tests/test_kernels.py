@@ -268,7 +268,7 @@ def test_a_failure_lets_no_rank_wait(rank, mode, monkeypatch):
 
 
 def main_prints(script, monkeypatch, **environment):
-    """The lines of `python kernels.py`, of which that of the CPU is left out."""
+    """The lines of `python kernels.py`, without the CPU's."""
     from torch.utils import cpp_extension
 
     build = kernels.build
@@ -295,7 +295,7 @@ def test_no_gpu_while_nvcc_is_there(script, monkeypatch):
     assert main_prints(script, monkeypatch, TORCH_CUDA_ARCH_LIST="").startswith("cuda: not built: no ")
 
 
-# ---- constants that Python and C++ share ----
+# ---- constants in both Python and C++ ----
 
 
 def test_constants_are_those_of_python():

@@ -33,7 +33,7 @@ def plan(*options) -> dict[str, list[str]]:
 
 
 def arguments(*options) -> dict:
-    """What the scripts make of a plan's commands, by the name of the run's folder."""
+    """The arguments of a plan's commands, as the scripts parse them, by the name of the run's folder."""
     return {pathlib.Path(out).name: matrix.arguments_of(command) for out, command in plan(*options).items()}
 
 
@@ -157,7 +157,7 @@ ALL = "sup pixel image:T_D region:T_W"
     ],
 )
 def test_rows_are_what_they_are_called(row, deep, wide, expected):
-    """Also where the flags passed on say otherwise."""
+    """Also where the flags passed on contradict it."""
     args = arguments("--rows", row, "--args=--head-width 32", "--student-args=--regions 5")[f"{row}-r18"]
     assert [path and path.parent.name for path in (args.deep, args.wide)] == [deep, wide]
     expected = {"head_width": 32, "regions": 5, "seed": 0, **expected}
@@ -306,7 +306,7 @@ def test_interrupted_and_continued_equals_uninterrupted(monkeypatch, tmp_path):
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsys):
-    """A student whose teacher failed fails too; what is finished is evaluated."""
+    """A student whose teacher failed fails too; finished runs are evaluated."""
 
     def code_of(out):
         failed = out.name == "teacher-deep" or (
@@ -399,8 +399,8 @@ def test_the_speed_is_measured():
 
 
 def test_the_cost_is_that_of_the_forwards(monkeypatch):
-    """One GMAC a forward: Sup costs 3 per image; with two views CPS 2 · (3 + 2 + 3), MGD 6 of the student's and 4 of each
-    teacher's, one fewer with clean terms; labels alone 3 and 1 of each teacher's."""
+    """One GMAC per forward: Sup costs 3 per image; with two views CPS 2 · (3 + 2 + 3), MGD 6 of the student's and 4 of each
+    teacher's, one fewer with clean terms; labels only 3 and 1 of each teacher's."""
     monkeypatch.setattr(matrix, "gmacs", lambda args: 1.0)
     teacher = matrix.arguments_of(["train_teacher.py", "--out", "d"])
     runs = {pathlib.Path("d"): teacher, pathlib.Path("w"): teacher}

@@ -80,13 +80,13 @@ def test_image_loss_is_eq_4(reduction, size):
     torch.testing.assert_close(*(torch.autograd.grad(each, student)[0] for each in (loss, expected)))
 
 
-def test_shares_of_a_batch_average_to_its_cross_entropy():
+def test_micro_batches_average_to_its_cross_entropy():
     logits, label = random(6, 4, 3, 5), torch.randint(4, (6, 3, 5), generator=torch.Generator().manual_seed(1))
     label[:, 0] = 255
-    label[0] = 255  # shares of unequal numbers of valid pixels, one of none
+    label[0] = 255  # micro-batches of unequal numbers of valid pixels, one of none
     count = (label != 255).sum() / 3
-    shares = [mgd_ops.pixel_cross_entropy(logits[i : i + 2], label[i : i + 2], count) for i in (0, 2, 4)]
-    torch.testing.assert_close(sum(shares) / 3, mgd_ops.pixel_cross_entropy(logits, label))
+    losses = [mgd_ops.pixel_cross_entropy(logits[i : i + 2], label[i : i + 2], count) for i in (0, 2, 4)]
+    torch.testing.assert_close(sum(losses) / 3, mgd_ops.pixel_cross_entropy(logits, label))
     empty = torch.full((2, 3, 5), 255)
     assert mgd_ops.pixel_cross_entropy(logits[:2], empty, torch.tensor(0.0)) == 0
 

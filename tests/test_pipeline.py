@@ -20,7 +20,7 @@ import train_teacher
 
 # for several processes on a small machine
 ONE_THREAD = {**os.environ, **NO_GPU, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-# Batch norm in evaluation mode, so that a share's images do not depend on the others; two val images. The command line holds a
+# Batch norm in evaluation mode, so that a micro-batch's images do not depend on the others; two val images. The command line holds a
 # JSON list of scripts with their arguments, which run one after the other.
 ALONE = """
 import json, sys, torch, datasets, tiny
@@ -35,7 +35,7 @@ for script, *arguments in json.loads(sys.argv[1]):
     __import__(script).main()
 """
 NOW = ["--sup-only", "0", "--ramp-up", "0"]
-JOINED = {  # script and options; two steps or one of plain descent, so that the weights tell the gradient
+JOINED = {  # script and options; two steps or one of plain descent, so that the weights show the gradient
     "cps": ["train_teacher", *NOW, "--conf-thresh", "0.17", "--steps", "1", "--lr", "1"],
     # Mean Teacher's average is the network itself at the first step
     "mt": ["train_teacher", *NOW, "--method", "mt", "--steps", "2", "--lr", "0.1", "--log-every", "2"],
@@ -47,7 +47,7 @@ JOINED = {  # script and options; two steps or one of plain descent, so that the
 
 @pytest.fixture(scope="module")
 def joined(teachers, tmp_path_factory):
-    """Folders of the runs of `JOINED`, by case, number of ranks and parts."""
+    """Folders of the runs of `JOINED`, by case, numbers of ranks and micro-batches."""
     root = tmp_path_factory.mktemp("joined")
     (root / "program.py").write_text(ALONE)
     runs = {}
@@ -57,7 +57,7 @@ def joined(teachers, tmp_path_factory):
             runs[case, ranks, parts] = out = root / f"{case}-{ranks}-{parts}"
             script, *options = JOINED[case]
             options += ["--deep", teachers[0], "--wide", teachers[1]] if script == "distill" else []
-            # crops larger than the images, so that shares differ in their valid pixels
+            # crops larger than the images, so that micro-batches differ in their valid pixels
             options = [*TINY, *options, "--batch", "12", "--crop", "72", "--precision", "fp32", "--grad-accum", parts]
             commands.append([script, *map(str, options), "--out", str(out)])
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
@@ -70,9 +70,9 @@ def joined(teachers, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", JOINED)
-def test_any_number_of_ranks_and_shares_gives_the_gradient_of_the_joined_batch(joined, case):
+def test_any_number_of_ranks_and_micro_batches_gives_the_gradient_of_the_joined_batch(joined, case):
     expected = joined[case, 1, 1]
-    others = [out for (name, *shares), out in joined.items() if name == case and shares != [1, 1]]
+    others = [out for (name, *numbers), out in joined.items() if name == case and numbers != [1, 1]]
     assert len(others) == (3 if case in ("cps", "mgd") else 1)
     for other in others:
         assert log(other)[0] == pytest.approx(log(expected)[0], rel=1e-4)
@@ -289,7 +289,7 @@ def test_camvid(script, tmp_path, tiny_networks):
 
 @pytest.mark.slow
 def test_native_kernels_and_pytorch_train_alike(teachers, tmp_path):
-    """Twenty steps, in processes of their own since kernels cannot be unloaded.
+    """Twenty steps, each in its own process, since kernels cannot be unloaded.
 
     At lr 1e-5 rounding grows to 1e-2, as noise of 1e-6 on the logits does, since batch norm over a few images is chaotic;
     without its gradient the region loss would be off by 0.05 or more. The validation, of next to nothing learned, is left out.

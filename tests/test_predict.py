@@ -297,7 +297,7 @@ def test_images_and_masks_are_turned_by_their_orientation_alone(tmp_path, suffix
         assert np.array_equal(readers.open_mask(turned), TURNED[orientation](mask))
 
 
-@pytest.mark.filterwarnings("ignore")  # of Pillow, which says that the entry is broken
+@pytest.mark.filterwarnings("ignore")  # of Pillow, which warns of the broken entry
 @pytest.mark.parametrize("exif", [*BROKEN, exif_bytes(77), exif_bytes(6)[:20]], ids=range(len(BROKEN) + 2))
 def test_a_broken_exif_entry_turns_nothing(tmp_path, exif):
     array = np.random.default_rng(0).integers(0, 3, (6, 9), np.uint8)

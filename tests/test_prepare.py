@@ -140,7 +140,7 @@ FAULTS = [value for name, value in globals().items() if name.startswith("fault_"
 
 
 @pytest.mark.parametrize("spoil", FAULTS, ids=lambda f: f.__name__)
-def test_what_makes_numbers_meaningless_is_refused_by_check_and_before_training_alike(script, folder, spoil):
+def test_faults_of_masks_are_refused_by_check_and_before_training(script, folder, spoil):
     expected = spoil(folder)
     code, out = check(script, folder)
     problems = re.findall(r"^problem: (.*)$", out, re.MULTILINE)
@@ -150,7 +150,7 @@ def test_what_makes_numbers_meaningless_is_refused_by_check_and_before_training_
     assert str(error.value) == problems[0]
 
 
-def test_a_file_with_the_palette_of_palette_txt_says_nothing_for_another(folder):
+def test_a_file_with_the_palette_of_palette_txt_does_not_excuse_another(folder):
     write_lines(folder / "palette.txt", [" ".join(map(str, colour)) for colour in COLOURS])
     dataset = datasets.Folder(folder)
     right, wrong = (COLOURS[list(order)].tobytes() for order in ((0, 1, 2), (0, 2, 1)))
@@ -277,7 +277,7 @@ FINE = [value for name, value in globals().items() if name.startswith("fine_")]
 
 
 @pytest.mark.parametrize("change", FINE, ids=lambda f: f.__name__)
-def test_what_says_nothing_against_the_labels_passes(script, folder, change):
+def test_masks_whose_palettes_do_not_contradict_the_labels_pass(script, folder, change):
     change(folder)
     code, out = check(script, folder)
     assert code == 0 and "no problem found" in out and "no image" not in out, out
@@ -737,7 +737,7 @@ def test_pictures_replace_nothing_and_fail_before_the_look(script, folder, monke
     ],
     ids=["mat", "sbd", "voc", "list", "mask"],
 )
-def test_preparation_says_what_is_missing(script, voc, change, expected):
+def test_preparation_names_missing_files(script, voc, change, expected):
     change(voc)
     code, _, err = script(prepare, "voc", "--data", voc)
     assert code == 2 and re.search(expected, err) and len(err.strip().splitlines()) == 1

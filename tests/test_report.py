@@ -51,7 +51,7 @@ def row(method="sup", backbone="resnet18", miou=50.0, seed=0, **changes):
 
 @pytest.fixture
 def tables(script, tmp_path, monkeypatch):
-    """tables(rows, more rows, ...), a result file each, the later the newer -> the folder of the report."""
+    """tables(rows, more rows, ...), one result file each, from old to new -> the folder of the report."""
 
     def call(*files, newest_first=False, pictures=False):
         if not pictures:  # which take most of the time
@@ -83,7 +83,7 @@ def is_picture(path):
     return image.format == "PNG" and 950 <= image.width <= 1050 and len(image.getcolors(1 << 20)) > 20
 
 
-# ---- figures are right ----
+# ---- numbers are right ----
 
 
 def test_mean_and_sample_deviation_over_seeds(tables):
@@ -93,14 +93,14 @@ def test_mean_and_sample_deviation_over_seeds(tables):
     sup, mgd = records(out / "table1.csv")
     assert float(sup["miou"]) == pytest.approx(np.mean(values)) and sup["n"] == "3" and sup["seeds"] == "0 1 2"
     assert float(sup["deviation"]) == pytest.approx(np.std(values, ddof=1))
-    assert (mgd["miou"], mgd["deviation"], mgd["n"]) == ("60.125", "", "1")  # one seed tells no deviation
+    assert (mgd["miou"], mgd["deviation"], mgd["n"]) == ("60.125", "", "1")  # one seed has no deviation
     cells = {(line["method"], line["backbone"]): line["1/8"] for line in markdown(out / "table1.md")}
     assert cells["Sup", "ResNet-18"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} (3)"
     assert cells["MGD", "ResNet-18"] == "60.12" and cells["Sup", "MobileNetV2"] == "–"
 
 
 @pytest.mark.parametrize("dataset,table", PAPER["tables"].items())
-def test_paper_figures_stand_beside_ours(tables, dataset, table):
+def test_paper_numbers_stand_beside_ours(tables, dataset, table):
     known = [r for r in PAPER["rows"] if r["table"] == table]
     out = tables([row("mgd", dataset=dataset, labeled=known[1]["labeled"])])
     names = report.NAMES
@@ -118,18 +118,18 @@ def test_paper_figures_stand_beside_ours(tables, dataset, table):
     assert [float(line["miou"]) for line in records(out / f"{table}.csv", "paper")] == [r["miou"] for r in known]
 
 
-def test_paper_figures_are_the_published_ones():
-    """Some, typed from the paper."""
+def test_paper_numbers_are_the_published_ones():
+    """Some numbers, typed from the paper."""
 
-    def figures(**wanted):
+    def numbers(**wanted):
         return [r["miou"] for r in PAPER["rows"] if all(r.get(key) == value for key, value in wanted.items())]
 
-    assert figures(table="table1", method="mgd", backbone="resnet18") == [66.86, 68.29, 69.71, 71.59]
-    assert figures(table="table2", method="mgd", partition="1/16") == [58.03]
-    assert figures(table="table3", method="mgd", backbone="resnet18", partition="1/2") == [75.40]
-    assert figures(table="table5a", dataset="cityscapes", losses=["sup", "pixel"]) == [69.05]
+    assert numbers(table="table1", method="mgd", backbone="resnet18") == [66.86, 68.29, 69.71, 71.59]
+    assert numbers(table="table2", method="mgd", partition="1/16") == [58.03]
+    assert numbers(table="table3", method="mgd", backbone="resnet18", partition="1/2") == [75.40]
+    assert numbers(table="table5a", dataset="cityscapes", losses=["sup", "pixel"]) == [69.05]
     for table in ("table4", "table5a", "table5b", "table6"):  # each ablation has the full method, and it is the same one
-        assert 68.29 in figures(table=table, dataset="voc")
+        assert 68.29 in numbers(table=table, dataset="voc")
 
 
 # ---- nothing is mixed that is not alike ----
@@ -406,10 +406,10 @@ def test_curves_keep_others_pictures_and_names_are_no_formulas(script, tmp_path)
         (["--curves", "absent"], "--curves absent: cannot be read"),
         (["--curves", "list.json"], "holds no step yet"),
         (["--curves", "empty.json"], "--curves empty.json: cannot be read as a log"),
-        (["--curves", "bare.json"], "no step yet"),
+        (["--curves", "step.json"], "no step yet"),
         (["--curves", "good.json", "--out", "x.jpg"], "ends in .png"),
-        (["good.json", "--curves", "bare.json"], "or --curves"),
-        (["--curves", "bare.json", "--out", "junk.json/x.png"], "--out junk.json: cannot be made a folder"),
+        (["good.json", "--curves", "step.json"], "or --curves"),
+        (["--curves", "step.json", "--out", "junk.json/x.png"], "--out junk.json: cannot be made a folder"),
     ],
 )
 def test_wrong_input_is_one_line(script, tmp_path, monkeypatch, arguments, expected):
@@ -422,7 +422,7 @@ def test_wrong_input_is_one_line(script, tmp_path, monkeypatch, arguments, expec
         "nan": json.dumps({"rows": [row(miou=float("nan"))]}),
         "bench": '{"rows": [{"case": "x"}]}',
         "paper": json.dumps(PAPER),
-        "bare": '{"step": 1}',
+        "step": '{"step": 1}',
         "good": json.dumps({"rows": [row()]}),
     }
     for name, text in contents.items():

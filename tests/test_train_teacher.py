@@ -51,10 +51,10 @@ def test_mean_teacher_averages_the_weights_and_keeps_the_average(script, tmp_pat
     options = ["--method", "mt", "--backbone", "r18", "--ema-decay", "0.8", "--sup-only", "0.5", "--ramp-up", "0.5"]
     assert script(train_teacher, "--out", tmp_path / "mt", *options, *TINY, "--steps", "4")[0] == 0
     kept = weights(tmp_path / "mt" / "last.pt")
-    shares = [0.8**3, 0.2 * 0.8**2, 0.2 * 0.8, 0.2]
+    factors = [0.8**3, 0.2 * 0.8**2, 0.2 * 0.8, 0.2]
     for key, value in kept.items():
         if value.is_floating_point():
-            expected = sum(share * states[key].double() for share, states in zip(shares, history, strict=True))
+            expected = sum(factor * states[key].double() for factor, states in zip(factors, history, strict=True))
             torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6, msg=key)
     entries = log(tmp_path / "mt")
     assert ["mt" in entry for entry in entries[:4]] == [False, False, True, True] and entries[3]["mt"] > 0
@@ -63,10 +63,10 @@ def test_mean_teacher_averages_the_weights_and_keeps_the_average(script, tmp_pat
 
 
 def test_mean_teacher_learns_from_clean_views(script, tmp_path, monkeypatch):
-    """A network that says one class for the first view's pixels and another for the second's: mixed as the images are, its
+    """A network that predicts one class for the first view's pixels and another for the second's: mixed as the images are, its
     average's probabilities are its own, and the consistency costs nothing; of other pixels it would cost a third."""
 
-    class Says(torch.nn.Module):
+    class Constant(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.scale = torch.nn.Parameter(torch.tensor(50.0))
@@ -84,7 +84,7 @@ def test_mean_teacher_learns_from_clean_views(script, tmp_path, monkeypatch):
             yield (torch.cat([image, 0 * image]) if views == 2 else image), label
 
     monkeypatch.setattr(train_teacher, "train_batches", endless)
-    monkeypatch.setattr(train_teacher.models, "model_from_args", lambda *args: Says())
+    monkeypatch.setattr(train_teacher.models, "model_from_args", lambda *args: Constant())
     monkeypatch.setattr(evaluate, "result_row", lambda *args, **fields: {"seconds": 0.0})
     arguments = ["--method", "mt", *TINY, "--steps", "1", "--sup-only", "0", "--ramp-up", "0", "--lr", "1e-9"]
     assert script(train_teacher, "--out", tmp_path / "mt", *arguments)[0] == 0
@@ -95,20 +95,20 @@ def test_mean_teacher_learns_from_clean_views(script, tmp_path, monkeypatch):
 
 
 def test_cps_learns_from_the_other_networks_labels(script, tmp_path, monkeypatch):
-    """Two networks that always say class 1 and class 2: cross supervision is dear, self-training would cost nothing."""
+    """Two networks that always predict class 1 and class 2: cross supervision has a high loss, self-training would have none."""
 
-    class Says(torch.nn.Module):
-        says = iter((1, 2))
+    class Constant(torch.nn.Module):
+        classes = iter((1, 2))
 
         def __init__(self):
             super().__init__()
-            self.bias = torch.nn.Parameter(10 * F.one_hot(torch.tensor(next(self.says)), 6).float())
+            self.bias = torch.nn.Parameter(10 * F.one_hot(torch.tensor(next(self.classes)), 6).float())
 
         def forward(self, images):
             logits = self.bias.view(1, 6, 1, 1).expand(len(images), 6, *images.shape[2:])
             return models.Output(logits, logits)
 
-    monkeypatch.setattr(train_teacher.models, "model_from_args", lambda *args: Says())
+    monkeypatch.setattr(train_teacher.models, "model_from_args", lambda *args: Constant())
     monkeypatch.setattr(evaluate, "result_row", lambda *args, **fields: {"seconds": 0.0})
     arguments = ["--out", tmp_path / "cps", *TINY, "--steps", "1", "--sup-only", "0", "--ramp-up", "0", "--lr", "0.1"]
     assert script(train_teacher, *arguments)[0] == 0

@@ -42,12 +42,12 @@ def random_logits(shape, seed, device="cpu", dtype=torch.float64, layout="contig
 
 
 def random_labels(shape, size, device="cpu", ignored=(0.1, 0.6, 0.0)):
-    """Label maps of which a part has no label."""
+    """Label maps in which some pixels have no label."""
     generator = torch.Generator().manual_seed(3)
     labels = []
-    for share in ignored:
+    for fraction in ignored:
         label = torch.randint(shape[1], (shape[0], *size), generator=generator)
-        label[torch.rand(label.shape, generator=generator) < share] = 255
+        label[torch.rand(label.shape, generator=generator) < fraction] = 255
         labels.append(label.to(device))
     return labels
 
