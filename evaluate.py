@@ -77,8 +77,8 @@ def window_strips(forward, rows, size: tuple[int, int], window: tuple[int, int] 
     """Logits (1, N, h, W), float32, of strips of an image of `size` (H, W), which together are its H rows from top to bottom:
     the mean over the sliding windows that see a pixel where `window` is given (the same classes as their sum has).
 
-    rows(top, bottom) -> the normalized rows (1, 3, bottom - top, W), and forward(those of a window) -> their logits. Only rows
-    that windows still to come see, and as many as STRIP_BYTES holds, are kept. Without a window there is one strip.
+    rows(top, bottom) -> the normalized rows (1, 3, bottom - top, W), and forward(rows of a window) -> their logits. Only rows
+    that later windows see, and at most STRIP_BYTES of finished ones, are kept. Without a window there is one strip.
     An image smaller than a window is padded with zeros, the mean colour, at the right and lower border.
     """
     if window is None:
@@ -149,9 +149,9 @@ def upsampled_strips(strips: Iterator[torch.Tensor], size: tuple[int, int], targ
 def predict(model, image: np.ndarray, device, precision: str, protocol: Protocol = WHOLE) -> torch.Tensor:
     """image (H, W, 3) uint8 -> (H, W) uint8 class indices on `device`.
 
-    Logits are brought to the image's size; several scales or mirrored images are averaged as probabilities. With sliding
-    windows, one scale and no mirroring the memory beside the image grows with its width alone, since it is predicted in
-    strips; otherwise logits or probabilities of the whole image are held.
+    Logits are upsampled to the image's size; probabilities are averaged over several scales or mirrored images. With sliding
+    windows, one scale and no mirroring, the image is predicted in strips, so the memory beside it grows only with its width.
+    Otherwise logits or probabilities of the whole image are held.
     """
     size = image.shape[:2]
     labels = torch.empty(size, dtype=torch.uint8, device=device)

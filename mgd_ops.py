@@ -1,7 +1,7 @@
 """The losses of multi-granularity distillation: pixel (Eqs. 1, 2), image (Eq. 4) and region level (Eqs. 5, 6).
 
 The region level and the pixel level are custom ops. Schema, PyTorch default, fake and gradient are defined here, once; `csrc/`
-adds kernels for the CPU and for CUDA, which `kernels.py` builds and loads. So the default and the kernels share all but the
+adds kernels for the CPU and for CUDA, which `kernels.py` builds and loads. So the default and the kernels differ only in the
 arithmetic. Everything is computed in float32 at least, whatever the dtype of the inputs and under autocast, gradients too.
 
 The ops have a first derivative. A second one raises NotImplementedError. Forward-mode automatic differentiation is not
@@ -36,7 +36,7 @@ def upsample(logits: torch.Tensor, size) -> torch.Tensor:
 
 def upsample_any(logits: torch.Tensor, size) -> torch.Tensor:
     """`upsample` for logits that may be infinite or NaN, which the gradient does not reach. F.interpolate multiplies also those
-    of weight 0, where they do not count; so what is finite is interpolated without them, and they are added where they count.
+    of weight 0, where they do not count. So the finite ones are interpolated without them, and they are added where they count.
 
     Under torch.compile and in a CUDA graph, which cannot look at values, it is `upsample`.
     """
@@ -47,13 +47,13 @@ def upsample_any(logits: torch.Tensor, size) -> torch.Tensor:
     other = logits.detach().masked_fill(finite, 0.0)
     for dim, target in zip((2, 3), size, strict=True):
         place, steps = torch.arange(target, device=logits.device) * (logits.shape[dim] - 1), max(target - 1, 1)
-        first, last = place // steps, -(place // -steps)  # the same where a pixel lies on a coarse one
+        first, last = place // steps, -(place // -steps)  # equal where a pixel lies on a coarse one
         other = other.index_select(dim, first) + other.index_select(dim, last)
     return upsample(torch.where(finite, logits, 0.0), size) + other
 
 
 def pixel_cross_entropies_reference(logits: torch.Tensor, labels: list[torch.Tensor], normalizers=None) -> list[torch.Tensor]:
-    """`pixel_cross_entropies` in plain PyTorch, differentiable by autograd; it holds the full-size logits several times."""
+    """`pixel_cross_entropies` in plain PyTorch, differentiable by autograd. It holds the full-size logits several times."""
     with torch.autocast(logits.device.type, enabled=False):
         log_probabilities = upsample_any(logits, labels[0].shape[1:]).log_softmax(1)
         sums = [F.nll_loss(log_probabilities, label, ignore_index=IGNORE_INDEX, reduction="sum") for label in labels]
@@ -96,8 +96,8 @@ def pixel_cross_entropies(logits: torch.Tensor, labels: list[torch.Tensor], norm
 
 
 def divide(sums, labels, normalizers):
-    """The sums of cross entropies over the numbers of valid pixels of their labels, or over `normalizers`."""
-    if normalizers is None:  # not sum(), which on a CPU makes 8 bytes of each pixel first
+    """Divide sums of cross entropies by the numbers of valid pixels of their labels, or by `normalizers`."""
+    if normalizers is None:  # not sum(), which on a CPU first makes 8 bytes of each pixel
         normalizers = [(label != IGNORE_INDEX).count_nonzero() for label in labels]
     return [total / normalizer.clamp(min=1e-6) for total, normalizer in zip(sums, normalizers, strict=True)]
 
@@ -296,7 +296,7 @@ library.define(f"pooled_correlation_backward(Tensor grad, Tensor pooled, {LIKE})
 def default(function):
     """The PyTorch default of the op mgd::NAME, where `function` is NAME_default. Autocast would round its matrix products.
 
-    CompositeExplicitAutograd is the default of every device; a kernel registered for CPU or CUDA goes before it.
+    CompositeExplicitAutograd is the default of every device; a kernel registered for CPU or CUDA takes precedence.
     """
 
     @functools.wraps(function)
@@ -337,7 +337,7 @@ def unit_vectors(pooled):
 
 
 def correlation_gradient(grad, unit, norm):
-    """From the gradient (B, R, R) of unit · unitᵀ to that of the vectors before they were normalised (B, R, C)."""
+    """The gradient (B, R, R) of unit · unitᵀ -> the gradient (B, R, C) of the vectors before normalization."""
     grad = (grad + grad.transpose(1, 2)) @ unit
     return (grad - (grad * unit).sum(2, keepdim=True) * unit) / norm
 

@@ -157,7 +157,7 @@ def check_memory(path: pathlib.Path, size: tuple[int, int], classes: int, whole:
 
 
 def reason_of(error: Exception, path: pathlib.Path, protocol: Protocol) -> str:
-    """One line for whatever went wrong with one file."""
+    """One line with the reason why a file failed."""
     kind, text = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, UserError):  # names the file
         return text.split("; replace it")[0]

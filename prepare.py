@@ -148,8 +148,8 @@ def prepare_voc(data: pathlib.Path, download: bool, overwrite: bool):
                 torchvision.datasets.SBDataset(data / "sbd", download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"--download: failed ({error}); fetch VOCtrainval_11-May-2012.tar and benchmark.tgz by other means "
-                f"and unpack them in {data}"
+                f"--download: failed ({error}); download VOCtrainval_11-May-2012.tar and benchmark.tgz "
+                f"yourself and unpack them in {data}"
             ) from None
     root = voc_root(data)
     sbd = next((folder for folder in folders if (folder / "cls").is_dir()), None)
@@ -168,7 +168,7 @@ def prepare_voc(data: pathlib.Path, download: bool, overwrite: bool):
     listed = lists / "train_aug.txt"
     if listed.exists() and read_lines(listed) != names and not overwrite:
         raise UserError(
-            f"{listed}: lists other images than VOC's train and SBD hold; add --overwrite to replace it, or keep "
+            f"{listed}: does not list the images of VOC's train and SBD; add --overwrite to replace it, or keep "
             "the list and the masks"
         )
     flat = [channel for colour in voc_palette(256) for channel in colour]
@@ -200,7 +200,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 ENDINGS = r"([_.-](masks?|labels?|l|gt|seg|segmentation|annotations?|label(train)?ids|colou?rs?|png|jpe?g))+$"  # of names
 BROKEN = ("cannot be read as an image", "replace it")
 UNKNOWN = 256  # in a table of class indices
-WRITTEN = "mgd prepare.py masks"  # the PNG text `Software`: other than that of predictions, which never replace masks
+WRITTEN = "mgd prepare.py masks"  # the PNG text `Software`; predictions have another, and so never replace masks
 
 
 class Classes(NamedTuple):
@@ -489,7 +489,7 @@ def report_unknown(classes: Classes, unknown, nearest, example, pixels: int):
             "the nearest class, or, with more than two classes, --unknown ignore to make the edges 255"
         )
     elif len(unknown) > 32:
-        print("problem: there are many, as in a JPEG; save the masks as PNG anew, or add --unknown nearest")
+        print("problem: there are many, as in a JPEG; save the masks again as PNG, or add --unknown nearest")
     else:
         flag = "--palette's file" if classes.coloured else "--values"
         print(f"problem: add them to {flag}, or add --unknown ignore to make them 255, or --unknown nearest")
@@ -510,7 +510,7 @@ def is_between(key: int, classes: Classes) -> bool:
 
 def main():
     parser = ArgumentParser(__doc__, usage="%(prog)s {check,voc,masks} [options]")
-    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND", prog="prepare.py")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="{check,voc,masks}", prog="prepare.py")
     path, folder = ({"type": pathlib.Path, "metavar": name} for name in ("FILE", "DIR"))
     checker = commands.add_parser(
         "check", usage="%(prog)s --dataset folder --data DIR [options]", help="look at every file of a data set before training"

@@ -94,7 +94,7 @@ def main():
             root.mkdir()
             files, kept, cached = (Drawn(root, size, suffix, keep) for keep in (False, True, False))
             cached.cache = root / "cache"
-            arms = {
+            variants = {
                 ("resize", "plain"): plain_order(kept, crop),
                 ("resize", "window first"): window_first(kept, crop),
                 ("decode", "plain"): plain_order(files, crop),
@@ -103,14 +103,14 @@ def main():
             }
             if window_first(kept, crop)(1.0)[0].shape != plain_order(kept, crop)(1.0)[0].shape:
                 raise UserError(f"{case}: the two orders make crops of other sizes")
-            times = {arm: [] for arm in arms}
+            times = {variant: [] for variant in variants}
             for _ in range(args.rounds):
                 for scale in SCALES:
-                    for arm, item in arms.items():
+                    for variant, item in variants.items():
                         start = time.perf_counter()
                         item(scale)
-                        times[arm].append(1e3 * (time.perf_counter() - start))
-            mean = {arm: float(np.mean(t)) for arm, t in times.items()}
+                        times[variant].append(1e3 * (time.perf_counter() - start))
+            mean = {variant: float(np.mean(t)) for variant, t in times.items()}
             for (source, impl), t in times.items():
                 speedup = mean["resize" if source == "resize" else "decode", "plain"] / mean[source, impl]
                 p20, p50, p80 = np.quantile(t, [0.2, 0.5, 0.8]).tolist()

@@ -248,14 +248,16 @@ def resident_mb(field: str) -> float:
 
 
 def measure(stage, backbone, crop, batch, classes, impl, device, steps) -> list[dict]:
-    """The rows of one arm, in this process."""
+    """The rows of one variant, in this process."""
     device = torch.device(device)
     torch.backends.cudnn.benchmark = True  # as the training scripts have it
     if impl != "released":
         kernels.load_kernels()
     step, clocked = make_arm(stage, backbone, crop, batch, classes, impl, device)
     if device.type == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # what building left free goes back to the system, so that it is not used unseen
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # memory that the building left free goes back to the system, and so is counted when it is used
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # begin a new peak
         before = resident_mb("VmRSS")
     step()
@@ -333,7 +335,7 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 
 def in_own_process(stage, backbone, crop, batch, classes, impl, device, steps) -> list[dict]:
     spec = json.dumps([stage, backbone, crop, batch, classes, impl, device, steps])
-    done = subprocess.run([sys.executable, __file__, "--arm", spec], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, __file__, "--variant", spec], capture_output=True, text=True, check=False)
     if done.returncode:
         print(
             f"{stage} {backbone} {crop} {impl}: failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}",
@@ -355,7 +357,7 @@ def draw_curves(path, device, rows):
             points = sorted((row[what], row["p50_ms"]) for row in rows if row["curve"] == what and row["impl"] == impl)
             axis.plot(*zip(*points, strict=True), "o-", label=impl)
         axis.set(xlabel=what, ylim=(0, None))
-    axes[0].set_ylabel(f"ms a step ({device})")
+    axes[0].set_ylabel(f"ms per step ({device})")
     axes[0].legend(frameon=False)
     save_figure(path, figure)
 
@@ -374,12 +376,12 @@ def main():
     parser.add_argument("--steps", type=int, metavar="N", help="timed steps per variant (default: 30 on a GPU, 5 on the CPU)")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="such as 'distill r18 512' (default: all)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (default: off)")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write (default: off)")
     args = parser.parse_args()
-    if args.arm:
+    if args.variant:
         os.environ["MGD_OPS"] = "native"  # or fail
-        print(json.dumps(measure(*json.loads(args.arm))))
+        print(json.dumps(measure(*json.loads(args.variant))))
         return
     path = args.json or pathlib.Path("results", f"step-{device_slug(args.device)}.json")
     refuse_outputs([("--json", path), ("--curves", args.curves)], [], args.overwrite)

@@ -339,7 +339,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     for table in args.tables:
         if DATASET_OF.get(table, args.dataset) != args.dataset:
             raise UserError(
-                f"--tables {table}: is that of {DATASET_OF[table]}; give --dataset {DATASET_OF[table]} or --tables 1"
+                f"--tables {table}: belongs to {DATASET_OF[table]}; give --dataset {DATASET_OF[table]} or --tables 1"
             )
     if args.nproc < 1:
         raise UserError(f"--nproc {args.nproc}: must be at least 1")

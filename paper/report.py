@@ -83,7 +83,7 @@ STYLE = {
     "errorbar.capsize": 2.5,
 }
 
-# What the lines of each table differ in; that of methods is the paper's Table 1, 2 or 3, by data set.
+# The settings that tell the lines of each table apart. `methods` is the paper's Table 1, 2 or 3, by data set.
 TABLES = {
     "methods": ("", NETWORK),
     "table4": ("Table 4: which teachers", ("teachers", "backbone")),
@@ -109,7 +109,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
         rows = content.get("rows") if isinstance(content, dict) else None
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path}: holds no rows; give result files of evaluate.py --json")
-        # not those of benchmarks, nor the paper's
+        # without the rows of benchmarks and of the paper
         rows = [{**dict.fromkeys(OPTIONAL), **row, "file": path.name} for row in rows if "miou" in row and "table" not in row]
         for row in rows:
             absent = [key for key in (*GROUP_BY, "seed", *GMACS) if key not in row]
@@ -326,7 +326,7 @@ def draw_cost(groups: list[dict], dataset: str, path: pathlib.Path):
     title = f"{TITLES.get(dataset, dataset)}: {ours[0]['partition']} labeled ({ours[0]['labeled']:,} images)"
     figure.suptitle(title, parse_math=False)
     entries = {}
-    for axis, key, cells in zip(axes, GMACS, (paper, []), strict=True):  # the paper's GMACs are those of the backbone
+    for axis, key, cells in zip(axes, GMACS, (paper, []), strict=True):  # the paper gives the backbone's GMACs
         ticks = {g[key]: f"{NAMES.get(g['backbone'], g['backbone'])}, {g[key]:.1f}" for g in cells + ours}
         axis.set_xlabel(f"{key.replace('gmacs_', 'GMACs of the ')} at 512×512")
         entries |= draw_lines(axis, key, ours, cells, ticks)
@@ -466,7 +466,7 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__, usage="python -m paper.report RESULTS... | --curves LOG... [options]")
     parser.add_argument(
-        "results", nargs="*", type=pathlib.Path, metavar="RESULTS", help="result files; those without mIoU are left out"
+        "results", nargs="*", type=pathlib.Path, metavar="RESULTS", help="result files; files without mIoU are left out"
     )
     parser.add_argument(
         "--curves", nargs="+", type=pathlib.Path, metavar="LOG", help="draw the log.jsonl of runs instead (default: none)"

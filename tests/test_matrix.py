@@ -121,7 +121,7 @@ def test_tables_are_made_of_their_rows_and_share_teachers(table, rows):
 def test_tables_2_and_3_are_table_1_for_their_data_sets(table, dataset):
     data = ["--data", "x", "--dataset"]
     assert plan("--tables", table, *data, dataset) == plan("--tables", "1", *data, dataset)
-    with pytest.raises(common.UserError, match=f"--tables {table}: is that of {dataset}; give --dataset {dataset}"):
+    with pytest.raises(common.UserError, match=f"--tables {table}: belongs to {dataset}; give --dataset {dataset}"):
         plan("--tables", table, *data, "voc")
 
 

@@ -20,8 +20,8 @@ import train_teacher
 
 # for several processes on a small machine
 ONE_THREAD = {**os.environ, **NO_GPU, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-# Batch norm in evaluation mode, so that a micro-batch's images do not depend on the others; two val images. The command line holds a
-# JSON list of scripts with their arguments, which run one after the other.
+# Batch norm in evaluation mode, so that images do not depend on the others of their micro-batch; two val images. The command
+# line holds a JSON list of scripts with their arguments, which run one after the other.
 ALONE = """
 import json, sys, torch, datasets, tiny
 tiny.install()

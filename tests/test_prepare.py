@@ -86,7 +86,7 @@ def fault_soft_edges(root):
 def fault_many_labels(root):
     (root / "classes.txt").unlink()
     rewrite(root, lambda mask: np.arange(40 * 56).reshape(40, 56) % 33)
-    return "hold 33 different labels .*; name every class in classes.txt"
+    return "hold 33 different labels, .*; name every class in classes.txt"
 
 
 def fault_gap(root):
@@ -592,7 +592,7 @@ def test_transparency_alone_is_no_mask(script, folder):
     arguments = ["masks", "--masks", folder / "source", "--out", folder / "masks"]
     for flags in ([], ["--values", "0=0", "255=1"], ["--values", "0,0,0=0", "255,255,255=1"]):
         code, _, err = script(prepare, *arguments, *flags)
-        assert code == 2 and "im00.png: is of one colour, and shows its classes by transparency" in err
+        assert code == 2 and "im00.png: has one colour and shows its classes by transparency" in err
 
 
 def test_two_masks_of_one_image_are_named(script, folder):
@@ -600,7 +600,7 @@ def test_two_masks_of_one_image_are_named(script, folder):
     shutil.copy(folder / "source" / "im00.png", folder / "source" / "im00_color.png")
     arguments = ["--masks", folder / "source", "--out", folder / "new", "--images", folder / "images"]
     code, _, err = script(prepare, "masks", *arguments)
-    assert code == 2 and re.search("im00_color.png: is a mask of 'im00', as .*im00.png is; .*--suffix '_color'", err)
+    assert code == 2 and re.search("im00_color.png: is a mask of 'im00', and so is .*im00.png; .*--suffix '_color'", err)
 
 
 # ---- the commands that messages name ----

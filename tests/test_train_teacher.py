@@ -95,7 +95,7 @@ def test_mean_teacher_learns_from_clean_views(script, tmp_path, monkeypatch):
 
 
 def test_cps_learns_from_the_other_networks_labels(script, tmp_path, monkeypatch):
-    """Two networks that always predict class 1 and class 2: cross supervision has a high loss, self-training would have none."""
+    """Two networks that always predict class 1 and class 2: cross supervision has a high loss, self-training has none."""
 
     class Constant(torch.nn.Module):
         classes = iter((1, 2))
