@@ -245,7 +245,7 @@ class Files:
 
 class Folder(Files):
     """Own data: images/NAME.(jpg|png), masks/NAME.png (class index, 255 = ignore), train.txt, val.txt, and optionally
-    classes.txt (one name per line), palette.txt (one `R G B` per line) and unlabeled.txt. Images without a mask are unlabeled."""
+    classes.txt (one name per line), palette.txt (`R G B` per line) and unlabeled.txt. Images without a mask are unlabeled."""
 
     def __init__(self, root: pathlib.Path | str):
         self.root = root = pathlib.Path(root)

@@ -764,7 +764,7 @@ def test_a_list_that_somebody_else_made_is_kept(script, voc):
     listed = voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "train_aug.txt"
     write_lines(listed, ["2007_000001", "2010_000007"])
     code, _, err = script(prepare, "voc", "--data", voc)
-    assert code == 2 and "train_aug.txt: lists other images" in err and len(readers.read_lines(listed)) == 2
+    assert code == 2 and "train_aug.txt: does not list the images of" in err and len(readers.read_lines(listed)) == 2
     assert script(prepare, "voc", "--data", voc, "--overwrite")[0] == 0 and len(readers.read_lines(listed)) == 8
     assert script(prepare, "voc", "--data", voc)[0] == 0
 
