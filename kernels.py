@@ -130,7 +130,7 @@ def compiler() -> list[str]:
 
 
 def digest(target: str) -> str:
-    """A hash that names a build: of the kernels' sources and folder, so that two checkouts never replace each other's build, and
+    """A hash that names a build: of the kernels' sources and folder, so that checkouts never replace each other's build, and
     of torch, CUDA, the compiler and its target."""
     parts = [torch.__version__, str(torch.version.cuda), target, *compiler(), str(SOURCES.resolve())]
     parts += [f"{path.name}\n{path.read_text()}" for path in sorted(SOURCES.iterdir()) if path.is_file()]

@@ -100,7 +100,7 @@ def peak_mb(function, device) -> float:
     return peak / 1e6
 
 
-def check(function, student, teacher, name):
+def check_loss(function, student, teacher, name):
     """Loss and gradient within the tolerance of the dtype, against the reference in float64."""
     got = student.detach().requires_grad_()
     loss = function(got, teacher)
@@ -147,7 +147,7 @@ def bench(device, case, shape, dtype, form, rounds, with_compile) -> list[dict]:
         losses["compile"] = torch.compile(mgd_ops.region_loss_reference, dynamic=False)
     for name, loss in losses.items():
         if name != "reference":
-            check(loss, *inputs[0], f"{case} {dtype} {form} {name}")
+            check_loss(loss, *inputs[0], f"{case} {dtype} {form} {name}")
 
     def forward(loss):
         def call(i):

@@ -208,7 +208,7 @@ def draw_batch(batch, crop, classes, device, channels_last):
     return images, label, u0, u1, batches.cutmix_mask(batch, (crop, crop), 0).to(device)
 
 
-def make_arm(stage, backbone, crop, batch, classes, impl, device):
+def make_variant(stage, backbone, crop, batch, classes, impl, device):
     """(step, clocked step, unit of labeled images): functions without arguments that run one step."""
     torch.manual_seed(0)
     ours = impl != "released"
@@ -253,7 +253,7 @@ def measure(stage, backbone, crop, batch, classes, impl, device, steps) -> list[
     torch.backends.cudnn.benchmark = True  # as the training scripts have it
     if impl != "released":
         kernels.load_kernels()
-    step, clocked = make_arm(stage, backbone, crop, batch, classes, impl, device)
+    step, clocked = make_variant(stage, backbone, crop, batch, classes, impl, device)
     if device.type == "cpu":
         ctypes.CDLL(None).malloc_trim(
             0

@@ -54,7 +54,7 @@ def gradient(function, logits, labels):
     return torch.autograd.grad(sum(function(logits, labels)), logits)[0]
 
 
-def check(function, logits, labels, name):
+def check_losses(function, logits, labels, name):
     """Losses and gradient against the reference in float64, image by image, which takes less memory."""
     counts = [(label != 255).sum() for label in labels]
     off = 0.0
@@ -93,7 +93,7 @@ def bench(device, case, shape, form, rounds, with_compile) -> list[dict]:
         losses["compile"] = torch.compile(mgd_ops.pixel_cross_entropies_reference, dynamic=False)
     for name, function in losses.items():
         if name != "reference":
-            check(function, logits, labels, f"{case} {form} {name}")
+            check_losses(function, logits, labels, f"{case} {form} {name}")
     check_argmax(logits, size, f"{case} {form}")
 
     def forward(function):
