@@ -199,7 +199,7 @@ def test_wrong_arguments_are_one_line(script, ckpt, tmp_path, monkeypatch, argum
 
 @pytest.mark.slow
 def test_pictures_and_options_reach_the_result_file(script, ckpt, tmp_path):
-    options = f"--confusion {tmp_path}/c.png --json {tmp_path}/r.json --window 48 --scales 1 1.5 --flip"
+    options = f"--confusion {tmp_path}/c.png --json {tmp_path}/r.json --window 48 --tta-scales 1 1.5 --flip"
     code, out, err = script(evaluate, "--ckpt", ckpt, *options.split())
     assert code == 0 and "confusion matrix: " in out and Image.open(tmp_path / "c.png").size[0] > 200, err
     row = json.loads((tmp_path / "r.json").read_text())["rows"][0]
