@@ -168,7 +168,7 @@ def test_only_runs_of_the_same_settings_are_averaged_over_seeds(capsys):
 @pytest.mark.parametrize(
     "arguments,expected",
     [
-        (["--scales", "0"], "--scales"),
+        (["--tta-scales", "0"], "--tta-scales"),
         (["--window", "0"], "--window"),
         (["--confusion", "x.jpg"], "--confusion"),
         (["--panels", "x.json"], "--panels"),

@@ -544,7 +544,7 @@ def test_the_estimate_of_the_memory_is_about_right(backbone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [(), ("--window", "16"), ("--window", "16", "--scales", "0.3", "2", "--flip")])
+@pytest.mark.parametrize("arguments", [(), ("--window", "16"), ("--window", "16", "--tta-scales", "0.3", "2", "--flip")])
 def test_images_of_one_row_or_column(script, ckpt, tmp_path, arguments):
     photos, rng = tmp_path / "photos", np.random.default_rng(0)
     photos.mkdir()
@@ -594,7 +594,7 @@ def test_nothing_of_the_users_is_replaced(script, ckpt, folder, tmp_path):
         (["--images", "photos", "--out", "file/x"], "--out file/x"),
         (["--images", "photos"], "--out"),
         (["--out", "x"], "--images"),
-        (["--images", "photos", "--out", "x", "--scales", "0"], "--scales"),
+        (["--images", "photos", "--out", "x", "--tta-scales", "0"], "--tta-scales"),
         (["--images", "photos", "--out", "x", "--window", "0"], "--window"),
         (["--images", "photos", "--out", "photos"], "--out photos: would write among the images"),
     ],
