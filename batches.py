@@ -183,14 +183,15 @@ def cutmix(views: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 class Batch(NamedTuple):
-    """One micro-batch on the device: m labeled images, and m or 2m clean unlabeled views that CutMix mixes to m."""
+    """One micro-batch on the device: m labeled images, and m or 2m clean unlabeled views that CutMix mixes to m. In a step
+    without unlabeled images the views and what is made of them are None."""
 
     images: torch.Tensor  # (m, 3, H, W), normalized
     labels: torch.Tensor  # (m, H, W) int64, 255 = ignore
-    views: torch.Tensor | None = None  # (2m, 3, H, W), clean; (m, 3, H, W) without CutMix
-    views_ignore: torch.Tensor | None = None  # (2m, H, W) bool: where a view reaches outside its image
-    mixed: torch.Tensor | None = None  # (m, 3, H, W)
-    mixed_ignore: torch.Tensor | None = None  # (m, H, W) bool
+    views: torch.Tensor = None  # (2m, 3, H, W), clean; (m, 3, H, W) without CutMix
+    views_ignore: torch.Tensor = None  # (2m, H, W) bool: where a view reaches outside its image
+    mixed: torch.Tensor = None  # (m, 3, H, W)
+    mixed_ignore: torch.Tensor = None  # (m, H, W) bool
     cutmix_mask: torch.Tensor | None = None  # (m, 1, H, W) bool; None without CutMix
 
     def mix(self, maps: torch.Tensor) -> torch.Tensor:

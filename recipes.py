@@ -333,8 +333,8 @@ def add_flags(parser: argparse.ArgumentParser, methods: tuple[str, ...], groups:
             more = {key: getattr(flag, key) for key in ("type", "choices", "nargs", "metavar") if getattr(flag, key)}
             if isinstance(flag.default, bool) or flag.type is bool:
                 more = {"action": argparse.BooleanOptionalAction}
-            more |= {"default": flag.default, "required": flag.required, "help": flag.help + default_of(name)}
-            group.add_argument(f"--{name.replace('_', '-')}", **more)
+            action = group.add_argument(f"--{name.replace('_', '-')}", default=flag.default, required=flag.required, **more)
+            action.help = flag.help + default_of(name)  # Python 3.10 would add a second default to that of a boolean
 
 
 def default_of(name: str) -> str:

@@ -1,8 +1,10 @@
-"""Train one network on labeled and unlabeled images: the teachers, and the
+r"""Train one network on labeled and unlabeled images: the teachers, and the
 baselines when given a light backbone.
 
-    python train_teacher.py --out runs/shapes/1-8/teacher-deep --role teacher_deep
-    python train_teacher.py --out runs/shapes/1-8/sup-r18 --method sup --backbone r18
+    python train_teacher.py --out runs/shapes/1-8/teacher-deep \
+        --role teacher_deep
+    python train_teacher.py --out runs/shapes/1-8/sup-r18 --method sup \
+        --backbone r18
 
 --method sup    cross entropy on the labeled images
 --method cps    cross pseudo supervision (Chen et al. 2021): two networks of one

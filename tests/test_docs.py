@@ -213,7 +213,7 @@ class Reader:
     def prepare(self, module, words: list[str]) -> str:
         if words[0] == "voc" or self.only_parse:
             with self.monkeypatch.context() as patch:
-                for work in ("check", "prepare_voc", "convert_masks"):
+                for work in ("check_data", "prepare_voc", "convert_masks"):
                     patch.setattr(module, work, lambda *arguments: 0)
                 self.call(module, *words)
             return "parsed"
