@@ -28,7 +28,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from common import ArgumentParser, UserError, cli
 
-# The paper's name for a backbone -> torchvision's. "Wide ResNet-34" counts 66.83M parameters only as Wide ResNet-50-2.
+# Our name for a backbone, the paper's where it has one -> torchvision's. "Wide ResNet-34" counts 66.83M parameters only as Wide ResNet-50-2.
 BACKBONES = {
     "resnet18": "resnet18",
     "resnet34": "resnet34",
@@ -105,14 +105,13 @@ class DeepLabV3Plus(nn.Module):
     least two images, since ASPP normalizes one pooled vector per image.
     """
 
-    def __init__(
-        self, backbone: Backbone, classes: int, head_width: int = 256, separable_head: bool = False, low_width: int = 48
-    ):
+    def __init__(self, backbone: Backbone, classes: int, head_width: int = 256, separable_head: bool = False):
         super().__init__()
         self.backbone = backbone
         self.aspp = ASPP(backbone.high_channels, [6, 12, 18], head_width)
         self.aspp.project = self.aspp.project[:3]  # without its dropout
-        self.decoder = Decoder(backbone.low_channels, low_width, head_width)
+        # 48 channels of the low stage, as in the released code, where it has as many; MobileNetV2 keeps its 24
+        self.decoder = Decoder(backbone.low_channels, min(48, backbone.low_channels), head_width)
         self.classifier = nn.Conv2d(head_width, classes, 1)
         if separable_head:
             make_separable(self.aspp)
@@ -142,13 +141,13 @@ def make_separable(module: nn.Module):
 
 
 def dilate(blocks: nn.Sequential, dilations: tuple[int, ...]):
-    """Set the stride of `blocks` to 1 and dilate the 3x3 convolutions of block i by `dilations[i]`."""
+    """Set the stride of `blocks` to 1 and dilate the convolutions of block i, but for those of 1x1, by `dilations[i]`."""
     for block, dilation in zip(blocks, dilations, strict=False):  # resnet18's last stage has two blocks
         for conv in block.modules():
             if isinstance(conv, nn.Conv2d):
                 conv.stride = (1, 1)
-                if conv.kernel_size == (3, 3):
-                    conv.dilation = conv.padding = (dilation, dilation)
+                conv.dilation = tuple(dilation if side > 1 else 1 for side in conv.kernel_size)
+                conv.padding = tuple(dilation * (side // 2) for side in conv.kernel_size)
 
 
 def build_backbone(name: str, weights: str = "none", stem: str = "standard") -> Backbone:
@@ -333,8 +332,7 @@ def build_model(
     separable_head: bool = False,
 ) -> DeepLabV3Plus:
     """See `build_backbone` and `DeepLabV3Plus`."""
-    low_width = 24 if canonical_name(backbone) == "mobilenetv2" else 48
-    model = DeepLabV3Plus(build_backbone(backbone, weights, stem), classes, head_width, separable_head, low_width)
+    model = DeepLabV3Plus(build_backbone(backbone, weights, stem), classes, head_width, separable_head)
     return model.to(memory_format=torch.channels_last)
 
 

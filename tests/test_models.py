@@ -54,6 +54,17 @@ def test_stride_of_the_high_features():
         assert low.shape[-1] == 32 and high.shape[-1] == 128 // stride
 
 
+@pytest.mark.parametrize("sides", [(3, 3), (5, 5), (1, 7)])
+def test_dilation_keeps_the_size_whatever_the_kernel(sides):
+    conv = torch.nn.Conv2d(2, 2, sides, stride=2, padding=(sides[0] // 2, sides[1] // 2))
+    models.dilate(torch.nn.Sequential(conv), (4,))
+    assert conv(torch.zeros(1, 2, 33, 40)).shape == (1, 2, 33, 40)
+    impulse = torch.zeros(1, 2, 41, 41)
+    impulse[..., 20, 20] = 1
+    reach = (conv(impulse) - conv(0 * impulse)).abs().sum((0, 1)).nonzero() - 20  # where one pixel is seen
+    assert reach.abs().amax(0).tolist() == [4 * (side // 2) for side in sides]
+
+
 @pytest.mark.slow
 def test_separable_head_is_lighter():
     assert models.measure("mbv2", separable_head=True)["model_gmacs_512"] < models.measure("mbv2")["model_gmacs_512"] / 3
