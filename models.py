@@ -28,7 +28,8 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from common import ArgumentParser, UserError, cli
 
-# Our name for a backbone, the paper's where it has one -> torchvision's. "Wide ResNet-34" counts 66.83M parameters only as Wide ResNet-50-2.
+# Our name for a backbone, the paper's where it has one -> torchvision's.
+# "Wide ResNet-34" counts 66.83M parameters only as Wide ResNet-50-2.
 BACKBONES = {
     "resnet18": "resnet18",
     "resnet34": "resnet34",
@@ -110,7 +111,7 @@ class DeepLabV3Plus(nn.Module):
         self.backbone = backbone
         self.aspp = ASPP(backbone.high_channels, [6, 12, 18], head_width)
         self.aspp.project = self.aspp.project[:3]  # without its dropout
-        # 48 channels of the low stage, as in the released code, where it has as many; MobileNetV2 keeps its 24
+        # 48 channels as in the released code, or as many as the low stage has: MobileNetV2 keeps its 24
         self.decoder = Decoder(backbone.low_channels, min(48, backbone.low_channels), head_width)
         self.classifier = nn.Conv2d(head_width, classes, 1)
         if separable_head:
