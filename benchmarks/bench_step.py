@@ -62,7 +62,7 @@ LOSSES = ["sup", "pixel", "image:T_D", "region:T_W"]
 WEIGHTS = {"sup": 1.0, "pixel_l": 1.0, "pixel_u": 1.0, "image": 0.002, "region": 100.0}  # of Eq. 7
 
 
-class Arm(NamedTuple):
+class Variant(NamedTuple):
     precision: str
     mixed_terms: str
 
@@ -212,7 +212,7 @@ def make_variant(stage, backbone, crop, batch, classes, impl, device):
     """(step, clocked step, unit of labeled images): functions without arguments that run one step."""
     torch.manual_seed(0)
     ours = impl != "released"
-    args = Arm(pick_precision(None, device), "clean" if impl == "ours: clean" else "mixed")
+    args = Variant(pick_precision(None, device), "clean" if impl == "ours: clean" else "mixed")
     names = [backbone, "resnet101", "wide_resnet34"] if stage == "distill" else [backbone] * 2
     nets = [models.build_model(name, classes).to(device).train() for name in names]
     if not ours:

@@ -27,7 +27,7 @@ def test_the_released_step_and_ours_have_equal_terms(mixed_terms):
                 module.running_mean.normal_(std=0.1)
     folded = [nets[0], *(models.fold_batch_norm(net).requires_grad_(False) for net in nets[1:])]
     batch = bench_step.draw_batch(2, 64, 5, torch.device("cpu"), channels_last=True)
-    args = bench_step.distillation_args("fp32", mixed_terms)
+    args = bench_step.Variant("fp32", mixed_terms)
     still = torch.optim.SGD(nets[0].parameters(), lr=0.0)
     released = bench_step.released_distill(nets, still, batch)
     ours = bench_step.our_distill(folded, still, batch, args)

@@ -68,7 +68,7 @@ def test_a_checkpoint_is_the_old_one_until_it_is_the_new_one(tmp_path, monkeypat
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path):
     """In a process whose files may have 100 kB."""
-    save = "import pathlib, torch, common; run_folder.save_checkpoint(pathlib.Path('last.pt'), {'model': torch.zeros(100_000)})"
+    save = "import pathlib, torch, run_folder; run_folder.save_checkpoint(pathlib.Path('last.pt'), {'model': torch.zeros(100_000)})"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", f"{limit}; {save}"]
@@ -216,7 +216,7 @@ def test_lack_of_shared_memory_names_both_ways_out(capsys, message):
 LOADS = """
 import os, signal, sys, time, types
 import torch
-import common
+import common, run_folder
 
 class Images(torch.utils.data.Dataset):
     def __len__(self):

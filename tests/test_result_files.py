@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_real_read_only_disk_is_one_line(tmp_path):
     """To root too, whom permissions do not stop."""
-    code = "import pathlib, common; common.cli(lambda: run_folder.make_folder('--out', pathlib.Path('disk')))"
+    code = "import pathlib, common, run_folder; common.cli(lambda: run_folder.make_folder('--out', pathlib.Path('disk')))"
     command = f'mount -t tmpfs -o ro tmpfs {tmp_path}/disk && {sys.executable} -c "{code}"'
     (tmp_path / "disk").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
