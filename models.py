@@ -219,6 +219,9 @@ def load_weights(network: nn.Module, name: str, weights: str, stem: str):
             f"--weights {weights}: does not fit {name} with the {stem} stem ({reason}); give a state dict of "
             f"torchvision's {BACKBONES[name]}"
         )
+    broken = next((key for key, value in state.items() if not value.isfinite().all()), None)
+    if broken:
+        raise UserError(f"--weights {weights}: '{broken}' holds values that are not finite (nan or inf); give other weights")
     network.load_state_dict(state, strict=False)  # all but the classifier and the counters, as checked above
 
 
@@ -264,7 +267,8 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
             raise UserError(f"--weights {path}: holds no state dict, but {keys}; save network.state_dict() alone")
         state = state[inner[0]]
     if not is_state_dict(state):
-        raise UserError(f"--weights {path}: holds no state dict, but a {type(state).__name__}; save network.state_dict() alone")
+        what = "is empty" if isinstance(state, dict) else f"holds no state dict, but a {type(state).__name__}"
+        raise UserError(f"--weights {path}: {what}; save network.state_dict() alone")
     for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # one wraps the other in either order
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -311,7 +315,9 @@ def misfit(state: dict[str, torch.Tensor], needed: dict[str, torch.Tensor]) -> s
     """The first reason why `state` cannot be loaded where `needed` is, or None."""
     for key, value in needed.items():
         if key not in state:
-            return f"'{key}' is missing"
+            prefixes = [name.removesuffix(key) for name in state if name.endswith(f".{key}")]
+            prefix = next((prefix for prefix in prefixes if all(prefix + name in state for name in needed)), None)
+            return f"its keys begin with '{prefix}'" if prefix else f"'{key}' is missing"
         if state[key].shape != value.shape:
             return f"'{key}' is {tuple(state[key].shape)}, not {tuple(value.shape)}"
     return next((f"'{key}' is not part of it" for key in state if key not in needed), None)

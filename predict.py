@@ -265,9 +265,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     paths = find_images(args.images)
-    check_outputs(paths, args.images, args.out, args.overwrite)
     device = pick_device(args.device)
     checkpoint, model, precision, protocol = open_model(args.ckpt, args, device)
+    check_outputs(paths, args.images, args.out, args.overwrite)
     sys.exit(1 if predict_files(model, checkpoint, paths, args.out, device, precision, protocol) else 0)
 
 

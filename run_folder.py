@@ -110,13 +110,14 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
     """Make OUT, and return OUT/resume.pt where --resume is given and it exists.
 
     Raises UserError if it was written with other arguments or images, if OUT holds a run and --resume is not given, so that no
-    run is lost, if OUT is the folder of the data or holds files of others, or if OUT cannot be written to. Ends the script if
-    the run is finished.
+    run is lost, if OUT is the folder of the data, lies among its images or masks, or holds files of others, or if OUT cannot be
+    written to. Ends the script if the run is finished.
     """
-    make_folder("--out", args.out)
     path, log = args.out / "resume.pt", args.out / "log.jsonl"
-    if args.data and args.out.resolve() == pathlib.Path(args.data).resolve():
-        raise UserError(f"--out {args.out}: is the folder of the data; give another")
+    out, data = args.out.resolve(), pathlib.Path(args.data or "").resolve()
+    if args.data and (out == data or {data / "images", data / "masks"} & {out, *out.parents}):
+        raise UserError(f"--out {args.out}: is the folder of the data, or lies among its images or masks; give another")
+    make_folder("--out", args.out)
     if log.exists() and not is_log(log):
         raise UserError(f"{log}: was not written by this project; choose another --out, or remove it")
     if not args.resume:
@@ -128,6 +129,7 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
         return None
     if not path.exists():
         if (args.out / "last.pt").exists():
+            load_checkpoint(args.out / "last.pt")  # another program's file is no finished run
             print0(f"{args.out / 'last.pt'}: this run is finished; delete the file to train it again")
             sys.exit(0)
         return None

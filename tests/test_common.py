@@ -400,10 +400,10 @@ def resumes(out, resume=False, data=None):
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "last.pt", "resume.pt"])
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [False, True, "alone"])
 def test_a_training_never_replaces_somebody_elses_file(tmp_path, name, resume):
     (tmp_path / name).write_text("precious")
-    if resume and name == "last.pt":
+    if resume is True and name == "last.pt":
         run_folder.save_checkpoint(tmp_path / "resume.pt", {"model": {}, "args": {}, "classes": [], "row": {}})
     with pytest.raises(UserError, match=name):
         resumes(tmp_path, resume)
@@ -411,8 +411,12 @@ def test_a_training_never_replaces_somebody_elses_file(tmp_path, name, resume):
 
 
 def test_a_training_does_not_write_among_its_data(folder):
-    with pytest.raises(UserError, match="is the folder of the data"):
-        resumes(folder / "masks" / "..", data=folder)
+    before = sorted(folder.rglob("*"))
+    for out in ("masks/..", "masks", "images", "images/runs/a"):
+        with pytest.raises(UserError, match="is the folder of the data, or lies among its images or masks"):
+            resumes(folder / out, data=folder)
+    assert sorted(folder.rglob("*")) == before
+    resumes(folder / "runs", data=folder)
 
 
 def test_a_log_goes_on_where_its_last_line_was_cut_off(tmp_path):

@@ -141,7 +141,15 @@ UNFIT = {
     "checkpoint": (lambda: {"model": published("resnet18"), "args": {}, "row": {}}, "is a checkpoint of this project"),
     "no tensors": (lambda: {"epoch": 3, "lr": 0.1}, "holds no state dict, but epoch, lr"),
     "list": (lambda: [torch.zeros(3)], "holds no state dict, but a list"),
-    "empty": (lambda: {}, "holds no state dict, but a dict"),
+    "empty": (lambda: {}, "weights.pth: is empty;"),
+    "nested and empty": (lambda: {"state_dict": {}}, "weights.pth: is empty;"),
+    "prefix": (lambda: {f"backbone.{k}": v for k, v in published("resnet18").items()}, "(its keys begin with 'backbone.')"),
+    "two networks": (
+        lambda: {f"{net}.{k}": v for net in ("encoder_q", "encoder_k") for k, v in published("resnet18").items()},
+        "(its keys begin with 'encoder_q.')",
+    ),
+    "nan": (lambda: {**published("resnet18"), "bn1.bias": torch.full((64,), torch.nan)}, "'bn1.bias' holds values that are not"),
+    "inf": (lambda: {**published("resnet18"), "bn1.bias": torch.full((64,), torch.inf)}, "'bn1.bias' holds values that are not"),
     "network": (lambda: torch.nn.Linear(2, 2), "is a pickle of Python objects, which could run code"),
     "code": (lambda: {"conv1.weight": RunsCode()}, "is a pickle of Python objects, which could run code"),
 }

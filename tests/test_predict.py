@@ -613,9 +613,14 @@ def test_an_output_folder_that_cannot_be_written_is_one_line_before_any_work(scr
 
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(predict, "open_model", None)
+    monkeypatch.setattr(predict, "predict_files", None)
     code, _, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")
     assert code == 2 and len(lines(err)) == 1 and f"--out {tmp_path / 'out'}: cannot be written to" in err
+
+
+def test_a_checkpoint_that_cannot_be_loaded_leaves_no_folders(script, photos, tmp_path):
+    code, _, err = script(predict, "--ckpt", tmp_path / "absent.pt", "--images", photos, "--out", tmp_path / "out")
+    assert code == 2 and "absent.pt: no such checkpoint" in err and not (tmp_path / "out").exists()
 
 
 def test_one_process_predicts(script, ckpt, photos, tmp_path, monkeypatch):
