@@ -3,7 +3,6 @@
 import collections
 import functools
 import pathlib
-import shlex
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import IGNORE_INDEX, UserError
-from readers import MOST_UNNAMED, flags_for, upright_size
+from readers import MOST_UNNAMED, PALETTE, flags_for, upright_size
 
 
 class Look(NamedTuple):
@@ -77,6 +76,8 @@ def faults(dataset, look: Look) -> list[str]:
     if dataset.drawn:
         return []
     found, labels = [], {group: set(pixels.nonzero()[0].tolist()) for group, pixels in look.pixels.items()}
+    every = set().union(*labels.values())
+    binary = dataset.fix("--values 0=0 255=1") if every == {0, IGNORE_INDEX} and "labeled" in labels else ""  # of others: harm
     for group, shown in labels.items():
         task = "evaluate" if group == "val" else "learn"
         where, classes = f"{dataset.root}: the {group} masks", sorted(shown - {IGNORE_INDEX})
@@ -84,24 +85,24 @@ def faults(dataset, look: Look) -> list[str]:
             continue  # none could be read
         if not classes:
             found.append(
-                f"{where} hold only 255, which is ignored, so there is nothing to {task}; use images that show "
-                f"classes, or {dataset.fix('--values 0=0 255=1')}"
+                f"{where} hold only 255, which is ignored, so there is nothing to {task}; use images whose masks show "
+                f"classes{binary and ', or '}{binary}"
             )
-        elif len(classes) == 1 and shown == {0, IGNORE_INDEX}:
-            found.append(f"{where} hold only 0 and 255, and 255 is ignored; {dataset.fix('--values 0=0 255=1')}")
+        elif binary:
+            found.append(f"{where} hold only 0 and 255, and 255 is ignored; {binary}")
         elif len(classes) == 1:
             found.append(
                 f"{where} show only one class, '{dataset.classes[classes[0]]}', so there is nothing to {task}; use "
                 "images that also show others (a larger --part, other lists), or fix the masks"
             )
-    every = sorted(set().union(*labels.values()) - {IGNORE_INDEX})
+    ignored, every = " 255=ignore" * (IGNORE_INDEX in every), sorted(every - {IGNORE_INDEX})
     gap = sorted(set(range(max(every, default=0))) - set(every))
     counted = not dataset.named and "labeled" in labels  # val by itself may lack a class
     if counted and len(every) > 1 and (gap or len(every) > MOST_UNNAMED):
         pixels = sum(look.pixels.values())
-        flags = flags_for(pixels.nonzero()[0], pixels[pixels > 0], len(every))
+        flags = flags_for(pixels.nonzero()[0], pixels[pixels > 0], 2)
         if max(every) <= MOST_UNNAMED:
-            flags = "--values " + " ".join(f"{label}={i}" for i, label in enumerate(every))
+            flags = "--values " + " ".join(f"{label}={i}" for i, label in enumerate(every)) + ignored
         if len(every) > 8:
             what = f"{len(every)} different labels{', with gaps,' if gap else ''}, as from soft edges or levels of grey"
         else:
@@ -118,7 +119,12 @@ def faults(dataset, look: Look) -> list[str]:
 
 def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
     """The fault, or None, that one colour stands for two indices that occur, in two mask files or in one and `dataset.palette`,
-    and that one of the two palettes has another colour at the other's index: the indices then mean different things."""
+    and that one of the two palettes has another colour at the other's index: the indices then mean different things.
+
+    The same is assumed if one index that occurs has two colours in two files: programs that choose a palette per file number the
+    colours anew. Other programs give new colours to right indices, but nothing in the files tells which; `dataset.palette` does.
+    """
+    first = {}  # index -> colour in the first file that shows it, and the file
     known = {}  # colour -> index -> a palette that has it there, and its file
     official = bytes(channel for colour in dataset.palette for channel in colour) if dataset.palette_from else b""
     place = dataset.palette_from
@@ -132,15 +138,19 @@ def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
             for other, (theirs, where) in same.items():
                 both = theirs[3 * label : 3 * label + 3], palette[3 * other : 3 * other + 3]
                 if other != label and any(len(each) == 3 and each != colour for each in both):
-                    flag = "--palette palette.txt (which holds each class's colour, one 'R G B' per line)"
-                    if dataset.palette_from:
-                        flag = f"--palette {shlex.quote(dataset.palette_from)}" if dataset.palette_from.endswith(".txt") else ""
-                    fix = dataset.fix(flag, pathlib.Path(path))
+                    fix = dataset.fix(PALETTE, pathlib.Path(path))
                     return (
                         f"{path}: its palette gives the colour {tuple(colour)} to index {label}, but {where} to index "
                         f"{other}, so indices do not mean the same everywhere; {fix}"
                     )
             same.setdefault(label, (palette, path))
+            theirs, where = first.setdefault(label, (colour, path)) if path != place else (colour, path)
+            if theirs != colour and min(len(theirs), len(colour)) == 3 and label != IGNORE_INDEX and not dataset.palette_from:
+                return (
+                    f"{path}: its palette gives index {label} the colour {tuple(colour)}, but {where} the colour "
+                    f"{tuple(theirs)}, so the index may stand for two classes; if the indices are right, run this command without "
+                    f"--palette; if the colours are, {dataset.fix(PALETTE)}"
+                )
     return None
 
 

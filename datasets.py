@@ -25,6 +25,7 @@ from common import IGNORE_INDEX, UserError, rank_and_size
 from readers import (
     CITYSCAPES_PALETTE,
     MOST_UNNAMED,
+    PALETTE,
     SUFFIXES,
     by_name,
     flags_for,
@@ -55,7 +56,7 @@ class Shapes:
     """
 
     name = "shapes"
-    drawn = True  # there is no file
+    drawn = named = True  # there is no file
     size = 64
 
     def __init__(self, train: int = 512, val: int = 200):
@@ -188,11 +189,14 @@ class Files:
         n = len(self.classes)
         wrong = mask[(mask >= n) & (mask != IGNORE_INDEX)]
         if wrong.size:
-            classes = f"the {n} classes are 0 to {n - 1}, and 255 is ignored; fix the mask or classes.txt"
-            if not self.named:
-                classes = f"val's masks hold none above {n - 1} and there is no classes.txt; name every class there"
             flags = flags_for(*np.unique(mask, return_counts=True), n, self.named)
-            raise UserError(f"{path}: holds label {wrong.min()}, but {classes}, or {self.fix(flags, path)}")
+            reason, fix = f"the {n} classes are 0 to {n - 1}, and 255 is ignored", "fix the mask, or"
+            if not self.named:
+                reason, fix = f"val's masks hold none above {n - 1} and there is no classes.txt", "name every class there, or"
+            elif self.expected is None and "=CLASS" not in flags:  # classes.txt may lack a class
+                other = "the first class is 1" if "1=0" in flags else "not"
+                fix = f"if it is a class, name it in classes.txt; if {other},"
+            raise UserError(f"{path}: holds label {wrong.min()}, but {reason}; {fix} {self.fix(flags, path)}")
         return mask.astype(np.uint8)
 
     def fix(self, flags: str, path: pathlib.Path | None = None) -> str:
@@ -356,7 +360,8 @@ class Voc(Files):
         self.train = sorted({name for name in self.listed if name in self.images} - held_out)
 
     def fix(self, flags, path=None):
-        return masks_command(path.parent if path else self.root / "SegmentationClassAug", flags or "--palette voc")
+        folder = path.parent if path else self.root / "SegmentationClassAug"
+        return masks_command(folder, flags.replace(PALETTE, "--palette voc"))
 
     def what_is_missing(self):
         without = [name for name in self.listed if name not in self.images]

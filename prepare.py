@@ -67,12 +67,14 @@ def check_data(args: argparse.Namespace) -> int:
     percent = {group: 100 * pixels / max(1, pixels.sum()) for group, pixels in look.pixels.items()}
     print(f"{'':25} {'labeled images':^20} {'val images':^20}")
     print(f"{'':4} {'class':20} {'% of pixels':>12} {'images':>7} {'% of pixels':>12} {'images':>7}")
-    for index, label in [*enumerate(dataset.classes), (IGNORE_INDEX, "(ignored)")]:
+    occurs = sum(look.images.values()) > 0
+    classes = [(i, name) for i, name in enumerate(dataset.classes) if dataset.named or occurs[i]]
+    for index, label in [*classes, (IGNORE_INDEX, "(ignored)")]:
         cells = [f"{percent[group][index]:12.2f} {look.images[group][index]:7d}" for group in ("labeled", "val")]
         print(f"{index:4d} {printable(label):20} {' '.join(cells)}")
     for group, images in look.images.items():
-        never = [printable(label) for index, label in enumerate(dataset.classes) if not images[index]]
-        if never:
+        never = [printable(label) for index, label in classes if not images[index]]
+        if never and images.any():  # otherwise no mask could be read
             more = f" and {len(never) - 20} more" if len(never) > 20 else ""
             print(f"warning: no {group} image shows {', '.join(never[:20])}{more}")
     without = sorted(dataset.masks.keys() - dataset.images.keys()) if dataset.masks else []
@@ -85,8 +87,11 @@ def check_data(args: argparse.Namespace) -> int:
     if args.chart:
         save_chart(args.chart, dataset, percent)
         print(f"chart: {args.chart}")
+    alike = collections.defaultdict(list)  # what comes before the fix, without file and numbers
     for problem in problems:
-        print(f"problem: {printable(problem)}")
+        alike[re.sub(r"\d+", "", problem.partition(": ")[2].partition(";")[0])].append(problem)
+    for first, *more in alike.values():
+        print(f"problem: {printable(first)}" + (f"\n    and {len(more)} more with the same problem" if more else ""))
     print(f"{len(problems)} problem(s)" if problems else "no problem found")
     return len(problems)
 
@@ -231,7 +236,7 @@ def read_colour_file(path: str) -> list[tuple[tuple[int, int, int], str | None]]
     """[(colour, class name or None)] from palette.txt (`R G B`), CamVid's label_colors.txt (`R G B NAME`) or CVAT's
     labelmap.txt (`NAME:R,G,B:PARTS:ACTIONS`). Raises UserError."""
     entries = []
-    for line in read_lines(pathlib.Path(path)):
+    for line in read_lines(pathlib.Path(path), "colour 'R G B'"):
         if line.startswith("#"):
             continue
         cvat = re.fullmatch(r"(.*?):(\d+,\d+,\d+):[^:]*:[^:]*", line)
@@ -276,9 +281,11 @@ def read_entries(args: argparse.Namespace, names: list[str] | None, mask: pathli
     entries = {}
     for pair in args.values:
         text, equals, name = pair.partition("=")
-        key = int(text) if re.fullmatch(r"[0-9]{1,5}", text) else colour_of(text)
+        key = int(text) if re.fullmatch(r"[0-9]{1,5}", text) and int(text) < 1 << 16 else colour_of(text)
         if not equals or not name or key is None:
             raise UserError(f"--values {pair}: give VALUE=CLASS or R,G,B=CLASS, such as 255=1 or 128,0,0=road")
+        if name == "CLASS":
+            raise UserError(f"--values {pair}: CLASS stands for the class of {text}; give its name, its index, or ignore")
         if key in entries:
             raise UserError(f"--values: gives {text} two classes; give it one")
         entries[key] = name
@@ -299,7 +306,9 @@ def read_classes(args: argparse.Namespace, mask: pathlib.Path) -> Classes:
     ignored = {"ignore", str(IGNORE_INDEX), *args.ignore}
     called = list(dict.fromkeys(name for _, name in entries if name not in ignored))
     if names is None:
-        numbers = [int(name) for name in called if name.isdecimal()]
+        numbers = [int(name[:9]) for name in called if name.isdecimal()]
+        if max(numbers, default=0) >= IGNORE_INDEX:
+            raise UserError(f"--values and --palette: give a class the index {max(numbers)}, but the last one possible is 254")
         if numbers and len(numbers) < len(called):
             raise UserError(f"{path}: no such file, so give every class as an index, or every class by its name")
         names = [f"class {i}" for i in range(1 + max(numbers))] if numbers else called
@@ -377,7 +386,8 @@ def read_keys(path: pathlib.Path, classes: Classes) -> np.ndarray:
             return mask_values(file).astype(np.int64) * white
         pixels = rgb_of(file, path)
     if (pixels != pixels[..., :1]).any():
-        raise UserError(f"{path}: is a colour image; give the class of each colour: {readers.flags_for_file(path)}")
+        first, flags = readers.explained(readers.flags_for_file(path), path.parent.parent)
+        raise UserError(f"{path}: has colours and no class indices; {first}add to the command: {flags}")
     return pixels[..., 0].astype(np.int64)
 
 
@@ -405,20 +415,20 @@ def convert_masks(args: argparse.Namespace) -> int:
 
     table = np.full(1 << 24 if classes.coloured else 1 << 16, UNKNOWN, np.uint16)
     table[list(classes.indices)] = list(classes.indices.values())
-    unknown, example, pixels, seen = collections.Counter(), {}, 0, set()
+    unknown, example, pixels = collections.Counter(), {}, 0
     for path in tqdm(masks.values(), "read", disable=None):
         keys = read_keys(path, classes)
         if keys.max(initial=0) >= len(table) or keys.min(initial=0) < 0:
             raise UserError(f"{path}: holds the value {keys.max()}; masks of 16 bits at most can be converted")
         indices = table[keys]
-        seen |= set(np.unique(indices).tolist())
         pixels += keys.size
         for key, count in zip(*np.unique(keys[indices == UNKNOWN], return_counts=True), strict=True):
             unknown[int(key)] += int(count)
             example.setdefault(int(key), path)
     nearest = {key: nearest_key(key, classes) for key in unknown}
     if unknown and args.unknown == "error":
-        report_unknown(classes, unknown, nearest, example, pixels)
+        given = "--values" if args.values else "the palette" if classes.coloured else "classes.txt"
+        report_unknown(classes, unknown, nearest, example, pixels, given)
         return len(unknown)
     for key, near in nearest.items():
         table[key] = IGNORE_INDEX if args.unknown == "ignore" else classes.indices[near]
@@ -433,8 +443,9 @@ def convert_masks(args: argparse.Namespace) -> int:
         with atomic_write(args.out / f"{name}.png") as temporary:
             image.save(temporary, format="PNG", pnginfo=chunk)
     if out.name == "masks" or beside.is_dir():
-        lines = {"classes.txt": classes.names}
+        lines = {"classes.txt": classes.names} if args.values else {}  # otherwise names come from val's labels
         if classes.coloured:
+            lines["classes.txt"] = classes.names
             lines["palette.txt"] = [" ".join(map(str, colour)) for colour in classes.palette]
         for file, content in lines.items():
             if content and not (out.parent / file).exists():
@@ -468,10 +479,11 @@ def nearest_key(key: int, classes: Classes) -> int:
     return int(known[distance.argmin()])
 
 
-def report_unknown(classes: Classes, unknown, nearest, example, pixels: int):
-    """Print the values or colours without a class, and the fix."""
-    total, kind = sum(unknown.values()), "colours" if classes.coloured else "values"
-    print(f"{len(unknown)} {kind} belong to no class, {total} pixels ({100 * total / pixels:.2f}%):")
+def report_unknown(classes: Classes, unknown, nearest, example, pixels: int, flag: str):
+    """Print the values or colours without a class, and the fix; `flag` gives the classes of the others."""
+    total, kind = sum(unknown.values()), "colour" if classes.coloured else "value"
+    what = f"1 {kind} belongs" if len(unknown) == 1 else f"{len(unknown)} {kind}s belong"
+    print(f"{what} to no class, {total} pixels ({100 * total / pixels:.2f}%):")
     for key, count in unknown.most_common(10):
         near = nearest[key]
         index = classes.indices[near]
@@ -491,18 +503,18 @@ def report_unknown(classes: Classes, unknown, nearest, example, pixels: int):
     elif len(unknown) > 32:
         print("problem: there are many, as in a JPEG; save the masks again as PNG, or add --unknown nearest")
     else:
-        flag = "--palette's file" if classes.coloured else "--values"
-        print(f"problem: add them to {flag}, or add --unknown ignore to make them 255, or --unknown nearest")
+        print(f"problem: add what is missing to {flag}, or add --unknown ignore to make it 255, or --unknown nearest")
 
 
 def is_between(key: int, classes: Classes) -> bool:
-    """Whether a value or colour lies, within 3 levels, on the line between two known ones."""
+    """Whether a value or colour lies, within 3 levels, on the line between two known ones, or beyond its ends by an eighth of its
+    length: bicubic and Lanczos filters overshoot, and what leaves 0 to 255 is cut."""
     known, x = channels(list(classes.indices), classes.coloured).astype(float), channels(key, classes.coloured).astype(float)
     a, b = known[:, None], known[None, :]
     length = ((b - a) ** 2).sum(-1)
     t = ((x - a) * (b - a)).sum(-1) / np.maximum(length, 1)
-    distance = np.abs(a + t[..., None] * (b - a) - x).max(-1)
-    return bool(((length > 0) & (t > 0) & (t < 1) & (distance <= 3)).any())
+    distance = np.abs(np.clip(a + t[..., None] * (b - a), 0, 255) - x).max(-1)
+    return bool(((length > 0) & (np.abs(t - 0.5) < 0.625) & (distance <= 3)).any())
 
 
 # ---- command line ----

@@ -44,12 +44,12 @@ def by_name(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
     return files
 
 
-def read_lines(path: pathlib.Path) -> list[str]:
-    """The lines of a text file that are not empty, stripped, in Unicode's NFC. Raises UserError."""
+def read_lines(path: pathlib.Path, what: str = "name") -> list[str]:
+    """The lines of a text file that are not empty, stripped, in Unicode's NFC; each is a `what`. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; write one name per line") from None
+        raise UserError(f"{path}: no such file; write one {what} per line") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as such") from None
     return [line.strip() for line in unicodedata.normalize("NFC", text).splitlines() if line.strip()]
@@ -230,7 +230,7 @@ def open_mask(path) -> np.ndarray:
             return mask_values(file)
         kind = file.mode
     raise UserError(
-        f"{path}: is a {kind} image; a mask holds one class index per pixel (grey or palette PNG); "
+        f"{path}: has the mode {kind}, but a mask holds one class index per pixel (grey or palette PNG); "
         f"{masks_command(pathlib.Path(path).parent, flags_for_file(path))}"
     )
 
@@ -256,56 +256,86 @@ def read_colours(path: pathlib.Path) -> bytes | None:
 
 # ---- which command fixes wrong masks ----
 
+PALETTE = "--palette palette.txt"  # in flags: the file beside the folder of the masks
+
 
 def masks_command(folder: pathlib.Path, flags: str) -> str:
-    """The command that converts the masks in `folder`, as the end of a message."""
-    old, new = (shlex.quote(str(path)) for path in (folder.with_name(f"{folder.name}-original"), folder))
-    return f"rename {new} to {old} and run: python prepare.py masks --masks {old} --out {new} {flags}".rstrip()
+    """How to convert the masks in `folder`, as the end of a message, which a command ends that can be pasted."""
+    names = (folder.with_name(f"{folder.name}-original{number}") for number in ("", *(f"-{i}" for i in range(2, 10**6))))
+    old, new = (shlex.quote(str(path)) for path in (next(path for path in names if not path.exists()), folder))
+    first, flags = explained(flags, folder.parent)
+    return f"{first}rename {new} to {old} and run: python prepare.py masks --masks {old} --out {new} {flags}".rstrip()
+
+
+def explained(flags: str, root: pathlib.Path) -> tuple[str, str]:
+    """What to do before a command is run with `flags`, and the flags, with the whole path of palette.txt in the folder `root`."""
+    path, first = root / "palette.txt", ""
+    if PALETTE in flags and not path.exists():
+        first = f"write the colour of each class, one 'R G B' per line, into {path}, then "
+    if "=CLASS" in flags:
+        first = "put the name of a class (or ignore) in place of each CLASS, "
+    return first, flags.replace(PALETTE, f"--palette {shlex.quote(str(path))}")
 
 
 def flags_for(values: np.ndarray, pixels: np.ndarray, classes: int, named: bool = False) -> str:
     """The flags of `prepare.py masks` for masks with the sorted grey `values`, each in the given number of `pixels`, in a data
-    set with `classes` classes; `named`: in classes.txt."""
-    common = values[pixels >= 0.03 * pixels.sum()]
+    set with `classes` classes; `named`: in classes.txt. Where
+    these do not tell which value is which class, the flags say CLASS."""
+    common = values[pixels >= 0.03 * pixels.sum()].tolist()
+    frequent = {*common[:1], *common[-1:], *values[pixels >= 0.1 * pixels.sum()].tolist()}  # edges are less
     values = values.tolist()
-    wrong = [value for value in values if value >= classes and value != IGNORE_INDEX]
-    if wrong and len(common) > 1 and len(values) - len(common) > 3:  # soft edges, or a JPEG
-        levels, more = common.tolist(), " --unknown nearest"
-    elif len(values) > MOST_UNNAMED:
-        levels, more = [0, 255], " --unknown nearest"
-    elif values == [0, IGNORE_INDEX] or (
-        wrong and min(wrong) > 2 * classes and 1 < len(values) <= classes + 1
-    ):  # levels of grey
-        levels, more = values, ""
+    labels = [value for value in values if value != IGNORE_INDEX]
+    wrong = [value for value in labels if value >= classes]
+    ignored = ["255=ignore"] * (IGNORE_INDEX in values)
+    if len(common) > 1 and len({*wrong} - {*common}) > 3:  # soft edges, or a JPEG
+        levels = [value for value in common if value in frequent or (named and classes > 2)]
+        more = ["--unknown nearest"]
+    elif len(wrong) > MOST_UNNAMED and not (named and classes > 2):
+        levels, more = [0, IGNORE_INDEX], ["--unknown nearest"]
+    elif values == [0, IGNORE_INDEX] or (len(labels) > 1 and min(wrong, default=0) > 2 * classes and labels[1] >= classes):
+        levels, more = values, []  # levels of grey
+    elif not wrong:
+        return ""
+    elif named and wrong == [classes]:  # the labels start at 1
+        zero = ["0=ignore"] * (0 in labels)
+        return " ".join(["--values", *zero, *(f"{i + 1}={i}" for i in range(classes)), *ignored])
     elif named:
         return "--unknown ignore"
     else:
-        return "--values " + " ".join([*(f"{i}={i}" for i in range(classes)), *(f"{value}=ignore" for value in wrong)])
-    names = [i if i < max(2, classes) else "ignore" for i in range(len(levels))]
-    return "--values " + " ".join(f"{value}={name}" for value, name in zip(levels, names, strict=True)) + more
+        return " ".join(["--values", *(f"{i}={i}" for i in range(classes)), *(f"{i}=ignore" for i in wrong), *ignored])
+    if named and (classes > 2 or levels != [0, IGNORE_INDEX]):
+        names = ["CLASS"] * len(levels)
+    else:
+        names = ["ignore" if i > 1 and level == IGNORE_INDEX else i for i, level in enumerate(levels)]
+    return " ".join(["--values", *(f"{level}={name}" for level, name in zip(levels, names, strict=True)), *more])
 
 
 def flags_for_file(path) -> str:
     """The flags of `prepare.py masks` for a file that is not a grey or palette PNG, by its colours."""
-    path = pathlib.Path(path)
+    root = pathlib.Path(path).parent.parent
+    names = read_lines(root / "classes.txt") if (root / "classes.txt").exists() else []
     with opened(path, "cannot be read as an image", "replace it") as file:
         pixels = np.asarray(file.convert("RGB")).reshape(-1, 3)
-    lossy = " --unknown nearest" if path.suffix.lower() in (".jpg", ".jpeg") else ""
-    if (pixels == pixels[:, :1]).all():  # grey
-        if not lossy and pixels.max() < IGNORE_INDEX:
-            return ""  # class indices in three channels
+        lossy = " --unknown nearest" if file.format == "JPEG" else ""
+    if (pixels == pixels[:, :1]).all():
         values, counts = np.unique(pixels[:, 0], return_counts=True)
-        flags = flags_for(values, counts, 2) if len(values) > 1 else "--values 0=0 255=1"
+        few = values[values != IGNORE_INDEX].max(initial=0) <= MOST_UNNAMED
+        flags = flags_for(values, counts, len(names) or (MOST_UNNAMED + 1 if few else 2), bool(names))
+        if lossy and "--values" not in flags:
+            flags = "--values 0=CLASS 255=CLASS"
         return flags.removesuffix(lossy) + lossy
     colours = {tuple(colour) for colour in np.unique(pixels, axis=0).tolist()}
-    if (path.parent.parent / "palette.txt").exists():
-        return f"--palette {shlex.quote(str(path.parent.parent / 'palette.txt'))}{lossy}"
+    if (root / "palette.txt").exists():
+        return PALETTE + lossy
     for name, palette in (("voc", voc_palette(21)), ("cityscapes", CITYSCAPES_PALETTE)):
-        if colours <= {*palette, VOC_BORDER, (0, 0, 0)}:
+        if colours <= {*palette, VOC_BORDER, (0, 0, 0)} and len(names) in (0, len(palette)):
             return f"--palette {name}"
-    if len(colours) <= 8:
-        return "--values " + " ".join(f"{','.join(map(str, colour))}={i}" for i, colour in enumerate(sorted(colours)))
-    return f"--palette palette.txt{lossy} (which holds the colour of each class, one 'R G B' per line)"
+    if len(colours) > 8:
+        return PALETTE + lossy
+    two = not names and len(colours) == 2
+    classes = ["ignore" if colour == VOC_BORDER else i if two else "CLASS" for i, colour in enumerate(sorted(colours))]
+    pairs = [f"{','.join(map(str, colour))}={name}" for colour, name in zip(sorted(colours), classes, strict=True)]
+    return " ".join(["--values", *pairs]) + lossy
 
 
 CITYSCAPES_PALETTE = [

@@ -222,12 +222,12 @@ def break_mask_16_bit(root):
 
 def break_mask_colours(root):
     Image.new("RGB", (56, 40), (128, 0, 0)).save(root / "masks" / "im03.png")
-    return "im03.png: is a RGB image; .* prepare.py masks .* --palette voc$"
+    return "im03.png: has the mode RGB, .* prepare.py masks .* --values 128,0,0=CLASS$"
 
 
 def break_mask_rgba(root):
     Image.new("RGBA", (56, 40)).save(root / "masks" / "im03.png")
-    return "im03.png: is a RGBA image"
+    return "im03.png: has the mode RGBA"
 
 
 def break_mask_of_val(root):
@@ -242,7 +242,7 @@ def break_mask_turned(root):
 
 def break_mask_jpeg(root):
     Image.new("L", (56, 40)).save(root / "masks" / "im08.jpg")
-    return "im08.jpg: is a JPEG, whose .* prepare.py masks .* --values 0=0 255=1 --unknown nearest$"
+    return "im08.jpg: is a JPEG, whose .* prepare.py masks .* --values 0=CLASS 255=CLASS --unknown nearest$"
 
 
 def break_two_images_of_a_name(root):
@@ -467,7 +467,7 @@ def test_broken_masks_are_named(folder):
     with pytest.raises(UserError, match=r"im00.png: holds label 7, but the 3 classes are 0 to 2"):
         dataset.mask("im00")
     Image.fromarray(np.zeros((40, 56, 3), np.uint8)).save(folder / "masks" / "im01.png")
-    with pytest.raises(UserError, match=r"im01.png: is a RGB image"):
+    with pytest.raises(UserError, match=r"im01.png: has the mode RGB"):
         dataset.mask("im01")
     path = folder / "images" / "im02.png"
     path.write_bytes(path.read_bytes()[:200])

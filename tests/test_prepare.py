@@ -3,12 +3,13 @@ import pathlib
 import re
 import shlex
 import shutil
+import subprocess
 import unicodedata
 
 import numpy as np
 import pytest
 import torch
-from conftest import save_mask, write_lines
+from conftest import errors, save_mask, write_lines
 from PIL import Image, ImageFilter
 
 import checks
@@ -92,7 +93,7 @@ def fault_many_labels(root):
 def fault_gap(root):
     (root / "classes.txt").unlink()
     rewrite(root, lambda mask: np.where(mask == 2, 3, mask))
-    return "hold the labels 0, 1, 3 but not 2; name every class in classes.txt.* --values 0=0 1=1 3=2$"
+    return "hold the labels 0, 1, 3 but not 2; name every class in classes.txt.* --values 0=0 1=1 3=2 255=ignore$"
 
 
 def fault_nothing_in_val(root):
@@ -119,7 +120,17 @@ def fault_palettes(root):
     blocks(root)
     rewrite(root, lambda mask: indexed(mask, (0, 1, 2)))
     rewrite(root, lambda mask: indexed(mask, (2, 0, 1)), ["im05"])
-    return "im05.png: its palette gives the colour .* to index .*prepare.py masks .* --palette palette.txt"
+    return "im05.png: its palette gives the colour .* to index .*write the colour of .*prepare.py masks .* --palette .*palette.txt$"
+
+
+def fault_palettes_of_each_file(root):
+    """As programs write that choose a palette for each file: its colours are numbered anew, and no file shows three classes."""
+    write_lines(root / "classes.txt", ["background", "cat", "dog"])
+    blocks(root)
+    for i, path in enumerate(masks_of(root)):
+        mask = np.asarray(Image.open(path))
+        indexed(np.where(mask == 1 + i % 2, mask, 0), (0, 1 + i % 2, 2 - i % 2)).save(path)
+    return r"im01.png: its palette gives index 1 the colour \(0, 128, 0\), but .*im00.png the colour \(128, 64, 128\), .*--palette"
 
 
 def fault_palette_file(root):
@@ -156,6 +167,21 @@ def test_a_file_with_the_palette_of_palette_txt_does_not_excuse_another(folder):
     right, wrong = (COLOURS[list(order)].tobytes() for order in ((0, 1, 2), (0, 2, 1)))
     assert checks.palette_clash(dataset, {right: {0: "a.png"}}) is None
     assert "b.png: its palette gives" in checks.palette_clash(dataset, {right: {0: "a.png"}, wrong: {1: "b.png"}})
+
+
+def test_a_command_for_binary_masks_is_named_only_where_all_masks_are_such(folder):
+    def message():
+        with pytest.raises(UserError) as error:
+            training(folder)
+        return str(error.value)
+
+    val = ["im10", "im11", "im12"]
+    for value in (255, 0):  # the labeled masks are right
+        rewrite(folder, lambda mask, value=value: np.where(np.indices(mask.shape).sum(0) < 9, 255, value), val)
+        assert "the val masks " in message() and "prepare.py" not in message()
+    rewrite(folder, lambda mask: np.where(mask == 1, 255, 0))
+    rewrite(folder, lambda mask: np.full_like(mask, 255), val)
+    assert message().endswith("--values 0=0 255=1")
 
 
 def test_evaluation_refuses_val_masks_without_a_number(folder):
@@ -253,6 +279,12 @@ def fine_grey_ramps(root):
 def fine_palette_file_agrees(root):
     fault_background_is_not_black(root)
     write_lines(root / "palette.txt", [" ".join(map(str, COLOURS[i])) for i in (1, 2, 0)])
+
+
+def fine_palette_file_beside_new_colours_of_right_indices(root):
+    write_lines(root / "palette.txt", [" ".join(map(str, colour)) for colour in COLOURS])
+    rewrite(root, lambda mask: with_palette(mask, readers.colour_table(COLOURS).ravel().tolist()))
+    rewrite(root, lambda mask: with_palette(mask, readers.colour_table(COLOURS + 9).ravel().tolist()), ["im03"])
 
 
 def fine_a_label_that_val_does_not_show(root):
@@ -489,6 +521,24 @@ def test_classes_and_palette_are_written_where_there_are_none(script, folder):
     assert check(script, folder)[0] == 0
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_masks_of_indices_need_no_classes_txt_and_get_none(script, folder, mode):
+    """Names then come from val's labels, with the looks for gaps and for levels of grey."""
+    old = classes_of(folder)
+    rewrite(folder, lambda mask: Image.fromarray(mask).convert(mode))
+    (folder / "classes.txt").unlink()
+    (folder / "masks").rename(folder / "old")
+    arguments = ["masks", "--masks", folder / "old", "--out", folder / "masks"]
+    assert script(prepare, *arguments)[0] == 0 and not (folder / "classes.txt").exists()
+    assert all(np.array_equal(old[name], mask) for name, mask in classes_of(folder).items())
+    assert len(training(folder)[0].classes) == 3
+    for path in (folder / "old").iterdir():
+        Image.fromarray(np.array([0, 1, 3, *[255] * 253], np.uint8)[old[path.stem]]).convert(mode).save(path)
+    assert script(prepare, *arguments)[0] == 0
+    with pytest.raises(UserError, match="hold the labels 0, 1, 3 but not 2"):
+        training(folder)
+
+
 def test_a_folder_by_itself_needs_no_images(script, tmp_path):
     for i, ending in enumerate(["_mask", "_L", "_gtFine_labelIds", ""]):
         save_mask(tmp_path / "m" / f"p{i}{ending}.png", np.array([[0, 255]]))
@@ -529,6 +579,35 @@ def test_soft_edges_are_called_so(script, folder):
     assert all(((mask == 1) == classes_of(folder)[name]).mean() > 0.97 for name, mask in old.items())
 
 
+@pytest.mark.parametrize("kind", [Image.Resampling.BICUBIC, Image.Resampling.LANCZOS, Image.Resampling.BILINEAR], ids=str)
+@pytest.mark.parametrize("scale", [0.5, 1.4, 2])
+def test_resized_colours_are_called_soft_edges(script, folder, kind, scale):
+    """Some filters overshoot the colours of the classes."""
+    blocks(folder)
+    rewrite(folder, lambda mask: rgb(mask).resize((round(56 * scale), round(40 * scale)), kind))
+    write_lines(folder / "palette.txt", [" ".join(map(str, colour)) for colour in COLOURS])
+    code, out, _ = script(prepare, "masks", "--masks", folder / "masks", "--out", folder / "new" / "masks", "--palette",
+                          folder / "palette.txt", "--images", folder / "images")  # fmt: skip
+    assert code == 1 and "anti-aliased" in out, out
+
+
+def test_what_is_unknown_is_added_where_the_rest_stands(script, folder):
+    (folder / "masks").rename(folder / "old")
+    arguments = ["masks", "--masks", folder / "old", "--out", folder / "masks"]
+    code, out, _ = script(prepare, *arguments, "--values", "0=0", "1=1", "255=255")
+    assert code == 1 and "1 value belongs to no class" in out and "add what is missing to --values" in out
+    write_lines(folder / "classes.txt", ["road", "tree"])
+    code, out, _ = script(prepare, *arguments)
+    assert code == 1 and "1 value belongs to no class" in out and "add what is missing to classes.txt" in out
+    for path in (folder / "old").iterdir():
+        rgb(np.asarray(Image.open(path))).save(path)
+    code, out, _ = script(prepare, *arguments, "--values", "0,0,0=0", "128,64,128=1")
+    assert code == 1 and "2 colours belong to no class" in out and "add what is missing to --values" in out
+    write_lines(folder / "palette.txt", ["0 0 0", "128 64 128"])
+    code, out, _ = script(prepare, *arguments)
+    assert code == 1 and "add what is missing to the palette" in out
+
+
 def test_masks_that_somebody_else_wrote_are_kept(script, folder):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     shutil.copytree(folder / "masks", folder / "source")
@@ -564,7 +643,11 @@ def test_the_input_is_never_the_output(script, folder, out):
         (["--values", "0=0", "1=bike"], "classes.txt: names no class 'bike'.*--ignore 'bike'"),
         (["--values", "0=0", "1=3"], "classes.txt: names no class '3'"),
         (["--values", "0=0", "1=1", "--palette", "voc"], "give one of the two"),
-        (["--palette", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--palette", "nowhere.txt"], "nowhere.txt: no such file; write one colour 'R G B' per line"),
+        (["--values", "0=0", "1=CLASS"], "--values 1=CLASS: CLASS stands for the class of 1"),
+        (["--values", "0=0", "1=255255255"], "give a class the index 255255255, but the last one possible is 254"),
+        (["--values", "0=0", "1=" + "9" * 5000], "give a class the index 9+, but the last one possible is 254"),
+        (["--values", "0=0", "65536=1"], "--values 65536=1: give VALUE=CLASS"),
         (["--ignore", "bike"], "--ignore bike: no such class"),
         (["--images", "nowhere"], "--images nowhere: no such folder"),
         (["--suffix", "_x"], "holds no mask of an image.*--suffix"),
@@ -623,6 +706,29 @@ def wrong_grey_rgb(root):
     rewrite(root, lambda mask: Image.fromarray(mask).convert("RGB"))
 
 
+def wrong_rgb_with_border(root):
+    rewrite(root, lambda mask: Image.fromarray(np.vstack([COLOURS, [readers.VOC_BORDER]]).astype(np.uint8)[edged(mask, 3)]))
+
+
+def edged(mask, value):
+    out = mask.copy()
+    out[0, :9] = value
+    return out
+
+
+def wrong_one_based(root):
+    rewrite(root, lambda mask: edged(mask + 1, 255))
+
+
+def wrong_one_based_and_unlabeled(root):
+    rewrite(root, lambda mask: edged(mask + 1, 0))
+
+
+def wrong_one_based_without_names(root):
+    rewrite(root, lambda mask: edged(mask + 1, 255))
+    (root / "classes.txt").unlink()
+
+
 def wrong_binary_rgb(root):
     rewrite(root, lambda mask: Image.fromarray(np.where(mask == 1, 255, 0).astype(np.uint8)).convert("RGB"))
     write_lines(root / "classes.txt", ["background", "object"])
@@ -671,20 +777,92 @@ def wrong_palette_order(root):
 WRONG = [value for name, value in globals().items() if name.startswith("wrong_")]
 
 
+ANSWERS = {"0,0,0": "road", "128,64,128": "tree", "0,128,0": "car", "0": "road", "128": "tree", "255": "car"}  # CLASS
+
+
 @pytest.mark.parametrize("spoil", WRONG, ids=lambda f: f.__name__)
 def test_the_command_that_a_message_names_fixes_the_masks(script, folder, spoil):
     folder = folder.rename(folder.with_name("my data"))  # to be quoted
     blocks(folder)
+    old = classes_of(folder)
     spoil(folder)
+    (folder / "masks-original").mkdir()  # the name is taken
     with pytest.raises(UserError) as error:
         training(folder)
-    words = shlex.split(str(error.value)[str(error.value).index("rename ") :].replace("(which", "#"), comments=True)
+    words = shlex.split(str(error.value)[str(error.value).index("rename ") :])
     assert words[0] == "rename" and words[2] == "to" and words[4:8] == ["and", "run:", "python", "prepare.py"]
+    assert not pathlib.Path(words[3]).exists()
     pathlib.Path(words[1]).rename(words[3])
-    code, out, err = script(prepare, *words[8:])
+    pairs = [word.partition("=") for word in words[8:]]
+    if "CLASS" in words[-1]:
+        assert "put the name of a class (or ignore) in place of each CLASS" in str(error.value)
+        assert "CLASS stands for the class of" in errors(script, prepare, *words[8:])
+    code, out, err = script(prepare, *(f"{key}={ANSWERS[key]}" if name == "CLASS" else key + e + name for key, e, name in pairs))
     assert code == 0, out + err
     code, out = check(script, folder)
     assert code == 0 and training(folder), out
+    for name, mask in classes_of(folder).items():  # the classes are the right ones
+        assert max((mask == old[name]).mean(), (mask == (old[name] == 1)).mean()) > 0.97, name
+
+
+@pytest.mark.parametrize("spoil", [*FAULTS, *WRONG], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["plain", "my (own) data; it's"])
+def test_every_command_of_a_message_can_be_pasted(script, folder, spoil, name):
+    folder = folder.rename(folder.with_name(name))
+    blocks(folder)
+    spoil(folder)
+    with pytest.raises(UserError) as error:
+        training(folder)
+    for command in re.findall("python prepare.py .*", str(error.value)):
+        assert subprocess.run(["bash", "-n", "-c", command], capture_output=True).returncode == 0
+        words = shlex.split(command)
+        pathlib.Path(words[6]).rename(words[4])
+        code, out, err = script(prepare, *words[2:])
+        if "=CLASS" in command or "into " in str(error.value):  # what is to be done before
+            assert code == 2 and ("CLASS stands for" in err or "palette.txt: no such file" in err)
+        else:
+            assert code == 0, out + err
+
+
+def test_colours_are_given_to_classes_by_people_alone(script, folder):
+    """Only two colours without names become the indices in their order."""
+    path = folder / "masks" / "im00.png"
+    colours = np.array([(9, 9, 9), (128, 64, 8), (0, 120, 0)], np.uint8)
+
+    def flags(count):
+        Image.fromarray(colours[np.arange(40 * 56).reshape(40, 56) % count]).save(path)
+        return readers.flags_for_file(path)
+
+    named = "--values 9,9,9=CLASS 128,64,8=CLASS"
+    assert flags(2) == named and flags(3) == "--values 0,120,0=CLASS 9,9,9=CLASS 128,64,8=CLASS"
+    (folder / "classes.txt").unlink()
+    assert flags(2) == "--values 9,9,9=0 128,64,8=1" and flags(3) == "--values 0,120,0=CLASS 9,9,9=CLASS 128,64,8=CLASS"
+    (folder / "old").mkdir()
+    path.rename(folder / "old" / "im00.png")
+    arguments = ["--masks", folder / "old", "--out", folder / "masks", "--overwrite"]
+    assert "--values 0,120,0=CLASS 9,9,9=CLASS 128,64,8=CLASS" in errors(script, prepare, "masks", *arguments)
+
+
+@pytest.mark.parametrize("label", [3, 7])
+def test_a_label_without_a_class_may_be_a_class_that_was_not_named(folder, label):
+    rewrite(folder, lambda mask: np.where(np.indices(mask.shape).sum(0) == 9, label, mask), ["im03"])
+    with pytest.raises(UserError, match=f"holds label {label}, .*if it is a class, name it in classes.txt; if .* run: "):
+        training(folder)
+
+
+def test_check_lists_labels_that_occur_and_problems_of_a_kind_once(script, folder):
+    def rows(out):
+        return re.findall(r"^ *\d+ class (\d+) ", out, re.MULTILINE)
+
+    (folder / "classes.txt").unlink()
+    rewrite(folder, lambda mask: np.where(mask == 2, 200, mask))
+    code, out = check(script, folder)
+    assert code == 1 and rows(out) == ["0", "1", "200"] and "image shows" not in out
+    write_lines(folder / "classes.txt", ["road", "tree", "car"])
+    rewrite(folder, lambda mask: np.where(mask == 200, 20 + mask[5, 5] % 3, mask), [f"im{i:02d}" for i in range(8)])
+    code, out = check(script, folder)
+    assert code == 1 and out.count("problem: ") == 1 and out.count("\n    and 10 more with the same problem\n") == 1
+    assert "no labeled image shows" not in out and "11 problem(s)" in out
 
 
 # ---- pictures ----
