@@ -194,8 +194,7 @@ class Files:
             if not self.named:
                 reason, fix = f"val's masks hold none above {n - 1} and there is no classes.txt", "name every class there, or"
             elif self.expected is None and "=CLASS" not in flags:  # classes.txt may lack a class
-                other = "the first class is 1" if "1=0" in flags else "not"
-                fix = f"if it is a class, name it in classes.txt; if {other},"
+                fix = f"if it is a class, name it in classes.txt; if {'the first class is 1' if '1=0' in flags else 'not'},"
             raise UserError(f"{path}: holds label {wrong.min()}, but {reason}; {fix} {self.fix(flags, path)}")
         return mask.astype(np.uint8)
 
@@ -360,8 +359,8 @@ class Voc(Files):
         self.train = sorted({name for name in self.listed if name in self.images} - held_out)
 
     def fix(self, flags, path=None):
-        folder = path.parent if path else self.root / "SegmentationClassAug"
-        return masks_command(folder, flags.replace(PALETTE, "--palette voc"))
+        flags = flags.replace(PALETTE, "--palette voc")
+        return masks_command(path.parent if path else self.root / "SegmentationClassAug", flags)
 
     def what_is_missing(self):
         without = [name for name in self.listed if name not in self.images]

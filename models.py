@@ -315,9 +315,9 @@ def misfit(state: dict[str, torch.Tensor], needed: dict[str, torch.Tensor]) -> s
     """The first reason why `state` cannot be loaded where `needed` is, or None."""
     for key, value in needed.items():
         if key not in state:
-            prefixes = [name.removesuffix(key) for name in state if name.endswith(f".{key}")]
-            prefix = next((prefix for prefix in prefixes if all(prefix + name in state for name in needed)), None)
-            return f"its keys begin with '{prefix}'" if prefix else f"'{key}' is missing"
+            starts = (name.removesuffix(key) for name in state if name.endswith(f".{key}"))
+            start = next((start for start in starts if all(start + name in state for name in needed)), None)
+            return f"its keys begin with '{start}'" if start else f"'{key}' is missing"
         if state[key].shape != value.shape:
             return f"'{key}' is {tuple(state[key].shape)}, not {tuple(value.shape)}"
     return next((f"'{key}' is not part of it" for key in state if key not in needed), None)

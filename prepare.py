@@ -67,8 +67,7 @@ def check_data(args: argparse.Namespace) -> int:
     percent = {group: 100 * pixels / max(1, pixels.sum()) for group, pixels in look.pixels.items()}
     print(f"{'':25} {'labeled images':^20} {'val images':^20}")
     print(f"{'':4} {'class':20} {'% of pixels':>12} {'images':>7} {'% of pixels':>12} {'images':>7}")
-    occurs = sum(look.images.values()) > 0
-    classes = [(i, name) for i, name in enumerate(dataset.classes) if dataset.named or occurs[i]]
+    classes = [(i, name) for i, name in enumerate(dataset.classes) if dataset.named or sum(look.images.values())[i]]
     for index, label in [*classes, (IGNORE_INDEX, "(ignored)")]:
         cells = [f"{percent[group][index]:12.2f} {look.images[group][index]:7d}" for group in ("labeled", "val")]
         print(f"{index:4d} {printable(label):20} {' '.join(cells)}")
@@ -282,10 +281,8 @@ def read_entries(args: argparse.Namespace, names: list[str] | None, mask: pathli
     for pair in args.values:
         text, equals, name = pair.partition("=")
         key = int(text) if re.fullmatch(r"[0-9]{1,5}", text) and int(text) < 1 << 16 else colour_of(text)
-        if not equals or not name or key is None:
-            raise UserError(f"--values {pair}: give VALUE=CLASS or R,G,B=CLASS, such as 255=1 or 128,0,0=road")
-        if name == "CLASS":
-            raise UserError(f"--values {pair}: CLASS stands for the class of {text}; give its name, its index, or ignore")
+        if not equals or name in ("", "CLASS") or key is None:
+            raise UserError(f"--values {pair}: give VALUE=NAME or R,G,B=NAME, such as 255=1, 128,0,0=road or 0=ignore")
         if key in entries:
             raise UserError(f"--values: gives {text} two classes; give it one")
         entries[key] = name
@@ -307,11 +304,11 @@ def read_classes(args: argparse.Namespace, mask: pathlib.Path) -> Classes:
     called = list(dict.fromkeys(name for _, name in entries if name not in ignored))
     if names is None:
         numbers = [int(name[:9]) for name in called if name.isdecimal()]
-        if max(numbers, default=0) >= IGNORE_INDEX:
-            raise UserError(f"--values and --palette: give a class the index {max(numbers)}, but the last one possible is 254")
         if numbers and len(numbers) < len(called):
             raise UserError(f"{path}: no such file, so give every class as an index, or every class by its name")
-        names = [f"class {i}" for i in range(1 + max(numbers))] if numbers else called
+        names = [f"class {i}" for i in range(min(1 + max(numbers), 256))] if numbers else called
+    if not 2 <= len(names) <= IGNORE_INDEX:
+        raise UserError("--values and --palette: 2 to 255 classes are possible, with indices from 0 to 254")
     where = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     absent = [name for name in called if name not in where]
     if absent:
@@ -319,8 +316,6 @@ def read_classes(args: argparse.Namespace, mask: pathlib.Path) -> Classes:
             f"{path}: names no class '{absent[0]}'; add it there (one name per line), or leave it out with "
             f"--ignore '{absent[0]}'"
         )
-    if not 2 <= len(names) <= IGNORE_INDEX:
-        raise UserError(f"--values and --palette: give {len(names)} class(es), but 2 to 255 are needed")
     coloured = isinstance(entries[0][0], tuple)
     indices, palette = {}, voc_palette(len(names))
     for key, name in entries:
@@ -427,8 +422,8 @@ def convert_masks(args: argparse.Namespace) -> int:
             example.setdefault(int(key), path)
     nearest = {key: nearest_key(key, classes) for key in unknown}
     if unknown and args.unknown == "error":
-        given = "--values" if args.values else "the palette" if classes.coloured else "classes.txt"
-        report_unknown(classes, unknown, nearest, example, pixels, given)
+        flag = "--values" if args.values else "the palette" if classes.coloured else "classes.txt"
+        report_unknown(classes, unknown, nearest, example, pixels, flag)
         return len(unknown)
     for key, near in nearest.items():
         table[key] = IGNORE_INDEX if args.unknown == "ignore" else classes.indices[near]
@@ -443,9 +438,9 @@ def convert_masks(args: argparse.Namespace) -> int:
         with atomic_write(args.out / f"{name}.png") as temporary:
             image.save(temporary, format="PNG", pnginfo=chunk)
     if out.name == "masks" or beside.is_dir():
-        lines = {"classes.txt": classes.names} if args.values else {}  # otherwise names come from val's labels
+        given = args.values or classes.coloured  # otherwise names come from val's labels
+        lines = {"classes.txt": classes.names} if given else {}
         if classes.coloured:
-            lines["classes.txt"] = classes.names
             lines["palette.txt"] = [" ".join(map(str, colour)) for colour in classes.palette]
         for file, content in lines.items():
             if content and not (out.parent / file).exists():
@@ -543,7 +538,7 @@ def main():
     converter.add_argument(
         "--values",
         nargs="+",
-        metavar="VALUE=CLASS",
+        metavar="VALUE=NAME",
         help="the class of each value (0=0 255=1) or colour (128,0,0=1): an index, a name, or ignore, which stands for 255 "
         "(default: values are indices)",
     )

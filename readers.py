@@ -269,11 +269,10 @@ def masks_command(folder: pathlib.Path, flags: str) -> str:
 
 def explained(flags: str, root: pathlib.Path) -> tuple[str, str]:
     """What to do before a command is run with `flags`, and the flags, with the whole path of palette.txt in the folder `root`."""
-    path, first = root / "palette.txt", ""
-    if PALETTE in flags and not path.exists():
-        first = f"write the colour of each class, one 'R G B' per line, into {path}, then "
-    if "=CLASS" in flags:
-        first = "put the name of a class (or ignore) in place of each CLASS, "
+    path = root / "palette.txt"
+    write = PALETTE in flags and not path.exists()
+    first = f"write the colour of each class, one 'R G B' per line, into {path}, then " if write else ""
+    first += "put the name of a class (or ignore) in place of each CLASS, " if "=CLASS" in flags else ""
     return first, flags.replace(PALETTE, f"--palette {shlex.quote(str(path))}")
 
 
@@ -286,27 +285,21 @@ def flags_for(values: np.ndarray, pixels: np.ndarray, classes: int, named: bool 
     values = values.tolist()
     labels = [value for value in values if value != IGNORE_INDEX]
     wrong = [value for value in labels if value >= classes]
-    ignored = ["255=ignore"] * (IGNORE_INDEX in values)
     if len(common) > 1 and len({*wrong} - {*common}) > 3:  # soft edges, or a JPEG
-        levels = [value for value in common if value in frequent or (named and classes > 2)]
-        more = ["--unknown nearest"]
+        levels, more = [value for value in common if value in frequent or (named and classes > 2)], ["--unknown nearest"]
     elif len(wrong) > MOST_UNNAMED and not (named and classes > 2):
         levels, more = [0, IGNORE_INDEX], ["--unknown nearest"]
     elif values == [0, IGNORE_INDEX] or (len(labels) > 1 and min(wrong, default=0) > 2 * classes and labels[1] >= classes):
         levels, more = values, []  # levels of grey
     elif not wrong:
         return ""
-    elif named and wrong == [classes]:  # the labels start at 1
-        zero = ["0=ignore"] * (0 in labels)
-        return " ".join(["--values", *zero, *(f"{i + 1}={i}" for i in range(classes)), *ignored])
-    elif named:
+    elif named and wrong != [classes]:
         return "--unknown ignore"
-    else:
-        return " ".join(["--values", *(f"{i}={i}" for i in range(classes)), *(f"{i}=ignore" for i in wrong), *ignored])
-    if named and (classes > 2 or levels != [0, IGNORE_INDEX]):
-        names = ["CLASS"] * len(levels)
-    else:
-        names = ["ignore" if i > 1 and level == IGNORE_INDEX else i for i, level in enumerate(levels)]
+    else:  # with names, the labels start at 1
+        ignored = [f"{value}=ignore" for value in values if value - named not in range(classes)]
+        return " ".join(["--values", *(f"{i + named}={i}" for i in range(classes)), *ignored])
+    guess = not named or (classes == 2 and levels == [0, IGNORE_INDEX])
+    names = ["CLASS" if not guess else "ignore" if i > 1 and level == IGNORE_INDEX else i for i, level in enumerate(levels)]
     return " ".join(["--values", *(f"{level}={name}" for level, name in zip(levels, names, strict=True)), *more])
 
 
@@ -325,13 +318,12 @@ def flags_for_file(path) -> str:
             flags = "--values 0=CLASS 255=CLASS"
         return flags.removesuffix(lossy) + lossy
     colours = {tuple(colour) for colour in np.unique(pixels, axis=0).tolist()}
-    if (root / "palette.txt").exists():
+    known = [("voc", voc_palette(21)), ("cityscapes", CITYSCAPES_PALETTE)]
+    known = [n for n, p in known if colours <= {*p, VOC_BORDER, (0, 0, 0)} and len(names) in (0, len(p))]
+    if (root / "palette.txt").exists() or (len(colours) > 8 and not known):
         return PALETTE + lossy
-    for name, palette in (("voc", voc_palette(21)), ("cityscapes", CITYSCAPES_PALETTE)):
-        if colours <= {*palette, VOC_BORDER, (0, 0, 0)} and len(names) in (0, len(palette)):
-            return f"--palette {name}"
-    if len(colours) > 8:
-        return PALETTE + lossy
+    if known:
+        return f"--palette {known[0]}"
     two = not names and len(colours) == 2
     classes = ["ignore" if colour == VOC_BORDER else i if two else "CLASS" for i, colour in enumerate(sorted(colours))]
     pairs = [f"{','.join(map(str, colour))}={name}" for colour, name in zip(sorted(colours), classes, strict=True)]

@@ -636,18 +636,18 @@ def test_the_input_is_never_the_output(script, folder, out):
     "flags,expected",
     [
         (["--masks", "nowhere"], "--masks nowhere: no such folder"),
-        (["--values", "0"], "--values 0: give VALUE=CLASS"),
-        (["--values", "0=0", "255"], "--values 255: give VALUE=CLASS"),
+        (["--values", "0"], "--values 0: give VALUE=NAME"),
+        (["--values", "0=0", "255"], "--values 255: give VALUE=NAME"),
         (["--values", "0=0", "0=1"], "gives 0 two classes"),
         (["--values", "0=0", "1,1,1=1"], "either values or colours"),
         (["--values", "0=0", "1=bike"], "classes.txt: names no class 'bike'.*--ignore 'bike'"),
         (["--values", "0=0", "1=3"], "classes.txt: names no class '3'"),
         (["--values", "0=0", "1=1", "--palette", "voc"], "give one of the two"),
         (["--palette", "nowhere.txt"], "nowhere.txt: no such file; write one colour 'R G B' per line"),
-        (["--values", "0=0", "1=CLASS"], "--values 1=CLASS: CLASS stands for the class of 1"),
-        (["--values", "0=0", "1=255255255"], "give a class the index 255255255, but the last one possible is 254"),
-        (["--values", "0=0", "1=" + "9" * 5000], "give a class the index 9+, but the last one possible is 254"),
-        (["--values", "0=0", "65536=1"], "--values 65536=1: give VALUE=CLASS"),
+        (["--values", "0=0", "1=CLASS"], "--values 1=CLASS: give VALUE=NAME or R,G,B=NAME"),
+        (["--values", "0=0", "1=255255255"], "2 to 255 classes are possible"),
+        (["--values", "0=0", "1=" + "9" * 5000], "2 to 255 classes are possible"),
+        (["--values", "0=0", "65536=1"], "--values 65536=1: give VALUE=NAME"),
         (["--ignore", "bike"], "--ignore bike: no such class"),
         (["--images", "nowhere"], "--images nowhere: no such folder"),
         (["--suffix", "_x"], "holds no mask of an image.*--suffix"),
@@ -796,7 +796,7 @@ def test_the_command_that_a_message_names_fixes_the_masks(script, folder, spoil)
     pairs = [word.partition("=") for word in words[8:]]
     if "CLASS" in words[-1]:
         assert "put the name of a class (or ignore) in place of each CLASS" in str(error.value)
-        assert "CLASS stands for the class of" in errors(script, prepare, *words[8:])
+        assert "give VALUE=NAME or" in errors(script, prepare, *words[8:])
     code, out, err = script(prepare, *(f"{key}={ANSWERS[key]}" if name == "CLASS" else key + e + name for key, e, name in pairs))
     assert code == 0, out + err
     code, out = check(script, folder)
@@ -819,7 +819,7 @@ def test_every_command_of_a_message_can_be_pasted(script, folder, spoil, name):
         pathlib.Path(words[6]).rename(words[4])
         code, out, err = script(prepare, *words[2:])
         if "=CLASS" in command or "into " in str(error.value):  # what is to be done before
-            assert code == 2 and ("CLASS stands for" in err or "palette.txt: no such file" in err)
+            assert code == 2 and ("give VALUE=NAME" in err or "palette.txt: no such file" in err)
         else:
             assert code == 0, out + err
 
