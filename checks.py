@@ -121,8 +121,8 @@ def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
     """The fault, or None, that one colour stands for two indices that occur, in two mask files or in one and `dataset.palette`,
     and that one of the two palettes has another colour at the other's index: the indices then mean different things.
 
-    The same is assumed if one index that occurs has two colours in two files: programs that choose a palette per file number the
-    colours anew. Other programs give new colours to right indices, but nothing in the files tells which; `dataset.palette` does.
+    The same is assumed if one index that occurs has two colours in two files, since programs that choose a palette per file
+    number the colours anew. Other programs give new colours to right indices; only `dataset.palette` tells which it was.
     """
     first = {}  # index -> colour in the first file that shows it, and the file
     known = {}  # colour -> index -> a palette that has it there, and its file
@@ -148,8 +148,8 @@ def palette_clash(dataset, palettes: dict[bytes, dict[int, str]]) -> str | None:
             if theirs != colour and min(len(theirs), len(colour)) == 3 and label != IGNORE_INDEX and not dataset.palette_from:
                 return (
                     f"{path}: its palette gives index {label} the colour {tuple(colour)}, but {where} the colour "
-                    f"{tuple(theirs)}, so the index may stand for two classes; if the indices are right, run this command without "
-                    f"--palette; if the colours are, {dataset.fix(PALETTE)}"
+                    f"{tuple(theirs)}, so the index may stand for two classes; if the indices are right, run this command "
+                    f"without --palette; if the colours are, {dataset.fix(PALETTE)}"
                 )
     return None
 

@@ -381,8 +381,7 @@ def read_keys(path: pathlib.Path, classes: Classes) -> np.ndarray:
             return mask_values(file).astype(np.int64) * white
         pixels = rgb_of(file, path)
     if (pixels != pixels[..., :1]).any():
-        first, flags = readers.explained(readers.flags_for_file(path), path.parent.parent)
-        raise UserError(f"{path}: has colours and no class indices; {first}add to the command: {flags}")
+        raise UserError(f"{path}: has colours; say which colour is which class: {readers.flags_for_file(path)}")
     return pixels[..., 0].astype(np.int64)
 
 
@@ -438,8 +437,7 @@ def convert_masks(args: argparse.Namespace) -> int:
         with atomic_write(args.out / f"{name}.png") as temporary:
             image.save(temporary, format="PNG", pnginfo=chunk)
     if out.name == "masks" or beside.is_dir():
-        given = args.values or classes.coloured  # otherwise names come from val's labels
-        lines = {"classes.txt": classes.names} if given else {}
+        lines = {"classes.txt": classes.names} if args.values or classes.coloured else {}  # {}: val's labels count them
         if classes.coloured:
             lines["palette.txt"] = [" ".join(map(str, colour)) for colour in classes.palette]
         for file, content in lines.items():
@@ -502,8 +500,8 @@ def report_unknown(classes: Classes, unknown, nearest, example, pixels: int, fla
 
 
 def is_between(key: int, classes: Classes) -> bool:
-    """Whether a value or colour lies, within 3 levels, on the line between two known ones, or beyond its ends by an eighth of its
-    length: bicubic and Lanczos filters overshoot, and what leaves 0 to 255 is cut."""
+    """Whether a value or colour lies, within 3 levels, on the line between two known ones, or beyond its ends by up to an
+    eighth of its length: bicubic and Lanczos filters overshoot, and what leaves 0 to 255 is cut."""
     known, x = channels(list(classes.indices), classes.coloured).astype(float), channels(key, classes.coloured).astype(float)
     a, b = known[:, None], known[None, :]
     length = ((b - a) ** 2).sum(-1)

@@ -1,6 +1,7 @@
 """Read images, masks, lists and palettes of many forms, or raise a UserError of one line with the reason."""
 
 import contextlib
+import itertools
 import math
 import pathlib
 import re
@@ -260,26 +261,20 @@ PALETTE = "--palette palette.txt"  # in flags: the file beside the folder of the
 
 
 def masks_command(folder: pathlib.Path, flags: str) -> str:
-    """How to convert the masks in `folder`, as the end of a message, which a command ends that can be pasted."""
-    names = (folder.with_name(f"{folder.name}-original{number}") for number in ("", *(f"-{i}" for i in range(2, 10**6))))
-    old, new = (shlex.quote(str(path)) for path in (next(path for path in names if not path.exists()), folder))
-    first, flags = explained(flags, folder.parent)
+    """How to convert the masks in `folder`, as the end of a message: what to do first, and a command to paste."""
+    free = (folder.with_name(f"{folder.name}-original{f'-{i}' if i > 1 else ''}") for i in itertools.count(1))
+    old, new = (shlex.quote(str(path)) for path in (next(path for path in free if not path.exists()), folder))
+    palette = folder.parent / "palette.txt"
+    write = PALETTE in flags and not palette.exists()
+    first = f"write the colour of each class, one 'R G B' per line, into {palette}, then " if write else ""
+    first += "put a class, or ignore, in place of each CLASS, " if "=CLASS" in flags else ""
+    flags = flags.replace(PALETTE, f"--palette {shlex.quote(str(palette))}")
     return f"{first}rename {new} to {old} and run: python prepare.py masks --masks {old} --out {new} {flags}".rstrip()
-
-
-def explained(flags: str, root: pathlib.Path) -> tuple[str, str]:
-    """What to do before a command is run with `flags`, and the flags, with the whole path of palette.txt in the folder `root`."""
-    path = root / "palette.txt"
-    write = PALETTE in flags and not path.exists()
-    first = f"write the colour of each class, one 'R G B' per line, into {path}, then " if write else ""
-    first += "put the name of a class (or ignore) in place of each CLASS, " if "=CLASS" in flags else ""
-    return first, flags.replace(PALETTE, f"--palette {shlex.quote(str(path))}")
 
 
 def flags_for(values: np.ndarray, pixels: np.ndarray, classes: int, named: bool = False) -> str:
     """The flags of `prepare.py masks` for masks with the sorted grey `values`, each in the given number of `pixels`, in a data
-    set with `classes` classes; `named`: in classes.txt. Where
-    these do not tell which value is which class, the flags say CLASS."""
+    set with `classes` classes; `named`: in classes.txt. Where these do not tell the class of a value, the flags say CLASS."""
     common = values[pixels >= 0.03 * pixels.sum()].tolist()
     frequent = {*common[:1], *common[-1:], *values[pixels >= 0.1 * pixels.sum()].tolist()}  # edges are less
     values = values.tolist()
@@ -299,7 +294,7 @@ def flags_for(values: np.ndarray, pixels: np.ndarray, classes: int, named: bool 
         ignored = [f"{value}=ignore" for value in values if value - named not in range(classes)]
         return " ".join(["--values", *(f"{i + named}={i}" for i in range(classes)), *ignored])
     guess = not named or (classes == 2 and levels == [0, IGNORE_INDEX])
-    names = ["CLASS" if not guess else "ignore" if i > 1 and level == IGNORE_INDEX else i for i, level in enumerate(levels)]
+    names = [i if guess and (i < 2 or level != IGNORE_INDEX) else "CLASS" for i, level in enumerate(levels)]
     return " ".join(["--values", *(f"{level}={name}" for level, name in zip(levels, names, strict=True)), *more])
 
 

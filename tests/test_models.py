@@ -148,8 +148,14 @@ UNFIT = {
         lambda: {f"{net}.{k}": v for net in ("encoder_q", "encoder_k") for k, v in published("resnet18").items()},
         "(its keys begin with 'encoder_q.')",
     ),
-    "nan": (lambda: {**published("resnet18"), "bn1.bias": torch.full((64,), torch.nan)}, "'bn1.bias' holds values that are not"),
-    "inf": (lambda: {**published("resnet18"), "bn1.bias": torch.full((64,), torch.inf)}, "'bn1.bias' holds values that are not"),
+    "nan": (
+        lambda: {**published("resnet18"), "bn1.bias": torch.full((64,), torch.nan)},
+        "'bn1.bias' holds values that are not",
+    ),
+    "inf": (
+        lambda: {**published("resnet18"), "bn1.bias": torch.full((64,), torch.inf)},
+        "'bn1.bias' holds values that are not",
+    ),
     "network": (lambda: torch.nn.Linear(2, 2), "is a pickle of Python objects, which could run code"),
     "code": (lambda: {"conv1.weight": RunsCode()}, "is a pickle of Python objects, which could run code"),
 }
