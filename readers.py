@@ -267,7 +267,7 @@ def masks_command(folder: pathlib.Path, flags: str) -> str:
     palette = folder.parent / "palette.txt"
     write = PALETTE in flags and not palette.exists()
     first = f"write the colour of each class, one 'R G B' per line, into {palette}, then " if write else ""
-    first += "put a class, or ignore, in place of each CLASS, " if "=CLASS" in flags else ""
+    first += "replace each CLASS below by a class, or by ignore, then " if "=CLASS" in flags else ""
     flags = flags.replace(PALETTE, f"--palette {shlex.quote(str(palette))}")
     return f"{first}rename {new} to {old} and run: python prepare.py masks --masks {old} --out {new} {flags}".rstrip()
 

@@ -795,7 +795,7 @@ def test_the_command_that_a_message_names_fixes_the_masks(script, folder, spoil)
     pathlib.Path(words[1]).rename(words[3])
     pairs = [word.partition("=") for word in words[8:]]
     if "CLASS" in words[-1]:
-        assert "put a class, or ignore, in place of each CLASS" in str(error.value)
+        assert "replace each CLASS below by a class, or by ignore" in str(error.value)
         assert "give VALUE=NAME or" in errors(script, prepare, *words[8:])
     code, out, err = script(
         prepare, *(f"{key}={ANSWERS[key]}" if name == "CLASS" else key + e + name for key, e, name in pairs)
@@ -848,7 +848,7 @@ def test_colours_are_given_to_classes_by_people_alone(script, folder):
 def test_white_levels_without_names_may_be_a_class_or_ignored(folder):
     (folder / "classes.txt").unlink()
     rewrite(folder, lambda mask: np.array([0, 100, 200, *[255] * 253])[mask])
-    with pytest.raises(UserError, match=r"in place of each CLASS, .* --values 0=0 100=1 200=2 255=CLASS$"):
+    with pytest.raises(UserError, match=r"replace each CLASS below by .* --values 0=0 100=1 200=2 255=CLASS$"):
         training(folder)
 
 
