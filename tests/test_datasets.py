@@ -4,7 +4,9 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -449,6 +451,8 @@ def test_broken_folders_are_one_clear_line(folder, break_it):
             for i in range(len(names)):
                 train_set[i, 0]
     assert "\n" not in str(error.value)
+    for command in re.findall("python prepare.py .*", str(error.value)):  # can be pasted
+        assert subprocess.run(["bash", "-n", "-c", command], capture_output=True).returncode == 0
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
