@@ -68,7 +68,8 @@ def test_a_checkpoint_is_the_old_one_until_it_is_the_new_one(tmp_path, monkeypat
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path):
     """In a process whose files may have 100 kB."""
-    save = "import pathlib, torch, run_folder; run_folder.save_checkpoint(pathlib.Path('last.pt'), {'model': torch.zeros(100_000)})"
+    checkpoint = "{'model': torch.zeros(100_000)}"
+    save = f"import pathlib, torch, run_folder; run_folder.save_checkpoint(pathlib.Path('last.pt'), {checkpoint})"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", f"{limit}; {save}"]
