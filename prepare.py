@@ -76,6 +76,8 @@ def check_data(args: argparse.Namespace) -> int:
         if never and images.any():  # otherwise no mask could be read
             more = f" and {len(never) - 20} more" if len(never) > 20 else ""
             print(f"warning: no {group} image shows {', '.join(never[:20])}{more}")
+    if not part.unlabeled:
+        print("warning: no image is unlabeled, and MGD needs some: list them in unlabeled.txt, or train with make sup")
     without = sorted(dataset.masks.keys() - dataset.images.keys()) if dataset.masks else []
     if without:
         files = ", ".join(printable(dataset.masks[name]) for name in without[:10])

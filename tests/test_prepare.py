@@ -959,3 +959,13 @@ def test_a_list_that_somebody_else_made_is_kept(script, voc):
 def test_commands_are_named(script):
     code, _, err = script(prepare)
     assert code == 2 and "{check,voc,masks}" in err
+
+
+def test_check_warns_where_no_image_is_unlabeled(script, folder):
+    """A training with teachers would be refused."""
+    flags = ["check", "--dataset", "folder", "--data", folder]
+    code, out, _ = script(prepare, *flags, "--part", "1/4")
+    assert code == 0 and "no image is unlabeled" not in out
+    (folder / "train.txt").write_text("".join(f"im{i:02d}\n" for i in range(8)))  # those that have masks
+    code, out, _ = script(prepare, *flags, "--part", "1")
+    assert code == 0 and "warning: no image is unlabeled" in out
