@@ -41,45 +41,37 @@ SCRIPTS = {"train_teacher.py": train_teacher, "distill.py": distill}
 
 
 class Row(NamedTuple):
-    """A student of a table: the script, the method, its flags, and the teachers for --deep and --wide."""
+    """A student of a table: the flags and the method of its training, and the teachers for --deep and --wide; none: it is
+    trained by train_teacher.py."""
 
-    script: str
-    method: str
     flags: str = ""
-    teachers: tuple[str | None, ...] = ()
-
-
-def trained(method: str, flags: str = "") -> Row:
-    return Row("train_teacher.py", method, flags)
-
-
-def distilled(flags: str = "", method: str = "mgd", teachers: tuple = ("deep", "wide")) -> Row:
-    return Row("distill.py", method, flags, teachers)
+    method: str = "mgd"
+    teachers: tuple[str | None, ...] = ("deep", "wide")
 
 
 # By the name of the run's folder. "deep 2" is the second deep teacher, of another seed.
 ROWS = {
-    "sup": trained("sup"),
-    "sup-x2": trained("sup", "--steps-factor 2"),
-    "sup-x3": trained("sup", "--steps-factor 3"),
-    "mt": trained("mt"),
-    "cps": trained("cps"),
-    "kd": distilled(method="kd"),
-    "cwd": distilled(method="cwd"),
-    "mgd": distilled(),
-    "one-deep": distilled(teachers=("deep", None)),
-    "one-wide": distilled(teachers=(None, "wide")),
-    "two-deep": distilled(teachers=("deep", "deep 2")),
-    "two-wide": distilled(teachers=("wide", "wide 2")),
-    "pixel": distilled("--losses sup pixel"),
-    "pixel-image": distilled("--losses sup pixel image:T_D"),
-    "pixel-region": distilled("--losses sup pixel region:T_W"),
-    "both-levels": distilled("--losses sup pixel image:T_D image:T_W region:T_D region:T_W"),
-    "labeled": distilled("--losses sup pixel:labeled"),
-    "unlabeled": distilled("--losses sup pixel:unlabeled image:T_D region:T_W"),
-    **{f"regions-{n}": distilled(f"--regions {n}") for n in (3, 5, 9, 11)},
-    **{f"head-{n}": distilled(f"--head-width {n}") for n in (256, 128, 64)},
-    **{f"separable-{n}": distilled(f"--head-width {n} --separable-head") for n in (256, 128, 64)},
+    "sup": Row(method="sup", teachers=()),
+    "sup-x2": Row("--steps-factor 2", "sup", teachers=()),
+    "sup-x3": Row("--steps-factor 3", "sup", teachers=()),
+    "mt": Row(method="mt", teachers=()),
+    "cps": Row(method="cps", teachers=()),
+    "kd": Row(method="kd"),
+    "cwd": Row(method="cwd"),
+    "mgd": Row(),
+    "one-deep": Row(teachers=("deep", None)),
+    "one-wide": Row(teachers=(None, "wide")),
+    "two-deep": Row(teachers=("deep", "deep 2")),
+    "two-wide": Row(teachers=("wide", "wide 2")),
+    "pixel": Row("--losses sup pixel"),
+    "pixel-image": Row("--losses sup pixel image:T_D"),
+    "pixel-region": Row("--losses sup pixel region:T_W"),
+    "both-levels": Row("--losses sup pixel image:T_D image:T_W region:T_D region:T_W"),
+    "labeled": Row("--losses sup pixel:labeled"),
+    "unlabeled": Row("--losses sup pixel:unlabeled image:T_D region:T_W"),
+    **{f"regions-{n}": Row(f"--regions {n}") for n in (3, 5, 9, 11)},
+    **{f"head-{n}": Row(f"--head-width {n}") for n in (256, 128, 64)},
+    **{f"separable-{n}": Row(f"--head-width {n} --separable-head") for n in (256, 128, 64)},
 }
 METHODS = ["sup", "sup-x2", "sup-x3", "mt", "cps", "kd", "cwd", "mgd"]
 LEVELS = ["sup", "pixel", "pixel-image", "pixel-region", "both-levels"]
@@ -149,7 +141,8 @@ def plan(args) -> dict[pathlib.Path, list[str]]:
         runs.setdefault(out, [script, "--out", str(out), *networks, *common, *args.every_args, *flags])
 
     for row in rows_of(args):
-        script, method, flags, teachers = ROWS[row]
+        flags, method, teachers = ROWS[row]
+        script = "distill.py" if teachers else "train_teacher.py"
         for seed in args.seeds:
             networks = ["--student" if teachers else "--backbone", args.student]
             for flag, teacher in zip(("--deep", "--wide"), teachers, strict=False):
@@ -238,17 +231,15 @@ def print_plan(trainings: list[argparse.Namespace]):
     """Each run with an estimate of its time."""
     runs = {args.out / "last.pt": args for args in trainings}
     rate = seconds_per_gmac(min(trainings, key=gmacs)) if trainings else 0.0
-    total = 0.0
-    for args in trainings:
-        seconds = rate * cost_of(args, runs)
-        total += seconds
+    seconds = [rate * cost_of(args, runs) for args in trainings]
+    for args, duration in zip(trainings, seconds, strict=True):
         print(
             f"{args.out!s:48} {args.method:4} {args.backbone:14} {args.steps:7d} steps  about "
-            f"{datetime.timedelta(seconds=round(seconds))}"
+            f"{datetime.timedelta(seconds=round(duration))}"
         )
     print(
-        f"{len(trainings)} runs, about {datetime.timedelta(seconds=round(total))} in one process, validation not included; "
-        "finished runs are not listed"
+        f"{len(trainings)} runs, about {datetime.timedelta(seconds=round(sum(seconds)))} in one process, validation not "
+        "included; finished runs are not listed"
     )
 
 
@@ -274,63 +265,69 @@ def words(text: str) -> list[str]:
         raise argparse.ArgumentTypeError(f"{text}: {error}".lower()) from None
 
 
+PATH, PASSED_ON = {"type": pathlib.Path, "metavar": "DIR"}, {"type": words, "default": "", "metavar": "FLAGS"}
+FILE, BACKBONE = {**PATH, "metavar": "FILE"}, {"choices": list(models.ALIASES)}
+STUDENTS = {"student": "all students", **{method: f"the students of {method}" for method in METHOD_ARGS}}
+OPTIONS = {
+    "options": {
+        "--tables": {
+            "nargs": "+",
+            "choices": list(TABLES),
+            "default": ["1"],
+            "metavar": "TABLE",
+            "help": f"of {', '.join(TABLES)}; 2 and 3 are Table 1 for voc-few and cityscapes (default: 1)",
+        },
+        "--rows": {
+            "nargs": "+",
+            "choices": list(ROWS),
+            "metavar": "ROW",
+            "help": f"single rows instead of tables: {', '.join(ROWS)} (default: none)",
+        },
+        "--dry-run": {"action": "store_true", "help": "print the plan and its time, and run nothing (default: off)"},
+        "--json": {**FILE, "help": "result file (default: RUN/matrix-TABLES-STUDENT.json)"},
+    },
+    "runs": {
+        "--dataset": {"default": "shapes", "choices": list(recipes.RECIPES), "help": "data set (default: shapes)"},
+        "--data": {"metavar": "DIR", "help": "folder of the data set; needed by all but shapes (default: none)"},
+        "--part": {
+            "type": fraction,
+            "default": "1/8",
+            "metavar": "1/K",
+            "help": "fraction of the training images that is labeled (default: 1/8)",
+        },
+        "--student": {**BACKBONE, "default": "r18", "help": "backbone of the students (default: r18)"},
+        "--seeds": {
+            "type": whole_number,
+            "nargs": "+",
+            "default": [0],
+            "metavar": "SEED",
+            "help": "seeds of each run (default: 0)",
+        },
+        "--run": {**PATH, "help": "folder of the students (default: runs/DATASET/PART)"},
+        "--nproc": {"type": int, "default": 1, "metavar": "N", "help": "processes (GPUs) per run, under torchrun (default: 1)"},
+    },
+    "teachers": {
+        "--deep": {**BACKBONE, "help": "backbone of the deep teacher (default: by --dataset)"},
+        "--deep-ckpt": {**FILE, "help": "the deep teacher (default: it is trained)"},
+        "--wide": {**BACKBONE, "help": "backbone of the wide teacher (default: by --dataset)"},
+        "--wide-ckpt": {**FILE, "help": "the wide teacher (default: it is trained)"},
+        "--teacher-part": {"type": fraction, "metavar": "1/K", "help": "partition of the teachers (default: --part)"},
+        "--teacher-seed": {"type": whole_number, "metavar": "SEED", "help": "seed of the teachers (default: the student's)"},
+    },
+    "flags to pass on, as --args='--lr 0.02'": {
+        "--args": {**PASSED_ON, "dest": "every_args", "help": "to every training (default: none)"},
+        "--teacher-args": {**PASSED_ON, "help": "to the teachers (default: none)"},
+        **{f"--{name}-args": {**PASSED_ON, "help": f"to {who} (default: none)"} for name, who in STUDENTS.items()},
+    },
+}
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__, usage="python -m paper.matrix [options]")
-    parser.add_argument(
-        "--tables",
-        nargs="+",
-        choices=list(TABLES),
-        default=["1"],
-        metavar="TABLE",
-        help=f"of {', '.join(TABLES)}; 2 and 3 are Table 1 for voc-few and cityscapes (default: 1)",
-    )
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        choices=list(ROWS),
-        metavar="ROW",
-        help=f"single rows instead of tables: {', '.join(ROWS)} (default: none)",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and its time, and run nothing (default: off)")
-    parser.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="result file (default: RUN/matrix-TABLES-STUDENT.json)"
-    )
-    group = parser.add_argument_group("runs")
-    group.add_argument("--dataset", default="shapes", choices=list(recipes.RECIPES), help="data set (default: shapes)")
-    group.add_argument("--data", metavar="DIR", help="folder of the data set; needed by all but shapes (default: none)")
-    group.add_argument(
-        "--part",
-        type=fraction,
-        default="1/8",
-        metavar="1/K",
-        help="fraction of the training images that is labeled (default: 1/8)",
-    )
-    group.add_argument("--student", default="r18", choices=list(models.ALIASES), help="backbone of the students (default: r18)")
-    group.add_argument(
-        "--seeds", type=whole_number, nargs="+", default=[0], metavar="SEED", help="seeds of each run (default: 0)"
-    )
-    group.add_argument("--run", type=pathlib.Path, metavar="DIR", help="folder of the students (default: runs/DATASET/PART)")
-    group.add_argument(
-        "--nproc", type=int, default=1, metavar="N", help="processes (GPUs) per run, under torchrun (default: 1)"
-    )
-    group = parser.add_argument_group("teachers")
-    for kind in ("deep", "wide"):
-        group.add_argument(
-            f"--{kind}", choices=list(models.ALIASES), help=f"backbone of the {kind} teacher (default: by --dataset)"
-        )
-        group.add_argument(
-            f"--{kind}-ckpt", type=pathlib.Path, metavar="FILE", help=f"the {kind} teacher (default: it is trained)"
-        )
-    group.add_argument("--teacher-part", type=fraction, metavar="1/K", help="partition of the teachers (default: --part)")
-    group.add_argument(
-        "--teacher-seed", type=whole_number, metavar="SEED", help="seed of the teachers (default: the student's)"
-    )
-    group = parser.add_argument_group("flags to pass on, as --args='--lr 0.02'")
-    flags = {"type": words, "default": "", "metavar": "FLAGS"}
-    group.add_argument("--args", dest="every_args", help="to every training (default: none)", **flags)
-    students = {"student": "all students", **{method: f"the students of {method}" for method in METHOD_ARGS}}
-    for name, receivers in {"teacher": "the teachers", **students}.items():
-        group.add_argument(f"--{name}-args", help=f"to {receivers} (default: none)", **flags)
+    for title, options in OPTIONS.items():
+        group = parser if title == "options" else parser.add_argument_group(title)
+        for flag, option in options.items():
+            group.add_argument(flag, **option)
     args = parser.parse_args(argv)
 
     if (args.dataset == "shapes") != (args.data is None):
@@ -369,18 +366,16 @@ def main(argv=None):
     failed = []
 
     def start(command: list[str]) -> int:
-        done = subprocess.run([sys.executable, *several, str(ROOT / command[0]), *command[1:]], stdin=subprocess.DEVNULL)
-        return done.returncode
+        words = [sys.executable, *several, str(ROOT / command[0]), *command[1:]]
+        return subprocess.run(words, stdin=subprocess.DEVNULL).returncode
 
     for i, (out, command) in enumerate(runs.items(), 1):
         print(f"[{i}/{len(runs)}] {shlex.join(command)}", flush=True)
         if start(command):
             failed.append(str(out))
     found = to_evaluate(args)
-    if found:
-        code = start(["evaluate.py", "--ckpt", *found, "--json", str(args.json)])
-        if code:
-            sys.exit(code)
+    if found and (code := start(["evaluate.py", "--ckpt", *found, "--json", str(args.json)])):
+        sys.exit(code)
     if failed:
         sys.exit(
             f"paper.matrix: {len(failed)} of {len(runs)} runs failed, the others are done: {', '.join(failed)}; fix the "
