@@ -172,6 +172,13 @@ def sync_buffers(model: torch.nn.Module):
             torch.distributed.broadcast(buffer, 0)
 
 
+def line_of(path: str, *begins: str) -> str:
+    """The first line of a file of /proc that starts with one of `begins`; empty where there is none, as on macOS."""
+    with contextlib.suppress(OSError):
+        return next((line for line in pathlib.Path(path).read_text().splitlines() if line.startswith(begins)), "")
+    return ""
+
+
 def device_slug(device: str) -> str:
     """What a benchmark's result file is named after: `cpu`, or the GPU, such as `h100-80gb-hbm3`."""
     name = torch.cuda.get_device_name().removeprefix("NVIDIA ") if device == "cuda" else device
@@ -183,13 +190,8 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return 1024 * int(line.split()[1]) / rank_and_size()[1]
-    except OSError:
-        pass
-    return float("inf")
+    available = line_of("/proc/meminfo", "MemAvailable")
+    return 1024 * int(available.split()[1]) / rank_and_size()[1] if available else float("inf")
 
 
 def print_plan(args: argparse.Namespace, device: torch.device, images: str, needed: float):
@@ -235,15 +237,8 @@ def pick_precision(name: str | None, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.backends.mkldnn.is_available() and cpu_has_bf16() else "fp32"
-
-
-def cpu_has_bf16() -> bool:
-    try:
-        flags = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    native = {"avx512_bf16", "amx_bf16"} & {*line_of("/proc/cpuinfo", "flags").split()}
+    return "bf16" if native and torch.backends.mkldnn.is_available() else "fp32"
 
 
 def autocast(device: torch.device, precision: str):

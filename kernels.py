@@ -23,7 +23,7 @@ import time
 import filelock  # of torch's own requirements
 import torch
 
-from common import ArgumentParser, UserError, cli
+from common import ArgumentParser, UserError, cli, line_of
 
 SOURCES = pathlib.Path(__file__).parent / "csrc"
 LOCK_TIMEOUT = 120.0  # seconds; a build takes 20 to 40
@@ -103,7 +103,7 @@ def build(device: str) -> pathlib.Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is read-only")
-        with lock(folder, baton=not hasattr(cpp_extension, "FileLock")), ninja_on_path(), compiler_in_one_word(folder):
+        with lock(folder, baton=not hasattr(cpp_extension, "FileLock")), build_environment(folder):
             if not cpp_extension.is_ninja_available():
                 raise KernelError("no ninja; install it with pip install ninja")
             cpp_extension.load(
@@ -139,28 +139,15 @@ def digest(target: str) -> str:
 
 def processor() -> str:
     """A text about the processor that -march=native depends on."""
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line
-    return platform.machine() + platform.processor()
+    return line_of("/proc/cpuinfo", "flags", "Features") or platform.machine() + platform.processor()
 
 
 @contextlib.contextmanager
-def ninja_on_path():
-    """Finds the ninja of this Python's environment even if that environment is not activated."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), before])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
-
-
-@contextlib.contextmanager
-def compiler_in_one_word(folder: pathlib.Path):
-    """torch takes CXX as the name of a program. If it holds arguments, this replaces it by a script that has them."""
-    before = os.environ.get("CXX")
+def build_environment(folder: pathlib.Path):
+    """The variables as torch needs them: it takes CXX as the name of a program, so if that holds arguments, a script in
+    `folder` has them; and PATH finds the ninja of this Python's environment even if that environment is not activated."""
+    before = {"PATH": os.environ.get("PATH", ""), "CXX": os.environ.get("CXX", "")}
+    os.environ["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), before["PATH"]])
     if len(compiler()) > 1:
         script = folder / "cxx"
         script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler())} "$@"\n')
@@ -169,8 +156,7 @@ def compiler_in_one_word(folder: pathlib.Path):
     try:
         yield
     finally:
-        if before is not None:
-            os.environ["CXX"] = before
+        os.environ.update(before)
 
 
 @contextlib.contextmanager
@@ -180,19 +166,16 @@ def lock(folder: pathlib.Path, baton: bool):
     torch has a lock of its own, `lock`, but waits for it without end. All builds take this one first, so that torch's is free,
     unless it is the file itself, as of older torch (`baton`), and its owner was killed. It is never deleted here.
     """
-    held = filelock.FileLock(folder / "build.lock", timeout=LOCK_TIMEOUT)
     try:
-        held.acquire()
-    except filelock.Timeout:
+        held = filelock.FileLock(folder / "build.lock").acquire(timeout=LOCK_TIMEOUT)
+    except filelock.Timeout as error:
         raise KernelError(
-            f"{held.lock_file} has been held for {LOCK_TIMEOUT:.0f} s; end the build that holds it, or set MGD_OPS=torch"
+            f"{error.lock_file} has been held for {LOCK_TIMEOUT:.0f} s; end the build that holds it, or set MGD_OPS=torch"
         ) from None
-    try:
+    with held:
         if baton and (folder / "lock").exists():
             raise KernelError(f"{folder / 'lock'} was left by a build that was killed; delete that file, or set MGD_OPS=torch")
         yield
-    finally:
-        held.release()
 
 
 def one_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from common import UserError, printable
+from common import UserError, line_of, printable
 from recipes import FLAGS, METHODS
 from run_folder import atomic_write, is_log, load_checkpoint, make_folder, without_nan
 
@@ -65,7 +65,9 @@ def write_result(path: pathlib.Path | str, what: str, rows: list[dict], seconds:
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "code": git_commit(),
         "machine": {
-            "cpu": cpu_name(),
+            "cpu": line_of("/proc/cpuinfo", "model name").partition(":")[2].strip()
+            or platform.processor()
+            or platform.machine(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(),
         },
@@ -180,20 +182,8 @@ def refuse_outputs(outputs: Sequence[tuple[str, pathlib.Path | None]], inputs: I
 
 def git_commit() -> str | None:
     """The commit of the code that runs, with `+` where files differ from it."""
-    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+    describe = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def cpu_name() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

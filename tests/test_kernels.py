@@ -186,7 +186,7 @@ def test_a_compiler_that_fails(cache, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_no_ninja(cache, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(kernels, "ninja_on_path", contextlib.nullcontext)
+    monkeypatch.setattr(kernels, "build_environment", contextlib.nullcontext)
     monkeypatch.setenv("PATH", path_without("ninja", tmp_path / "bin"))
     falls_back("no ninja; install it", monkeypatch, capsys)
 
