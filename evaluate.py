@@ -44,7 +44,7 @@ from common import (
 )
 from recipes import WINDOW_HELP, window_size
 from result_files import GROUP_BY, git_commit, refuse_outputs, setting_values, settings_of, write_result
-from run_folder import load_checkpoint, remove_resume_checkpoint
+from run_folder import load_checkpoint
 
 STRIP_BYTES = 2**27  # of finished logits per strip; fewer bytes are one strip, more take more memory
 
@@ -250,7 +250,8 @@ def finish_run(args, model, dataset, device, row: dict, save, progress):
     save(args.steps, args.out / "resume.pt")  # so that nothing is lost if the validation fails
     row["miou"] = validate(model, dataset, device, args)
     save(args.steps, args.out / "last.pt")
-    remove_resume_checkpoint(args)
+    if rank_and_size()[0] == 0:
+        (args.out / "resume.pt").unlink(missing_ok=True)
     progress.write(step=args.steps, miou=row["miou"])
     progress.close()
     print0(f"{args.out}/last.pt: {row['miou']:.2f} mIoU after {args.steps} steps, {row['seconds']:.0f} s")

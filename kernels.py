@@ -146,8 +146,8 @@ def processor() -> str:
 def build_environment(folder: pathlib.Path):
     """The variables as torch needs them: it takes CXX as the name of a program, so if that holds arguments, a script in
     `folder` has them; and PATH finds the ninja of this Python's environment even if that environment is not activated."""
-    before = {"PATH": os.environ.get("PATH", ""), "CXX": os.environ.get("CXX", "")}
-    os.environ["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), before["PATH"]])
+    before = os.environ.copy()
+    os.environ["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), before.get("PATH", "")])
     if len(compiler()) > 1:
         script = folder / "cxx"
         script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler())} "$@"\n')

@@ -24,9 +24,9 @@ import traceback
 import weakref
 from collections import Counter
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
 from PIL import Image, UnidentifiedImageError
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -37,9 +37,6 @@ from evaluate import Protocol, add_protocol_arguments, check_protocol_arguments,
 from pictures import add_legend, drawable, save_figure
 from result_files import refuse_foreign, save_png
 from run_folder import make_folder
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 # A file claims to be an image by one of these suffixes or first bytes, or by a suffix of Pillow's own list, except those that
 # Pillow knows but does not open as images.
@@ -143,9 +140,8 @@ def bytes_per_pixel(model, precision: str) -> float:
 def check_memory(path: pathlib.Path, size: tuple[int, int], classes: int, whole: float, device, protocol: Protocol):
     """Raises UserError where the prediction of an image of `size` (H, W) does not fit into the free memory. `whole` is the
     network's memory per pixel. With sliding windows, one scale and no mirroring, little grows with the image."""
-    views = len(protocol.scales) * (1 + protocol.flip)
     pixels = size[0] * size[1]
-    probabilities = 4 * classes * pixels if views > 1 else 0
+    probabilities = 4 * classes * pixels if protocol.flip or len(protocol.scales) > 1 else 0
     network = whole * pixels * (protocol.image_scale * max(protocol.scales)) ** 2 if protocol.window is None else 0
     free = free_memory(device)
     if network + probabilities > free:

@@ -113,29 +113,24 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
     run is lost, if OUT is the folder of the data, lies among its images or masks, or holds files of others, or if OUT cannot be
     written to. Ends the script if the run is finished.
     """
-    path, log = args.out / "resume.pt", args.out / "log.jsonl"
+    path, last, log = args.out / "resume.pt", args.out / "last.pt", args.out / "log.jsonl"
     out, data = args.out.resolve(), pathlib.Path(args.data or "").resolve()
     if args.data and (out == data or {data / "images", data / "masks"} & {out, *out.parents}):
         raise UserError(f"--out {args.out}: is the folder of the data, or lies among its images or masks; give another")
     make_folder("--out", args.out)
     if log.exists() and not is_log(log):
         raise UserError(f"{log}: was not written by this project; choose another --out, or remove it")
+    found = [file for file in (path, last) if file.exists()]
+    if not found:
+        return None
     if not args.resume:
-        for found in (path, args.out / "last.pt"):
-            if found.exists():
-                raise UserError(
-                    f"{found}: belongs to an earlier run; pass --resume to continue it, choose another --out, or delete it"
-                )
-        return None
-    if not path.exists():
-        if (args.out / "last.pt").exists():
-            load_checkpoint(args.out / "last.pt")  # another program's file is no finished run
-            print0(f"{args.out / 'last.pt'}: this run is finished; delete the file to train it again")
-            sys.exit(0)
-        return None
-    checkpoint = load_checkpoint(path)
-    if (args.out / "last.pt").exists():
-        load_checkpoint(args.out / "last.pt")  # raises for a file of others, which would be replaced
+        raise UserError(
+            f"{found[0]}: belongs to an earlier run; pass --resume to continue it, choose another --out, or delete it"
+        )
+    checkpoint, *_ = [load_checkpoint(file) for file in found]  # raises for a last.pt of another program
+    if found == [last]:
+        print0(f"{last}: this run is finished; delete the file to train it again")
+        sys.exit(0)
     # Arguments without influence on the result may change, and so may the number of micro-batches,
     # each of which batch norm sees by itself.
     for key, value in sorted(plain_args(args).items(), key=lambda item: item[0] == "window"):  # which follows the crop
@@ -161,12 +156,6 @@ def plain_args(args: argparse.Namespace) -> dict:
         return str(value) if isinstance(value, pathlib.Path) else list(value) if isinstance(value, tuple) else value
 
     return {key: plain(value) for key, value in vars(args).items()}
-
-
-def remove_resume_checkpoint(args: argparse.Namespace):
-    """Remove OUT/resume.pt, since last.pt is written."""
-    if rank_and_size()[0] == 0:
-        (args.out / "resume.pt").unlink(missing_ok=True)
 
 
 # ---- the log ----
@@ -233,13 +222,13 @@ class Progress:
             self.began = now
         if done % self.args.log_every and done % self.args.save_every and done != self.args.steps:
             return
-        means = mean_over_ranks(torch.stack([torch.as_tensor(loss).float() for loss in losses.values()])).tolist()
-        means = dict(zip(losses, means, strict=True))
+        means = mean_over_ranks(torch.stack([torch.as_tensor(loss).float() for loss in losses.values()]))
+        means = dict(zip(losses, means.tolist(), strict=True))
         now = time.perf_counter()
         elapsed, self.since = now - self.since, now
         speed = self.steps * images / elapsed
         data, self.steps, self.waited = self.waited / elapsed, 0, 0.0
-        bad = [name for name, value in means.items() if value != value or abs(value) == float("inf")]
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
         self.write(step=step + 1, lr=lr, images_per_s=speed, data_wait=data, **means)
         if bad:
             raise UserError(

@@ -20,7 +20,8 @@ import pathlib
 import re
 import statistics
 
-import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 
 from common import ArgumentParser, UserError, cli, printable
 from pictures import save_figure
@@ -36,10 +37,6 @@ from result_files import (
     write_text,
 )
 from run_folder import make_folder
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.lines import Line2D
 
 # Its rows have the keys of ours.
 PAPER = json.loads((pathlib.Path(__file__).resolve().parent.parent / "results" / "paper.json").read_text(encoding="utf-8"))
