@@ -4,6 +4,7 @@ import argparse
 import atexit
 import contextlib
 import errno
+import functools
 import inspect
 import os
 import pathlib
@@ -20,18 +21,13 @@ class UserError(Exception):
     """An error that the user can fix. The message is one line that names the file or flag, and the fix."""
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """The opening docstring as it stands, and lines of at most 80 columns whatever the terminal's width."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=26, width=80)
-
-
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with one line for a wrong argument, and without abbreviated flags."""
+    """argparse with one line for a wrong argument, and without abbreviated flags. Help shows the opening docstring as it
+    stands, and lines of at most 80 columns whatever the terminal's width."""
 
     def __init__(self, description=None, **more):  # subcommands pass more
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **more)
+        form = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80)
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **more)
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
@@ -194,9 +190,10 @@ def free_memory(device: torch.device) -> float:
     return 1024 * int(available.split()[1]) / rank_and_size()[1] if available else float("inf")
 
 
-def print_plan(args: argparse.Namespace, device: torch.device, images: str, needed: float):
+def print_plan(args: argparse.Namespace, device: torch.device, partition, unlabeled: bool, needed: float, more: str = ""):
     """Print what a training will do. `needed` is an estimate of its memory in bytes, on the low side. Raises UserError where
     less is free."""
+    images = f"{len(partition.labeled)} labeled and {len(partition.unlabeled) if unlabeled else 'no'} unlabeled images"
     free, sides = free_memory(device), "x".join(map(str, args.crop))
     if needed > free:
         raise UserError(
@@ -204,7 +201,7 @@ def print_plan(args: argparse.Namespace, device: torch.device, images: str, need
             "raise --grad-accum, or lower --batch or --crop"
         )
     print0(
-        f"{args.out}: {args.method} {args.backbone}, {images}, {args.steps} steps of {args.batch} labeled images, lr "
+        f"{args.out}: {args.method} {args.backbone}, {images}{more}, {args.steps} steps of {args.batch} labeled images, lr "
         f"{args.lr:.2g}, on {device} in {args.precision}; about {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB"
     )
 

@@ -238,7 +238,6 @@ def mgd_losses(
     (m, H, W); the outputs of T_D, T_W or both; `normalizer` for the labeled images and, where a loss is on them, the mixed
     views (see `batches.valid_pixels`).
     """
-    size = labels.shape[-2:]
 
     def cross_entropies(logits, label_maps, normalizer):
         return mgd_ops.pixel_cross_entropies(logits, label_maps, [normalizer] * len(label_maps))
@@ -254,11 +253,11 @@ def mgd_losses(
         terms["pixel_u"] = sum(cross_entropies(mixed.logits, maps, normalizer[1]))  # Eq. 2
     for role, teacher in teachers.items():
         if f"image:{role}" in losses:  # Eq. 4
-            image = mgd_ops.image_loss(mixed.logits, teacher.mixed.logits, size, image_reduction)
-            terms["image"] = terms.get("image", 0.0) + image
+            term = mgd_ops.image_loss(mixed.logits, teacher.mixed.logits, labels.shape[-2:], image_reduction)
+            terms["image"] = terms.get("image", 0.0) + term
         if f"region:{role}" in losses:  # Eq. 6
-            region = mgd_ops.region_loss(mixed.features, teacher.mixed.features, regions)
-            terms["region"] = terms.get("region", 0.0) + region
+            term = mgd_ops.region_loss(mixed.features, teacher.mixed.features, regions)
+            terms["region"] = terms.get("region", 0.0) + term
     return terms
 
 
@@ -292,11 +291,6 @@ def kd_losses(labeled, mixed, labels, teachers: dict[str, TeacherOutputs], norma
     sup = supervised_loss(labeled.logits, labels, normalizer[0])
     pairs = [(labeled, t.labeled) for t in teachers.values()] + [(mixed, t.mixed) for t in teachers.values()]
     return {"sup": sup, method: sum(divergence(ours.logits, theirs.logits, temperature) for ours, theirs in pairs)}
-
-
-def weights_of(args) -> dict[str, float]:
-    """The weight of each term in the loss (Eq. 7)."""
-    return {term: 1.0 if flag is None else getattr(args, flag) for term, flag in WEIGHTS.items()}
 
 
 def weighted_sum(terms: dict, weights: dict[str, float]):
@@ -357,7 +351,7 @@ def main(argv=None):
             "delete it to start again"
         )
     needed = {role: needed_outputs(args.method, args.losses, role) for role in teachers}
-    weights = weights_of(args)
+    weights = {term: 1.0 if flag is None else getattr(args, flag) for term, flag in WEIGHTS.items()}  # of Eq. 7
     if args.method == "mgd":
         losses_of = functools.partial(
             mgd_losses,
@@ -374,10 +368,9 @@ def main(argv=None):
     optimizer = torch.optim.SGD(parameter_groups(student, args.weight_decay), lr=args.lr, momentum=0.9, fused=True)
     activations = models.activation_bytes(student, micro_batches(args)[1], args.crop, args.precision, whole=args.ohem)
     parameters = 4 * sum(p.numel() for p in student.parameters())
-    images = f"{len(partition.labeled)} labeled and {len(partition.unlabeled) if on_views else 'no'} unlabeled images"
-    plan = f"{images}, {' + '.join(args.losses)}, ops {kernels.backend(device.type)}"
-    # weights, gradients and momentum, and the student's forwards
-    print_plan(args, device, plan, needed=3 * parameters + (1 + on_views) * activations)
+    memory = 3 * parameters + (1 + on_views) * activations  # weights, gradients and momentum, and the student's forwards
+    more = f", {' + '.join(args.losses)}, ops {kernels.backend(device.type)}"
+    print_plan(args, device, partition, on_views, memory, more)
     start, seconds = 0, 0.0
     if resumed:
         start, seconds = resumed["step"], resumed["row"]["seconds"]

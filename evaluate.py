@@ -299,8 +299,7 @@ def print_table(rows: list[dict], names: list[str], classes: list[str]):
     for name in classes:
         cells = [f"{'-' if row['iou'][name] is None else format(row['iou'][name], '.2f'):>7}" for row in rows]
         print(f"{printable(name):24}" + "".join(cells))
-    absent = [printable(name) for name in classes if all(row["iou"][name] is None for row in rows)]
-    if absent:
+    if absent := [printable(name) for name in classes if all(row["iou"][name] is None for row in rows)]:
         print(f"absent from masks and predictions, not in the mean: {', '.join(absent)}")
 
 
@@ -314,8 +313,10 @@ def print_seeds(rows: list[dict]):
         print("\nover seeds")
     for group in groups:
         row, mious = group[0], [row["miou"] for row in group]
-        spread = f"{np.mean(mious):6.2f} ± {np.std(mious, ddof=1):.2f}"
-        print(f"    {label_of(row):24} {row['partition']:>5} {row['steps']:6d} steps  {spread}  ({len(group)} seeds)")
+        print(
+            f"    {label_of(row):24} {row['partition']:>5} {row['steps']:6d} steps  {np.mean(mious):6.2f} ± "
+            f"{np.std(mious, ddof=1):.2f}  ({len(group)} seeds)"
+        )
 
 
 def parse_args(argv=None):

@@ -206,8 +206,7 @@ def load_weights(network: nn.Module, name: str, weights: str, stem: str):
     """
     state = published_weights(name, stem) if weights == "imagenet" else read_state_dict(weights)
     state, needed = without_classifier(state), without_classifier(network.state_dict())
-    reason = misfit(state, needed)
-    if reason:
+    if reason := misfit(state, needed):
         kinds = [(other, kind) for other in BACKBONES for kind in STEMS if (other, kind) != (name, stem)]
         fits = next((kind for kind in kinds if misfit(state, expected_shapes(*kind)) is None), None)
         if fits:

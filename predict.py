@@ -83,16 +83,11 @@ def find_images(images: pathlib.Path) -> list[pathlib.Path]:
     others = [path for path in entries if path not in {*folders, *paths}]
     for what, rest in (("no images, left out", others), ("subfolders, not looked into", folders)):
         if rest:
-            print(f"note: {images}: {what}: {names_of(rest)}", file=sys.stderr)
+            more = f" and {len(rest) - 20} more" if len(rest) > 20 else ""
+            print(f"note: {images}: {what}: {', '.join(printable(path.name) for path in rest[:20])}{more}", file=sys.stderr)
     if not paths:
         raise UserError(f"--images {printable(images)}: holds no image")
     return paths
-
-
-def names_of(paths: list[pathlib.Path], most: int = 20) -> str:
-    return ", ".join(printable(path.name) for path in paths[:most]) + (
-        f" and {len(paths) - most} more" if len(paths) > most else ""
-    )
 
 
 def output_names(paths: list[pathlib.Path]) -> list[str]:
@@ -234,8 +229,7 @@ def check_outputs(paths: list[pathlib.Path], images: pathlib.Path, out: pathlib.
     if images.is_dir() and os.path.realpath(images) in map(os.path.realpath, folders):
         raise UserError(f"--out {printable(out)}: would write among the images of --images; give another")
     targets = [folder / name for folder in folders[1:] for name in output_names(paths)] + [out / "sheet.png"]
-    lost = {os.path.realpath(path) for path in paths} & {os.path.realpath(target) for target in targets}
-    if lost:
+    if lost := {os.path.realpath(path) for path in paths} & {os.path.realpath(target) for target in targets}:
         raise UserError(f"--out {printable(out)}: would replace the image {printable(min(lost))}; give another")
     refuse_foreign(targets, overwrite, f"--out {printable(out)}")
     for folder in folders:

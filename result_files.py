@@ -29,13 +29,16 @@ DATA = ("dataset", "partition", "partition_hash", "labeled")
 NETWORK = ("role", "backbone", "method")
 MAIN = ("steps", "head_width", "crop", "weights", "teachers", "teacher_labels", "losses", "regions")
 RECORDED = {name: flag.column or name for name, flag in FLAGS.items() if flag.column is not None}  # flag -> key
-OPTIONAL = tuple(key for key in dict.fromkeys(RECORDED.values()) if key not in (*DATA, *NETWORK, *MAIN, "seed"))
-OPTIONAL += ("teacher_backbones", "teacher_methods", "teacher_steps", "scales", "flip")
+OPTIONAL = (
+    *(key for key in dict.fromkeys(RECORDED.values()) if key not in (*DATA, *NETWORK, *MAIN, "seed")),
+    *("teacher_backbones", "teacher_methods", "teacher_steps", "scales", "flip"),
+)
 SETTINGS = (*MAIN, *OPTIONAL)
 GROUP_BY = (*DATA, *NETWORK, *SETTINGS)
 # The settings that only some methods have; for the MAIN ones the row itself shows it (None or empty).
-METHODS_WITH = {key: FLAGS[name].methods for name, key in RECORDED.items() if FLAGS[name].methods != METHODS}
-METHODS_WITH = {key: methods for key, methods in METHODS_WITH.items() if key not in MAIN}
+METHODS_WITH = {
+    key: FLAGS[name].methods for name, key in RECORDED.items() if FLAGS[name].methods != METHODS and key not in MAIN
+}
 
 
 def settings_of(args: dict) -> dict:
@@ -111,20 +114,20 @@ def is_ours(path: pathlib.Path | str) -> bool:
             return False
         if path.stat().st_size == 0:
             return True
-        suffix = path.suffix.lower()
-        if suffix == ".png":
-            return png_text(path).get(b"Software") == PNG_CHUNK["Software"].encode()
-        if suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return isinstance(content, dict) and {"what", "command", "created", "rows"} <= content.keys()
-        if suffix == ".pt":
-            load_checkpoint(path)
-            return True
-        if suffix == ".jsonl":
-            return is_log(path)
-        with open(path, encoding="utf-8") as file:
-            first = file.readline()
-        return (suffix == ".md" and first.strip() == TABLE_MARK) or (suffix == ".csv" and first.startswith(TABLE_COLUMNS))
+        match path.suffix.lower():
+            case ".png":
+                return png_text(path).get(b"Software") == PNG_CHUNK["Software"].encode()
+            case ".json":
+                content = json.loads(path.read_text(encoding="utf-8"))
+                return isinstance(content, dict) and {"what", "command", "created", "rows"} <= content.keys()
+            case ".pt":
+                return bool(load_checkpoint(path))  # or it raises UserError
+            case ".jsonl":
+                return is_log(path)
+            case ".md" | ".csv" as suffix:
+                with open(path, encoding="utf-8") as file:
+                    return file.readline().startswith(TABLE_MARK if suffix == ".md" else TABLE_COLUMNS)
+        return False
     except (OSError, ValueError, UserError):
         return False
 

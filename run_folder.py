@@ -184,9 +184,9 @@ class Progress:
     """One progress bar and OUT/log.jsonl. Metrics stay on the device until they are logged."""
 
     def __init__(self, args: argparse.Namespace, start: int):
-        path = args.out / "log.jsonl"
+        path, quiet = args.out / "log.jsonl", None  # None: the bar is for terminals
         if rank_and_size()[0] > 0:
-            path = os.devnull
+            path, quiet = os.devnull, True
         else:  # a resumed run keeps the lines up to its checkpoint, and logs the later ones again
             lines = path.read_bytes().splitlines() if start and path.exists() else []
             with atomic_write(path) as temporary:
@@ -194,7 +194,6 @@ class Progress:
         self.file = open(path, "a")  # noqa: SIM115
         self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
         self.terms, self.first, self.began = 0, start, None  # the steps that the duration is measured over
-        quiet = True if rank_and_size()[0] > 0 else None
         self.bar = tqdm(total=args.steps, initial=start, desc=args.out.name, disable=quiet, dynamic_ncols=True)
 
     def next_batch(self, batches):

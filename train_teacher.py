@@ -155,9 +155,8 @@ def main(argv=None):
     activations = models.activation_bytes(nets[0], micro_batches(args)[1], args.crop, args.precision, full_size)
     forwards = 1 if args.method == "sup" else 2  # of which a backward goes through
     weights = 4 * sum(p.numel() for net in {*nets, *saved.values()} for p in net.parameters())
-    unlabeled_images = "no" if args.method == "sup" else len(partition.unlabeled)
-    images = f"{len(partition.labeled)} labeled and {unlabeled_images} unlabeled images"
-    print_plan(args, device, images, needed=3 * weights + forwards * activations)  # weights, gradients, momentum
+    needed = 3 * weights + forwards * activations  # weights, gradients, momentum
+    print_plan(args, device, partition, args.method != "sup", needed)
     start, seconds = 0, 0.0
     if resumed:
         start, seconds = resumed["step"], resumed["row"]["seconds"]

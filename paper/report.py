@@ -109,8 +109,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
         # without the rows of benchmarks and of the paper
         rows = [{**dict.fromkeys(OPTIONAL), **row, "file": path.name} for row in rows if "miou" in row and "table" not in row]
         for row in rows:
-            absent = [key for key in (*GROUP_BY, "seed", *GMACS) if key not in row]
-            if absent:
+            if absent := [key for key in (*GROUP_BY, "seed", *GMACS) if key not in row]:
                 raise UserError(f"{path}: a row lacks '{absent[0]}'; write the file again with evaluate.py --json")
             if not isinstance(row["miou"], (int, float)) or not math.isfinite(row["miou"]):
                 raise UserError(f"{path}: a row's mIoU is {row['miou']}; evaluate that checkpoint again")
@@ -146,18 +145,16 @@ def average(rows: list[dict]) -> list[dict]:
         print(f"{replaced} row(s) left out: newer ones agree with them in all settings and seeds")
     groups = []
     for seeds in alike.values():
-        mious, files = [row["miou"] for row in seeds.values()], sorted({row["file"] for row in seeds.values()})
-        shared = {key: row[key] for row in seeds.values() for key in (*GROUP_BY, *GMACS)}
-        deviation = statistics.stdev(mious) if len(mious) > 1 else None
+        mious = [row["miou"] for row in seeds.values()]
         groups.append(
             {
-                **shared,
+                **{key: row[key] for row in seeds.values() for key in (*GROUP_BY, *GMACS)},
                 "source": "ours",
                 "miou": statistics.fmean(mious),
-                "deviation": deviation,
+                "deviation": statistics.stdev(mious) if len(mious) > 1 else None,
                 "n": len(mious),
                 "seeds": sorted(row["seed"] for row in seeds.values()),
-                "files": files,
+                "files": sorted({row["file"] for row in seeds.values()}),
             }
         )
     return groups
