@@ -59,7 +59,7 @@ TABLE_MARK = "<!-- written by MGD's report -->"  # the first line of its Markdow
 TABLE_COLUMNS = ",".join(("source", *DATA, *NETWORK))  # how the first line of its CSV tables begins
 
 
-def write_result(path: pathlib.Path | str, what: str, rows: list[dict], seconds: float, ops: str):
+def write_result(path: pathlib.Path, what: str, rows: list[dict], seconds: float, ops: str):
     """Write one result file: who measured what, where and with which command, and the rows. Numbers that are not finite become
     null, since JSON has no NaN."""
     result = {
@@ -79,7 +79,6 @@ def write_result(path: pathlib.Path | str, what: str, rows: list[dict], seconds:
         "seconds": round(seconds, 1),
         "rows": rows,
     }
-    path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(without_nan(result), indent=1, allow_nan=False) + "\n")
 
@@ -93,8 +92,7 @@ def write_text(path: pathlib.Path, text: str):
 def save_png(path: pathlib.Path, image: Image.Image):
     """Write a PNG that `is_ours`, whole or not at all."""
     chunk = PngInfo()
-    for key, text in PNG_CHUNK.items():
-        chunk.add_text(key, text)
+    chunk.add_text("Software", PNG_CHUNK["Software"])
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunk)
 
@@ -102,13 +100,12 @@ def save_png(path: pathlib.Path, image: Image.Image):
 # ---- whose files ----
 
 
-def is_ours(path: pathlib.Path | str) -> bool:
+def is_ours(path: pathlib.Path) -> bool:
     """Whether a file may be replaced without asking: this project wrote it, or it is empty.
 
     A PNG is recognized by its text chunk, a JSON file by its keys, a log.jsonl by its first entry, a .pt as a checkpoint, a
     table by its first line. Any other file belongs to the user.
     """
-    path = pathlib.Path(path)
     try:
         if not path.is_file():
             return False

@@ -141,13 +141,14 @@ def main(argv=None):
     dataset, partition = datasets.open_training_data(args, unlabeled=args.method != "sup")
     resumed = load_for_resume(args, partition)
 
-    nets, optimizers = [], []
+    nets = []
     for i in range(2 if args.method == "cps" else 1):
         # without weights the two start from different ones, and so do two teachers of one kind
         torch.manual_seed(seed_of(args.seed, (30 if args.role == "teacher_wide" else 10) + i))
         nets.append(models.model_from_args(vars(args), len(dataset.classes), args.weights).to(device).train())
-        groups = parameter_groups(nets[i], args.weight_decay)
-        optimizers.append(torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True))
+    optimizers = [
+        torch.optim.SGD(parameter_groups(net, args.weight_decay), lr=args.lr, momentum=0.9, fused=True) for net in nets
+    ]
     average = moving_average(nets[0], args.ema_decay) if args.method == "mt" else None
     eval_model = average.module if average else nets[0]  # what is validated and kept
     saved = {"model": eval_model} if args.method == "sup" else {"model": eval_model, "second": nets[0] if average else nets[1]}
