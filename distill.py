@@ -288,9 +288,11 @@ def kd_losses(labeled, mixed, labels, teachers: dict[str, TeacherOutputs], norma
     """
     divergence = kd_loss if method == "kd" else cwd_loss
     supervised_loss = mgd_ops.ohem_cross_entropy if ohem else mgd_ops.pixel_cross_entropy
-    sup = supervised_loss(labeled.logits, labels, normalizer[0])
     pairs = [(labeled, t.labeled) for t in teachers.values()] + [(mixed, t.mixed) for t in teachers.values()]
-    return {"sup": sup, method: sum(divergence(ours.logits, theirs.logits, temperature) for ours, theirs in pairs)}
+    return {
+        "sup": supervised_loss(labeled.logits, labels, normalizer[0]),
+        method: sum(divergence(ours.logits, theirs.logits, temperature) for ours, theirs in pairs),
+    }
 
 
 def weighted_sum(terms: dict, weights: dict[str, float]):

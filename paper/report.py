@@ -101,8 +101,9 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", error)
-            raise UserError(f"{path}: cannot be read as JSON ({reason}); give result files of evaluate.py --json") from None
+            raise UserError(
+                f"{path}: cannot be read as JSON ({getattr(error, 'strerror', error)}); give result files of evaluate.py --json"
+            ) from None
         rows = content.get("rows") if isinstance(content, dict) else None
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path}: holds no rows; give result files of evaluate.py --json")
@@ -421,8 +422,9 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
             whole = lines[:-1] + [line for line in lines[-1:] if line.endswith("}")]  # the last one may be cut off
             logs[path] = [{"step": int(entry["step"]), **entry} for entry in map(json.loads, whole)]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            reason = getattr(error, "strerror", error)
-            raise UserError(f"--curves {path}: cannot be read as a log ({reason}); give the log.jsonl of a run") from None
+            raise UserError(
+                f"--curves {path}: cannot be read as a log ({getattr(error, 'strerror', error)}); give the log.jsonl of a run"
+            ) from None
     keys = dict.fromkeys(key for log in logs.values() for entry in log for key in entry)
     terms = [key for key in keys if key not in ("step", "lr", "images_per_s", "data_wait")]
     if not terms:
