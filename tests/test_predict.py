@@ -501,7 +501,7 @@ def test_an_exception_belongs_to_its_file(script, ckpt, photos, tmp_path, monkey
         return run_model(model, image, *more)
 
     open_image, run_model = readers.open_image, evaluate.predict
-    monkeypatch.setattr(datasets, "open_image", read)
+    monkeypatch.setattr(readers, "open_image", read)
     monkeypatch.setattr(predict, "predict", run)
     code, text, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")
     assert code == 1 and "2 masks" in text and "6 file(s) skipped" in text
@@ -515,7 +515,7 @@ def test_an_exception_belongs_to_its_file(script, ckpt, photos, tmp_path, monkey
 @pytest.mark.slow
 def test_an_image_too_large_as_a_whole_is_refused(script, ckpt, photos, tmp_path, monkeypatch):
     saved(np.zeros((600, 700, 3), np.uint8), photos / "large.png")
-    monkeypatch.setattr(predict, "free_memory", lambda device: 20e6)
+    monkeypatch.setattr(predict, "free_memory", lambda device: 6e6)
     arguments = ("--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")
     code, text, err = script(predict, *arguments, "--window", "whole")
     (line,) = lines(err)
