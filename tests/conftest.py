@@ -192,7 +192,7 @@ def assert_it_learns(out, terms, falls_to, miou):
     for term in terms:
         values = [entry[term] for entry in entries if term in entry]
         assert np.mean(values[-3:]) < falls_to * np.mean(values[:3]), (term, values)
-    assert log(out)[-1]["miou"] > miou
+    assert log(out)[-1]["miou"] > miou, log(out)[-1]
 
 
 def distill_args(out, teachers, *more):
