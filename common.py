@@ -48,6 +48,8 @@ def cli(main):
         reason = lost_worker(f"{error} {error.__cause__ or ''}")
         if reason is None:
             raise
+        for worker in torch.multiprocessing.active_children():  # the others would write tracebacks when this process ends
+            worker.kill()
         stop(reason)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
