@@ -48,9 +48,15 @@ def cli(main):
         reason = lost_worker(f"{error} {error.__cause__ or ''}")
         if reason is None:
             raise
-        for worker in torch.multiprocessing.active_children():  # the others would write tracebacks when this process ends
+        workers = torch.multiprocessing.active_children()
+        for worker in workers:  # the others would write tracebacks when this process ends
             worker.kill()
-        stop(reason)
+        try:
+            stop(reason)
+        finally:
+            if workers:  # and so would what is left of them here
+                sys.stderr.flush()
+                os._exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
