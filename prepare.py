@@ -1,44 +1,47 @@
-"""Prepare a data set: look at it before training, build VOC's augmented masks, or
-turn masks of any form into class indices.
+"""Prepare a data set: turn masks of any form, or outlines, into class indices,
+divide the images, look at them before training, or build VOC's augmented masks.
 
-    python prepare.py check --dataset folder --data data/mine --picture look.png
-    python prepare.py voc --data data/voc --download
     python prepare.py masks --masks old --out data/mine/masks --values 0=0 255=1
     python prepare.py masks --masks old --out data/mine/masks --palette map.txt
+    python prepare.py masks --masks labelme --out data/mine/masks
+    python prepare.py masks --masks coco.json --out data/mine/masks
+    python prepare.py split --data data/mine --val 0.2
+    python prepare.py check --dataset folder --data data/mine --picture look.png
+    python prepare.py voc --data data/voc --download
 
+masks    writes masks of class indices from masks of colours (palette.txt,
+         CVAT's labelmap.txt, CamVid's label_colors.txt) or of other values, or
+         from the outlines in LabelMe's JSON files or in a JSON file of COCO.
+         The input is never changed.
+split    writes train.txt and val.txt for images/ and masks/.
 check    opens every image and mask of the data set, and prints what is wrong.
          The exit code is 1 if anything is.
 voc      builds SegmentationClassAug from VOC 2012 and SBD.
-masks    writes masks of class indices from masks of colours (palette.txt,
-         CVAT's labelmap.txt, CamVid's label_colors.txt) or of other values.
-         Their names may end in _mask, _L, ... The input is never changed.
 """
 
 import argparse
 import collections
 import pathlib
 import re
-import shlex
 import sys
-import unicodedata
-from typing import NamedTuple
 
 import numpy as np
 import torchvision
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import checks
 import datasets
-import readers
 from common import IGNORE_INDEX, ArgumentParser, UserError, cli, printable
+from convert import convert_masks
 from datasets import VOC_FOLDERS, Voc, voc_root
 from pictures import class_labels, save_figure
-from readers import VOC_BORDER, colour_table, mask_values, name_of, open_mask, opened, read_lines, upright, voc_palette
+from polygons import convert_outlines, json_files
+from readers import colour_table, open_mask, read_lines, voc_palette
 from recipes import METHODS, add_flags
-from result_files import png_text, refuse_outputs, save_png
+from result_files import refuse_outputs, save_png
 from run_folder import atomic_write, make_folder
+from splits import split_data
 
 # ---- check ----
 
@@ -200,324 +203,12 @@ def prepare_voc(data: pathlib.Path, download: bool, overwrite: bool):
     print(f"note: {missing}" if missing else "10,582 training and 1,449 val images, as in the paper")
 
 
-# ---- masks ----
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
-ENDINGS = r"([_.-](masks?|labels?|l|gt|seg|segmentation|annotations?|label(train)?ids|colou?rs?|png|jpe?g))+$"  # of names
-BROKEN = ("cannot be read as an image", "replace it")
-UNKNOWN = 256  # in a table of class indices
-WRITTEN = "mgd prepare.py masks"  # the PNG text `Software`; predictions have another, and so never replace masks
-
-
-class Classes(NamedTuple):
-    """The classes that values or colours of masks stand for."""
-
-    indices: dict[int, int]  # a grey value, or a colour as `packed`, -> class index or 255
-    names: list[str]
-    palette: list[tuple[int, int, int]]
-    coloured: bool  # whether the keys of `indices` are colours
-
-
-def packed(colour) -> int:
-    red, green, blue = (int(channel) for channel in colour)
-    return red << 16 | green << 8 | blue
-
-
-def shown(key: int, coloured: bool) -> str:
-    return f"{key >> 16},{key >> 8 & 255},{key & 255}" if coloured else str(key)
-
-
-def colour_of(text: str) -> tuple[int, int, int] | None:
-    """`R,G,B` or `R G B` as a colour; None for other texts."""
-    channels = [int(part) for part in re.split(r"[\s,]+", text.strip()) if re.fullmatch(r"[0-9]+", part)]
-    return tuple(channels) if re.fullmatch(r"\d+([\s,]+\d+){2}", text.strip()) and max(channels) < 256 else None
-
-
-def read_colour_file(path: str) -> list[tuple[tuple[int, int, int], str | None]]:
-    """[(colour, class name or None)] from palette.txt (`R G B`), CamVid's label_colors.txt (`R G B NAME`) or CVAT's
-    labelmap.txt (`NAME:R,G,B:PARTS:ACTIONS`). Raises UserError."""
-    entries = []
-    for line in read_lines(pathlib.Path(path), "colour 'R G B'"):
-        if line.startswith("#"):
-            continue
-        cvat = re.fullmatch(r"(.*?):(\d+,\d+,\d+):[^:]*:[^:]*", line)
-        plain = re.fullmatch(r"(\d+[\s,]+\d+[\s,]+\d+)(?:[\s,]+(\S.*))?", line)
-        colour = colour_of(cvat[2] if cvat else plain[1]) if cvat or plain else None
-        if colour is None:
-            raise UserError(
-                f"{path}: '{line}' is not a colour; write one 'R G B' per line, each from 0 to 255, or give CVAT's "
-                "labelmap.txt, with lines such as 'road:128,64,128::'"
-            )
-        entries.append((colour, cvat[1] if cvat else plain[2]))
-    twice = [colour for colour, count in collections.Counter(colour for colour, _ in entries).items() if count > 1]
-    if twice or not entries:
-        reason = f"holds the colour {','.join(map(str, twice[0]))} twice" if twice else "holds no colour"
-        raise UserError(f"{path}: {reason}; give every class a colour of its own")
-    return entries
-
-
-def has_colours(path: pathlib.Path) -> bool:
-    """Whether a mask file has colours, not only grey values."""
-    with opened(path, *BROKEN) as file:
-        pixels = np.asarray(file.convert("RGB"))
-    return bool((pixels != pixels[..., :1]).any())
-
-
-def read_entries(args: argparse.Namespace, names: list[str] | None, mask: pathlib.Path):
-    """[(value or colour, class)] from `--values`, `--palette`, or, if `mask` has colours, a file beside the masks.
-    A class is a name, an index or `ignore`; `names` are the lines of classes.txt. Raises UserError."""
-    palette = args.palette
-    if not palette and not args.values and has_colours(mask):
-        source = args.masks.resolve()
-        nearby = (args.out.resolve().parent / "palette.txt", source / "labelmap.txt", source.parent / "labelmap.txt")
-        palette = next((str(path) for path in nearby if path.exists()), None)
-    if palette == "voc":
-        return [*zip(voc_palette(21), datasets.VOC_CLASSES, strict=True), (VOC_BORDER, "ignore")]
-    if palette == "cityscapes":
-        return [*zip(datasets.CITYSCAPES_PALETTE, datasets.CITYSCAPES_CLASSES, strict=True), ((0, 0, 0), "ignore")]
-    if palette:
-        return [(colour, str(i) if name is None else name) for i, (colour, name) in enumerate(read_colour_file(palette))]
-    if not args.values:  # the values are the indices
-        return [*((i, str(i)) for i in range(len(names) if names else IGNORE_INDEX)), (IGNORE_INDEX, "ignore")]
-    entries = {}
-    for pair in args.values:
-        text, equals, name = pair.partition("=")
-        key = int(text) if re.fullmatch(r"[0-9]{1,5}", text) and int(text) < 1 << 16 else colour_of(text)
-        if not equals or name in ("", "CLASS") or key is None:
-            raise UserError(f"--values {pair}: give VALUE=NAME or R,G,B=NAME, such as 255=1, 128,0,0=road or 0=ignore")
-        if key in entries:
-            raise UserError(f"--values: gives {text} two classes; give it one")
-        entries[key] = name
-    if len(set(map(type, entries))) > 1:
-        raise UserError("--values: give either values or colours, not both")
-    return list(entries.items())
-
-
-def read_classes(args: argparse.Namespace, mask: pathlib.Path) -> Classes:
-    """The classes of classes.txt beside OUT, or else of `read_entries`, with their values or colours in the masks. Raises
-    UserError."""
-    path = args.out.resolve().parent / "classes.txt"
-    names = read_lines(path) if path.exists() else None
-    entries = [(key, unicodedata.normalize("NFC", name)) for key, name in read_entries(args, names, mask)]
-    absent = set(args.ignore) - {name for _, name in entries}
-    if absent:
-        raise UserError(f"--ignore {min(absent)}: no such class; there are {', '.join(name for _, name in entries)}")
-    ignored = {"ignore", str(IGNORE_INDEX), *args.ignore}
-    called = list(dict.fromkeys(name for _, name in entries if name not in ignored))
-    if names is None:
-        numbers = [int(name[:9]) for name in called if name.isdecimal()]
-        if numbers and len(numbers) < len(called):
-            raise UserError(f"{path}: no such file, so give every class as an index, or every class by its name")
-        names = [f"class {i}" for i in range(min(1 + max(numbers), 256))] if numbers else called
-    if not 2 <= len(names) <= IGNORE_INDEX:
-        raise UserError("--values and --palette: 2 to 255 classes are possible, with indices from 0 to 254")
-    where = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    absent = [name for name in called if name not in where]
-    if absent:
-        raise UserError(
-            f"{path}: names no class '{absent[0]}'; add it there (one name per line), or leave it out with "
-            f"--ignore '{absent[0]}'"
-        )
-    coloured = isinstance(entries[0][0], tuple)
-    indices, palette = {}, voc_palette(len(names))
-    for key, name in entries:
-        index = IGNORE_INDEX if name in ignored else where[name]
-        indices[packed(key) if coloured else key] = index
-        if coloured and index != IGNORE_INDEX:
-            palette[index] = key
-    return Classes(indices, names, palette, coloured)
-
-
-def find_masks(folder: pathlib.Path, images: set[str], ending: str | None):
-    """{image name: mask file} in `folder` and its subfolders, and a list of the files that belong to no image.
-
-    With `ending` (--suffix), masks are the files NAME + ending. Otherwise a mask's name begins with the name of one of
-    `images`; without images, the usual endings are removed. Raises UserError.
-    """
-    masks, others = {}, []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")):
-        stem = unicodedata.normalize("NFC", path.stem)
-        if ending is not None:
-            name = stem.removesuffix(ending) if stem.endswith(ending) and stem != ending else None
-        elif images:
-            cuts = (stem[:i] for i in range(len(stem), 0, -1) if i == len(stem) or not stem[i].isalnum())
-            name = next((cut for cut in cuts if cut in images), None)
-        else:
-            name = re.sub(ENDINGS, "", name_of(path.name), flags=re.IGNORECASE) or stem
-        if name is None or (images and name not in images):
-            others.append(path)
-        elif name in masks:
-            raise UserError(
-                f"{path}: is a mask of '{name}', and so is {masks[name]}; choose the masks, for example "
-                f"with --suffix '{stem.removeprefix(name)}'"
-            )
-        else:
-            masks[name] = path
-    if not masks:
-        found = f"; the first file is {others[0].name}" if others else ""
-        raise UserError(
-            f"--masks {folder}: holds no mask of an image{found}; give the folder of the masks, and --images "
-            "with the folder of the images (--suffix _mask: files are called NAME_mask.png)"
-        )
-    return masks, others
-
-
-def rgb_of(file: Image.Image, path: pathlib.Path) -> np.ndarray:
-    """(H, W, 3) uint8: the colours of an opened mask, upright, without transparency. Raises UserError where only transparency
-    shows the classes."""
-    image = upright(file)
-    pixels = np.asarray(image.convert("RGB"))
-    if "A" in image.getbands() and np.ptp(np.asarray(image.getchannel("A"))) > 0 and (pixels == pixels[0, 0]).all():
-        raise UserError(f"{path}: has one colour and shows its classes by transparency; flatten it onto another colour")
-    return pixels
-
-
-def read_keys(path: pathlib.Path, classes: Classes) -> np.ndarray:
-    """(H, W) int64: the grey value of each pixel, or its colour as `packed`. Raises UserError."""
-    with opened(path, *BROKEN) as file:
-        if classes.coloured and not file.mode.startswith("I"):
-            pixels = rgb_of(file, path).astype(np.int64)
-            return pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
-        if file.mode in ("L", "P", "1") or file.mode.startswith("I"):
-            white = IGNORE_INDEX if file.mode == "1" and 1 not in classes.indices else 1  # one bit: 0 and 1, or 0 and 255
-            return mask_values(file).astype(np.int64) * white
-        pixels = rgb_of(file, path)
-    if (pixels != pixels[..., :1]).any():
-        raise UserError(f"{path}: has colours; say which colour is which class: {readers.flags_for_file(path)}")
-    return pixels[..., 0].astype(np.int64)
-
-
-def convert_masks(args: argparse.Namespace) -> int:
-    """Write class indices to OUT/NAME.png for every mask, and classes.txt and palette.txt beside OUT where they are missing.
-    Returns the number of unknown values or colours; if there is one, nothing is written. Raises UserError."""
-    if not args.masks.is_dir():
-        raise UserError(f"--masks {args.masks}: no such folder")
-    source, out = args.masks.resolve(), args.out.resolve()
-    if source == out or source in out.parents or out in source.parents:
-        raise UserError(f"--out {args.out}: is, holds or lies in the folder of --masks, which must not change; give another")
-    beside = out.parent / "images"
-    if args.images and not args.images.is_dir():
-        raise UserError(f"--images {args.images}: no such folder")
-    folder = args.images or (beside if beside.is_dir() else None)
-    images = {name_of(path.name) for path in folder.iterdir() if path.suffix.lower() in readers.SUFFIXES} if folder else set()
-    masks, others = find_masks(args.masks, images, args.suffix)
-    classes = read_classes(args, next(iter(masks.values())))
-    foreign = [path for path in (args.out / f"{name}.png" for name in masks) if path.exists() and not is_converted(path)]
-    if foreign and not args.overwrite:
-        raise UserError(
-            f"--out: {foreign[0]} exists and was not written by this command; give another folder, or add "
-            "--overwrite to replace it"
-        )
-
-    table = np.full(1 << 24 if classes.coloured else 1 << 16, UNKNOWN, np.uint16)
-    table[list(classes.indices)] = list(classes.indices.values())
-    unknown, example, pixels = collections.Counter(), {}, 0
-    for path in tqdm(masks.values(), "read", disable=None):
-        keys = read_keys(path, classes)
-        if keys.max(initial=0) >= len(table) or keys.min(initial=0) < 0:
-            raise UserError(f"{path}: holds the value {keys.max()}; masks of 16 bits at most can be converted")
-        indices = table[keys]
-        pixels += keys.size
-        for key, count in zip(*np.unique(keys[indices == UNKNOWN], return_counts=True), strict=True):
-            unknown[int(key)] += int(count)
-            example.setdefault(int(key), path)
-    nearest = {key: nearest_key(key, classes) for key in unknown}
-    if unknown and args.unknown == "error":
-        flag = "--values" if args.values else "the palette" if classes.coloured else "classes.txt"
-        report_unknown(classes, unknown, nearest, example, pixels, flag)
-        return len(unknown)
-    for key, near in nearest.items():
-        table[key] = IGNORE_INDEX if args.unknown == "ignore" else classes.indices[near]
-
-    make_folder("--out", args.out)
-    flat = colour_table(classes.palette)
-    chunk = PngInfo()
-    chunk.add_text("Software", WRITTEN)
-    for name, path in tqdm(masks.items(), "write", disable=None):
-        image = Image.fromarray(table[read_keys(path, classes)].astype(np.uint8))
-        image.putpalette(flat.ravel().tolist())
-        with atomic_write(args.out / f"{name}.png") as temporary:
-            image.save(temporary, format="PNG", pnginfo=chunk)
-    if out.name == "masks" or beside.is_dir():
-        lines = {"classes.txt": classes.names} if args.values or classes.coloured else {}  # {}: val's labels count them
-        if classes.coloured:
-            lines["palette.txt"] = [" ".join(map(str, colour)) for colour in classes.palette]
-        for file, content in lines.items():
-            if content and not (out.parent / file).exists():
-                with atomic_write(out.parent / file) as temporary:
-                    temporary.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
-                print(f"{args.out.parent / file}: {len(content)} lines")
-    if others:
-        print(f"note: {len(others)} file(s) belong to no image and were left out, first {printable(others[0])}")
-    changed = f"; {sum(unknown.values())} pixels of unknown values: {args.unknown}" if unknown else ""
-    print(f"{args.out}: {len(masks)} masks{changed}")
-    if beside.is_dir():
-        print(f"next: python prepare.py check --dataset folder --data {shlex.quote(str(args.out.parent))} --part 1")
-    return 0
-
-
-def is_converted(path: pathlib.Path) -> bool:
-    try:
-        return png_text(path).get(b"Software") == WRITTEN.encode()
-    except OSError:
-        return False
-
-
-def channels(key, coloured: bool) -> np.ndarray:
-    key = np.asarray(key)
-    return np.stack([key >> 16, key >> 8 & 255, key & 255], -1) if coloured else key[..., None]
-
-
-def nearest_key(key: int, classes: Classes) -> int:
-    known = np.array(list(classes.indices))
-    distance = ((channels(known, classes.coloured) - channels(key, classes.coloured)) ** 2).sum(-1)
-    return int(known[distance.argmin()])
-
-
-def report_unknown(classes: Classes, unknown, nearest, example, pixels: int, flag: str):
-    """Print the values or colours without a class, and the fix; `flag` gives the classes of the others."""
-    total, kind = sum(unknown.values()), "colour" if classes.coloured else "value"
-    what = f"1 {kind} belongs" if len(unknown) == 1 else f"{len(unknown)} {kind}s belong"
-    print(f"{what} to no class, {total} pixels ({100 * total / pixels:.2f}%):")
-    for key, count in unknown.most_common(10):
-        near = nearest[key]
-        index = classes.indices[near]
-        name = "ignored" if index == IGNORE_INDEX else classes.names[index]
-        print(
-            f"    {shown(key, classes.coloured):12} {count:9} pixels, nearest {shown(near, classes.coloured)} "
-            f"({printable(name)}), first in {printable(example[key])}"
-        )
-    if len(unknown) > 10:
-        print(f"    and {len(unknown) - 10} more")
-    blends = sum(count for key, count in unknown.items() if is_between(key, classes))
-    if blends >= 0.8 * total and (classes.coloured or len(unknown) > 8):
-        print(
-            "problem: most lie between two known ones, as at anti-aliased (soft) edges; add --unknown nearest to give each "
-            "the nearest class, or, with more than two classes, --unknown ignore to make the edges 255"
-        )
-    elif len(unknown) > 32:
-        print("problem: there are many, as in a JPEG; save the masks again as PNG, or add --unknown nearest")
-    else:
-        print(f"problem: add what is missing to {flag}, or add --unknown ignore to make it 255, or --unknown nearest")
-
-
-def is_between(key: int, classes: Classes) -> bool:
-    """Whether a value or colour lies, within 3 levels, on the line between two known ones, or beyond its ends by up to an
-    eighth of its length: bicubic and Lanczos filters overshoot, and what leaves 0 to 255 is cut."""
-    known, x = channels(list(classes.indices), classes.coloured).astype(float), channels(key, classes.coloured).astype(float)
-    a, b = known[:, None], known[None, :]
-    length = ((b - a) ** 2).sum(-1)
-    t = ((x - a) * (b - a)).sum(-1) / np.maximum(length, 1)
-    distance = np.abs(np.clip(a + t[..., None] * (b - a), 0, 255) - x).max(-1)
-    return bool(((length > 0) & (np.abs(t - 0.5) < 0.625) & (distance <= 3)).any())
-
-
 # ---- command line ----
 
 
 def main():
-    parser = ArgumentParser(__doc__, usage="%(prog)s {check,voc,masks} [options]")
-    commands = parser.add_subparsers(dest="what", required=True, metavar="{check,voc,masks}", prog="prepare.py")
+    parser = ArgumentParser(__doc__, usage="%(prog)s {masks,split,check,voc} [options]")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="{masks,split,check,voc}", prog="prepare.py")
     path, folder = ({"type": pathlib.Path, "metavar": name} for name in ("FILE", "DIR"))
     checker = commands.add_parser(
         "check", usage="%(prog)s --dataset folder --data DIR [options]", help="look at every file of a data set before training"
@@ -531,9 +222,14 @@ def main():
     converter = commands.add_parser(
         "masks",
         usage="%(prog)s --masks DIR --out DIR [options]",
-        help="turn masks of colours or other values into class indices",
+        help="turn masks of colours or other values, or outlines, into class indices",
     )
-    converter.add_argument("--masks", required=True, help="folder of the masks; it is never changed", **folder)
+    converter.add_argument(
+        "--masks",
+        required=True,
+        help="folder of the masks or of LabelMe's JSON files, or a JSON file of COCO; it is never changed",
+        **folder,
+    )
     converter.add_argument("--out", required=True, help="folder for the new masks, such as data/mine/masks", **folder)
     converter.add_argument(
         "--values",
@@ -553,7 +249,8 @@ def main():
         "--unknown",
         choices=["error", "ignore", "nearest"],
         default="error",
-        help="values and colours without a class: end with an error, become 255, or become the nearest class (default: error)",
+        help="values, colours and labels without a class: end with an error, become 255, or (values and colours) become the "
+        "nearest class (default: error)",
     )
     converter.add_argument(
         "--images", help="folder of the images, which give the masks their names (default: images/ beside OUT)", **folder
@@ -563,19 +260,70 @@ def main():
         metavar="ENDING",
         help="masks are called NAME + ENDING, such as _mask (default: found by the names of the images)",
     )
+    converter.add_argument(
+        "--classes",
+        help="outlines: one class per line, in the order of the indices (default: classes.txt beside OUT, or else the "
+        "background and the categories of COCO by number, or the labels of LabelMe by the alphabet)",
+        **path,
+    )
+    converter.add_argument(
+        "--background",
+        metavar="CLASS",
+        help="outlines: the class of the pixels outside all of them, or ignore, which stands for 255 (default: background)",
+    )
+    converter.add_argument(
+        "--empty",
+        choices=["background", "skip"],
+        help="outlines: images that have none become background, or get no mask (default: background)",
+    )
+    splitter = commands.add_parser("split", usage="%(prog)s --data DIR [options]", help="write train.txt and val.txt")
+    splitter.add_argument("--data", required=True, help="folder that holds images/ and masks/", **folder)
+    splitter.add_argument(
+        "--val",
+        type=float,
+        default=0.2,
+        metavar="FRACTION",
+        help="fraction of the images with masks that go into val.txt; the others, and all without masks, go into train.txt "
+        "(default: 0.2)",
+    )
+    splitter.add_argument(
+        "--by",
+        choices=["name", "prefix"],
+        default="name",
+        help="divide single images, or keep those of one prefix, such as the frames of a video, in one list; the prefix is the "
+        "name without the number at its end (default: name)",
+    )
+    splitter.add_argument(
+        "--prefix",
+        metavar="REGEX",
+        help="the prefix is what this regular expression, or its first group, matches at the beginning of the name; implies "
+        "--by prefix (default: none)",
+    )
+    splitter.add_argument("--seed", type=int, default=0, help="of the random choice (default: 0)")
     for command, what in {checker: "pictures", preparer: "train_aug.txt", converter: "masks"}.items():
         command.add_argument(
             "--overwrite", action="store_true", help=f"replace {what} that this project did not write (default: off)"
         )
+    splitter.add_argument("--overwrite", action="store_true", help="replace train.txt and val.txt (default: off)")
     args = parser.parse_args()
     if args.what == "check":
         sys.exit(1 if check_data(args) else 0)
     if args.what == "voc":
         prepare_voc(args.data, args.download, args.overwrite)
         return
+    if args.what == "split":
+        split_data(args)
+        return
     if args.values and args.palette:
         raise UserError("--values and --palette: give one of the two")
-    sys.exit(1 if convert_masks(args) else 0)
+    files = [] if args.values or args.palette else json_files(args.masks)
+    only = {"--classes": args.classes, "--background": args.background, "--empty": args.empty}  # for outlines
+    if files:
+        only = {"--suffix": args.suffix, "--unknown nearest": args.unknown == "nearest"}
+    if wrong := [flag for flag, value in only.items() if value]:
+        has = "JSON files of outlines" if files else "no JSON file of outlines"
+        raise UserError(f"{wrong[0]}: --masks {args.masks} holds {has}; leave this flag out")
+    sys.exit(1 if (convert_outlines(args, files) if files else convert_masks(args)) else 0)
 
 
 if __name__ == "__main__":

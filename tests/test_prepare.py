@@ -958,7 +958,7 @@ def test_a_list_that_somebody_else_made_is_kept(script, voc):
 
 def test_commands_are_named(script):
     code, _, err = script(prepare)
-    assert code == 2 and "{check,voc,masks}" in err
+    assert code == 2 and "{masks,split,check,voc}" in err
 
 
 def test_check_warns_where_no_image_is_unlabeled(script, folder):

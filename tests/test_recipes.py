@@ -83,6 +83,8 @@ LAYERS = [
     ["run_folder", "readers"],
     ["checks", "kernels", "result_files"],
     ["datasets"],
+    ["convert", "splits"],
+    ["polygons"],
     ["batches", "mgd_ops", "pictures"],
     ["evaluate"],  # a stage, whose public functions the other stages need
     ["prepare", "predict", "train_teacher", "distill"],
