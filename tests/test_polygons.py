@@ -246,8 +246,10 @@ def test_unknown_labels_write_nothing_unless_they_are_ignored(script, tmp_path):
     flags = ["--classes", tmp_path / "names.txt"]
     code, out, _ = script(prepare, "masks", "--masks", source, "--out", tmp_path / "masks", *flags)
     assert code == 1 and "problem: add what is missing to" in out and not (tmp_path / "masks").exists()
-    for more in (["--unknown", "ignore"], ["--ignore", "car"]):
-        mask = convert(script, tmp_path, source, *flags, *more)[1]["a"]
+    write_lines(tmp_path / "three.txt", ["background", "road", "car"])
+    known = ["--classes", tmp_path / "three.txt", "--ignore", "car"]  # a class that is ignored this time
+    for i, more in enumerate([[*flags, "--unknown", "ignore"], [*flags, "--ignore", "car"], known]):
+        mask = convert(script, tmp_path / f"{i}", source, *more)[1]["a"]
         assert np.array_equal(mask, rectangle((6, 4, 30, 20, 1), (10, 8, 20, 16, 255)))
 
 
@@ -272,6 +274,13 @@ def test_coco_orders_classes_by_number_and_lists_those_that_no_image_shows(scrip
     content = coco([(1, 1, [flat(BOX)])], categories=("zebra", "ant"))
     content["categories"].reverse()
     assert convert(script, tmp_path, write(tmp_path / "c.json", content))[0] == ["background", "zebra", "ant"]
+
+
+def test_labels_are_utf8_with_or_without_a_mark(script, tmp_path):
+    source = write(
+        tmp_path / "export" / "a.json", "\ufeff" + json.dumps(labelme([shape("\u9053\u8def", BOX)]), ensure_ascii=False)
+    )
+    assert convert(script, tmp_path, source)[0] == ["background", "\u9053\u8def"]
 
 
 # ---- what cannot be drawn ----
