@@ -30,6 +30,7 @@ import torch
 
 import datasets
 import evaluate
+import events
 import kernels
 import mgd_ops
 import models
@@ -321,6 +322,7 @@ def labels_of_teachers(rows, partition) -> str:
 
 def main(argv=None):
     args = parse_args(argv)
+    events.check_tensorboard(args)
     device = init_distributed(args.device)
     torch.backends.cudnn.benchmark = True  # crops are of one size
     args.precision = pick_precision(args.precision, device)
@@ -417,7 +419,8 @@ def main(argv=None):
         optimizers = [optimizer.state_dict()] if path.name == "resume.pt" else []
         save_checkpoint(path, {**checkpoint, "model": student.state_dict(), "optimizers": optimizers, "step": step})
 
-    progress = Progress(args, start)
+    board = events.Events(args, dataset, device, start)
+    progress = Progress(args, start, board)
     next_labeled = functools.partial(progress.next_batch, labeled)
     next_unlabeled = functools.partial(progress.next_batch, unlabeled) if on_views else None
     began = time.perf_counter()
@@ -460,8 +463,11 @@ def main(argv=None):
             save(step + 1, args.out / "resume.pt")
         if due(step, args.val_every, args.steps):
             sync_buffers(student)
+            board.panels(step + 1, student)
             progress.validated(step + 1, evaluate.validate(student, dataset, device, args))
     evaluate.finish_run(args, student, dataset, device, row, save, progress)
+    board.panels(args.steps, student)
+    board.close()
 
 
 if __name__ == "__main__":

@@ -223,6 +223,9 @@ FLAGS = {
     "workers": Flag(RUN, "processes of each data loader", default_workers(), int, metavar="N", column=None, at_least=0),
     "device": Flag(RUN, "cuda, cpu, ... (default: cuda where there is one)", column=None),
     "compile": Flag(RUN, "torch.compile the networks; worth its minutes in long runs", False, column=None),
+    "tensorboard": Flag(
+        RUN, "write OUT/tensorboard from the log, with panels of val images; needs pip install tensorboard", False, column=None
+    ),
     "log_every": Flag(RUN, "how often the losses are logged", 20, int, metavar="STEPS", column=None, at_least=1),
     "save_every": Flag(RUN, "how often OUT/resume.pt is written", 200, int, metavar="STEPS", column=None, at_least=1),
     "val_every": Flag(

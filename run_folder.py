@@ -181,9 +181,9 @@ def logged_step(line: bytes) -> float:
 
 
 class Progress:
-    """One progress bar and OUT/log.jsonl. Metrics stay on the device until they are logged."""
+    """One progress bar and OUT/log.jsonl, whose entries `events` gets too. Metrics stay on the device until they are logged."""
 
-    def __init__(self, args: argparse.Namespace, start: int):
+    def __init__(self, args: argparse.Namespace, start: int, events=None):
         path, quiet = args.out / "log.jsonl", None  # None: the bar is for terminals
         if rank_and_size()[0] > 0:
             path, quiet = os.devnull, True
@@ -191,7 +191,7 @@ class Progress:
             lines = path.read_bytes().splitlines() if start and path.exists() else []
             with atomic_write(path) as temporary:
                 temporary.write_bytes(b"".join(line + b"\n" for line in lines if logged_step(line) <= start))
-        self.file = open(path, "a")  # noqa: SIM115
+        self.file, self.events = open(path, "a"), events  # noqa: SIM115
         self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
         self.terms, self.first, self.began = 0, start, None  # the steps that the duration is measured over
         self.bar = tqdm(total=args.steps, initial=start, desc=args.out.name, disable=quiet, dynamic_ncols=True)
@@ -250,6 +250,8 @@ class Progress:
     def write(self, **entry):
         self.file.write(json.dumps(without_nan(entry), allow_nan=False) + "\n")
         self.file.flush()
+        if self.events:
+            self.events.entry(entry)
 
     def close(self):
         self.bar.close()

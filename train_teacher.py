@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import datasets
 import evaluate
+import events
 import kernels
 import mgd_ops
 import models
@@ -134,6 +135,7 @@ def moving_average(net, decay: float) -> AveragedModel:
 
 def main(argv=None):
     args = parse_args(argv)
+    events.check_tensorboard(args)
     device = init_distributed(args.device)
     torch.backends.cudnn.benchmark = True  # crops are of one size
     args.precision = pick_precision(args.precision, device)
@@ -207,7 +209,8 @@ def main(argv=None):
             states, optimizer_states = {"model": states["model"]}, []
         save_checkpoint(path, {**checkpoint, **states, "optimizers": optimizer_states, "step": step})
 
-    progress = Progress(args, start)
+    board = events.Events(args, dataset, device, start)
+    progress = Progress(args, start, board)
     began = time.perf_counter()
     for step in range(start, args.steps):
         lr = poly_lr(step, args.steps, args.lr)
@@ -256,8 +259,11 @@ def main(argv=None):
             save(step + 1, args.out / "resume.pt")
         if due(step, args.val_every, args.steps):
             sync_buffers(eval_model)
+            board.panels(step + 1, eval_model)
             progress.validated(step + 1, evaluate.validate(eval_model, dataset, device, args))
     evaluate.finish_run(args, eval_model, dataset, device, row, save, progress)
+    board.panels(args.steps, eval_model)
+    board.close()
 
 
 if __name__ == "__main__":

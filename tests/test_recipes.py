@@ -29,7 +29,7 @@ def test_runs_that_differ_in_a_flag_are_kept_apart_or_the_flag_changes_no_number
         assert (flag.column or name) in (*result_files.GROUP_BY, "seed")
     else:
         assert name in ("out", "resume", "cache", "workers", "device", "compile", "log_every", "save_every", "val_every",
-                        "grad_norms")  # fmt: skip
+                        "grad_norms", "tensorboard")  # fmt: skip
 
 
 @pytest.mark.usefixtures("tiny_networks")
@@ -87,6 +87,7 @@ LAYERS = [
     ["polygons"],
     ["batches", "mgd_ops", "pictures"],
     ["evaluate"],  # a stage, whose public functions the other stages need
+    ["events"],
     ["prepare", "predict", "train_teacher", "distill"],
 ]
 
