@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import os
 import pathlib
 import re
@@ -213,15 +214,32 @@ class Reader:
     def prepare(self, module, words: list[str]) -> str:
         if words[0] == "voc" or self.only_parse:
             with self.monkeypatch.context() as patch:
-                for work in ("check_data", "prepare_voc", "convert_masks"):
+                for work in ("check_data", "prepare_voc", "convert_masks", "convert_outlines", "split_data"):
                     patch.setattr(module, work, lambda *arguments: 0)
                 self.call(module, *words)
             return "parsed"
         if words[0] == "masks":
             self.masks(module, words)
+        elif words[0] == "split":
+            self.split(module, words)
         else:
             self.call(module, *words)
         return "ran"
+
+    def split(self, module, words: list[str]):
+        """Divide a copy of data/mine, whose images are frames of three videos, without lists where --overwrite is missing."""
+        self.count += 1
+        folder = self.folder / f"split-{self.count}"
+        shutil.copytree(self.mine, folder / "data" / "mine")
+        for path in folder.rglob("*.png"):
+            number = int(path.stem[2:])
+            path.rename(path.with_name(f"drive{number % 3}_{number:05d}.png"))
+        for name in () if "--overwrite" in words else ("train", "val"):
+            (folder / "data" / "mine" / f"{name}.txt").unlink()
+        with self.monkeypatch.context() as patch:
+            patch.chdir(folder)
+            self.call(module, *words)
+            assert len({*datasets.Folder("data/mine").train, *datasets.Folder("data/mine").val}) == 13
 
     def masks(self, module, words: list[str]):
         """Convert masks that are made to fit the command, in a copy of data/mine that has none of its own."""
@@ -243,10 +261,16 @@ class Reader:
                 plain = "0 0 0\n128 0 0\n0 128 0\n"
                 pathlib.Path(given("--palette")).write_text(cvat if given("--palette") == "labelmap.txt" else plain)
             mask = np.arange(40 * 56).reshape(40, 56) // 900
-            pathlib.Path(given("--masks")).mkdir(parents=True)
-            for name in names:
-                pixels = np.uint8(255 * (mask > 0)) if given("--values") else np.array(colours, np.uint8)[mask]
-                Image.fromarray(pixels).save(pathlib.Path(given("--masks"), f"{name}.png"))
+            if given("--classes"):
+                pathlib.Path(given("--classes")).write_text("background\nroad\ncar\n")
+            source = pathlib.Path(given("--masks"))
+            if source.suffix == ".json" or source.name == "images":
+                save_outlines(source, names)
+            else:
+                source.mkdir(parents=True)
+                for name in names:
+                    pixels = np.uint8(255 * (mask > 0)) if given("--values") else np.array(colours, np.uint8)[mask]
+                    Image.fromarray(pixels).save(source / f"{name}.png")
             self.call(module, *words)
             assert {path.stem for path in pathlib.Path(given("--out")).iterdir()} == set(names)
 
@@ -263,11 +287,26 @@ class Reader:
         shutil.rmtree("data/camvid")
 
 
+def save_outlines(source: pathlib.Path, names: list[str]):
+    """A file of COCO, or a folder of LabelMe's files beside the images: a road and a car in each image of 56x40."""
+    outlines = {"road": [[0, 20], [55, 20], [55, 39], [0, 39]], "car": [[9, 9], [30, 9], [30, 30]]}
+    if source.suffix == ".json":
+        images = [{"id": i, "file_name": f"{name}.png", "width": 56, "height": 40} for i, name in enumerate(names)]
+        categories = [{"id": i, "name": label} for i, label in enumerate(outlines)]
+        drawn = [{"image_id": i, "category_id": j, "segmentation": [np.ravel(points).tolist()]}
+                 for i in range(len(names)) for j, points in enumerate(outlines.values())]  # fmt: skip
+        source.write_text(json.dumps({"images": images, "categories": categories, "annotations": drawn}))
+    for name in names if source.suffix != ".json" else ():
+        shapes = [{"label": label, "points": points, "shape_type": "polygon"} for label, points in outlines.items()]
+        content = {"shapes": shapes, "imageWidth": 56, "imageHeight": 40}
+        (source / f"{name}.json").write_text(json.dumps(content))
+
+
 @functools.cache
 def flags_of(name: str) -> set[str]:
     """Every flag in the help of a script and of its subcommands."""
     module, said = importlib.import_module(name), io.StringIO()
-    for command in [["check"], ["voc"], ["masks"]] if name == "prepare" else [[]]:
+    for command in [["check"], ["voc"], ["masks"], ["split"]] if name == "prepare" else [[]]:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
             patch.setattr("sys.argv", [name, *command, "--help"])
             module.main()
@@ -340,7 +379,7 @@ def spans(text: str) -> list[str]:
 
 
 SCRIPTS = (*STAGES, "models", "kernels", "paper.matrix", "paper.report")
-OTHERS = {"--shm-size"}  # of docker
+OTHERS = {"--shm-size", "--logdir"}  # of docker and tensorboard
 OTHERS_OF = {"results/README.md": {"--compare"}, "CONTRIBUTING.md": {"--lambda-edge"}}  # an old name; the example of a new loss
 
 
