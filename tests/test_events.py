@@ -2,12 +2,15 @@
 
 import json
 import sys
+import types
 
 import pytest
+import torch
 from conftest import TINY, distill_args, errors, interrupt_at, log, same_weights
 
 import datasets
 import distill
+import events
 import train_teacher
 
 pytest.importorskip("torch.utils.tensorboard", reason="pip install tensorboard")
@@ -19,11 +22,11 @@ SUP = ["--method", "sup", *TINY, "--steps", "6", "--val-every", "2"]
 
 def read(out):
     """({tag: [(step, value)]}, {tag: [step]} of the pictures)"""
-    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
-    events.Reload()
-    tags = events.Tags()
-    curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
-    return curves, {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
+    found = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    found.Reload()
+    tags = found.Tags()
+    curves = {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in tags["scalars"]}
+    return curves, {tag: [event.step for event in found.Images(tag)] for tag in tags["images"]}
 
 
 def curves_of_the_log(out, names):
@@ -89,11 +92,18 @@ def test_without_the_package_there_is_one_line_before_any_work(script, tmp_path,
 
 
 def test_only_the_first_rank_writes(script, tmp_path, monkeypatch):
-    import events
-
     monkeypatch.setattr(events, "rank_and_size", lambda: (1, 2))
     assert script(train_teacher, "--out", tmp_path / "x", *SUP, "--tensorboard")[0] == 0
     assert not (tmp_path / "x" / "tensorboard").exists()
+
+
+def test_an_entry_is_on_the_disk_at_once(tmp_path):
+    """A run that is killed then shows what its log holds."""
+    args = types.SimpleNamespace(tensorboard=True, out=tmp_path)
+    board = events.Events(args, datasets.Shapes(), torch.device("cpu"), 0)
+    board.entry({"step": 1, "sup": 0.5})
+    assert read(tmp_path)[0] == {"loss/sup": [(1, 0.5)]}
+    board.close()
 
 
 def test_a_file_in_the_way_is_one_line(script, tmp_path):

@@ -103,6 +103,11 @@ def test_a_class_that_one_list_lacks_is_named(script, tmp_path):
     assert "shows class 2;" in split(script, root, "--overwrite")[2]
 
 
+def test_ignored_pixels_are_no_class(script, tmp_path):
+    root = make(tmp_path / "d", NAMES, label=lambda name: 255 if name == NAMES[0] else 1)
+    assert "warning" not in split(script, root)[2]
+
+
 def test_two_images_are_enough(script, tmp_path):
     train, val, _ = split(script, make(tmp_path / "d", ["a", "b"]))
     assert len(train) == len(val) == 1
