@@ -250,10 +250,10 @@ def class_names(args: argparse.Namespace, labels: list[str], categories: list[st
     categories by number or LabelMe's labels by the alphabet. Raises UserError."""
     beside = args.out.resolve().parent / "classes.txt"
     path = args.classes or (beside if beside.exists() else None)
-    ignored = {*IGNORED, *args.ignore}
     if path is not None:
-        names = list(dict.fromkeys(map(clean, read_lines(path, "class"))))
-        names = [name for name in names if name not in ignored]
+        names = read_lines(path, "class")  # all of them, ignored or not: they keep their indices
+        if args.classes:  # as LabelMe has it, with __ignore__ and _background_
+            names = [name for name in dict.fromkeys(map(clean, names)) if name not in IGNORED]
         if args.classes and beside.exists() and names != read_lines(beside):
             raise UserError(f"--classes {args.classes}: differs from {beside}; remove one of the two")
         if args.background != "ignore" and args.background not in names:
@@ -272,7 +272,7 @@ def class_names(args: argparse.Namespace, labels: list[str], categories: list[st
                     "the classes in a file for --classes, one per line, and either spelling will do"
                 )
         names = [] if args.background == "ignore" else [args.background]
-        names += [name for name in categories or sorted(labels) if name not in {*names, *ignored}]
+        names += [name for name in categories or sorted(labels) if name not in {*names, *IGNORED, *args.ignore}]
     if not 2 <= len(names) <= IGNORE_INDEX:
         raise UserError(f"{path or args.masks}: holds {len(names)} class(es) ({', '.join(names[:9])}); 2 to 255 are needed")
     return names

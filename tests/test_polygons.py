@@ -246,11 +246,27 @@ def test_unknown_labels_write_nothing_unless_they_are_ignored(script, tmp_path):
     flags = ["--classes", tmp_path / "names.txt"]
     code, out, _ = script(prepare, "masks", "--masks", source, "--out", tmp_path / "masks", *flags)
     assert code == 1 and "problem: add what is missing to" in out and not (tmp_path / "masks").exists()
-    write_lines(tmp_path / "three.txt", ["background", "road", "car"])
-    known = ["--classes", tmp_path / "three.txt", "--ignore", "car"]  # a class that is ignored this time
-    for i, more in enumerate([[*flags, "--unknown", "ignore"], [*flags, "--ignore", "car"], known]):
-        mask = convert(script, tmp_path / f"{i}", source, *more)[1]["a"]
+    for i, more in enumerate([["--unknown", "ignore"], ["--ignore", "car"]]):
+        mask = convert(script, tmp_path / f"{i}", source, *flags, *more)[1]["a"]
         assert np.array_equal(mask, rectangle((6, 4, 30, 20, 1), (10, 8, 20, 16, 255)))
+
+
+@pytest.mark.parametrize("place", ["classes.txt", "names.txt"])
+def test_a_class_that_is_ignored_keeps_its_index(script, tmp_path, place):
+    """The others do not move up, since classes.txt says what they are."""
+    write_lines(tmp_path / place, ["background", "car", "road"])
+    source = write(tmp_path / "coco.json", coco([(1, 1, [flat(BOX)]), (1, 2, [flat(INNER)])]))
+    flags = ["--classes", tmp_path / place] if place == "names.txt" else []
+    classes, masks, _ = convert(script, tmp_path, source, "--ignore", "car", *flags)
+    assert classes == ["background", "car", "road"]
+    assert np.array_equal(masks["a"], rectangle((6, 4, 30, 20, 2), (10, 8, 20, 16, 255)))
+
+
+def test_two_lists_of_classes_must_agree(script, tmp_path):
+    write_lines(tmp_path / "classes.txt", ["background", "car", "road"])
+    write_lines(tmp_path / "names.txt", ["background", "road", "car"])
+    source = write(tmp_path / "coco.json", coco([ROAD]))
+    assert "names.txt: differs from" in refused(script, tmp_path, source, "--classes", tmp_path / "names.txt")
 
 
 def test_the_pixels_outside_are_background_or_ignored(script, tmp_path):
