@@ -316,10 +316,12 @@ def main():
         return
     if args.values and args.palette:
         raise UserError("--values and --palette: give one of the two")
-    files = [] if args.values or args.palette else json_files(args.masks)
+    colours = (args.values or args.palette) and not args.masks.is_file()  # then a JSON file in the folder is something else
+    files = [] if colours else json_files(args.masks)
     only = {"--classes": args.classes, "--background": args.background, "--empty": args.empty}  # for outlines
     if files:
-        only = {"--suffix": args.suffix, "--unknown nearest": args.unknown == "nearest"}
+        only = {"--values": args.values, "--palette": args.palette, "--suffix": args.suffix}
+        only["--unknown nearest"] = args.unknown == "nearest"
     if wrong := [flag for flag, value in only.items() if value]:
         has = "JSON files of outlines" if files else "no JSON file of outlines"
         raise UserError(f"{wrong[0]}: --masks {args.masks} holds {has}; leave this flag out")

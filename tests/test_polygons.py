@@ -402,6 +402,14 @@ def test_wrong_flags_are_one_line(script, tmp_path, monkeypatch, flags, expected
     assert re.search(expected, refused(script, tmp_path, source.parent, *flags))
 
 
+def test_colours_are_not_of_a_json_file_but_of_masks_beside_one(script, folder):
+    (folder / "masks").rename(folder / "old")
+    source = write(folder / "old" / "meta.json", {"classes": []})
+    assert "holds JSON files of outlines; leave this flag out" in refused(script, folder, source, "--values", "0=0", "1=1")
+    assert "meta.json: holds neither the shapes of LabelMe nor" in refused(script, folder, folder / "old")
+    assert len(convert(script, folder, folder / "old", "--values", "0=0", "1=1", "2=2", "255=ignore")[1]) == 11
+
+
 def test_flags_of_outlines_need_outlines(script, folder):
     (folder / "masks").rename(folder / "old")
     assert "--background: --masks" in refused(script, folder, folder / "old", "--background", "road")
