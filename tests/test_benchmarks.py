@@ -2,17 +2,13 @@
 
 import importlib
 import json
-import sys
 
-import pytest
-import torch
-from conftest import ROOT
-
-import models
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_heads
 import bench_step
+import pytest
+import torch
+
+import models
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import argparse
 import ast
 import pathlib
 
@@ -100,3 +101,14 @@ def test_imports_point_down():
             for other in imported:
                 assert level.get(other, -1) < level[name], f"{name} imports {other}"
                 assert other.partition(".")[0] != "paper", name
+
+
+@pytest.mark.parametrize("text,expected", [("64", (64, 64)), ("96x128", (96, 128))])
+def test_crop_size(text, expected):
+    assert recipes.crop_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "1x2x3", "ten", "-5"])
+def test_crop_size_refuses_nonsense(text):
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        recipes.crop_size(text)

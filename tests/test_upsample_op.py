@@ -2,16 +2,13 @@
 
 import itertools
 import os
-import sys
 
+import bench_upsample_loss
 import pytest
 import torch
-from conftest import DEVICES, EMULATED, LAYOUTS, ROOT, features, python
+from conftest import DEVICES, EMULATED, LAYOUTS, features, python
 
 import mgd_ops
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import bench_upsample_loss
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 # F.interpolate does not round all classes alike, and F.nll_loss has its own words
