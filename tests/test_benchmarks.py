@@ -36,7 +36,7 @@ def test_the_released_step_and_ours_have_equal_terms(mixed_terms):
 
 
 @pytest.mark.slow
-def test_the_arms_run(capsys):
+def test_both_variants_of_the_step_benchmark_run(capsys):
     for impl in ("released", "ours"):
         rows = bench_step.measure("cps", "resnet18", 48, 2, 3, impl, "cpu", 2)
         assert rows[0]["pass"] == "step" and rows[0]["gflops"] > 1 and rows[0]["peak_mb"] > 0

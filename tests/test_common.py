@@ -46,7 +46,7 @@ def test_a_full_disk_is_one_clear_line(monkeypatch, capsys):
     )
 
 
-def test_unknown_device():
+def test_an_unknown_device_is_refused():
     with pytest.raises(UserError, match="--device warp"):
         common.pick_device("warp")
 

@@ -156,7 +156,7 @@ def test_labels_alone_need_no_unlabeled_image(script, teachers, folder, tmp_path
         ("--deep D --lambda-region -1", "--lambda-region -1.0: must be at least 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused(script, tmp_path, options, said):
+def test_flags_that_contradict_each_other_are_refused(script, tmp_path, options, said):
     assert said in errors(script, distill, "--out", tmp_path / "x", *TINY, *options.split())
 
 
@@ -324,7 +324,7 @@ def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
     assert torch.equal(teacher_outputs.mixed.features, views[:2])
 
 
-def test_folded_teachers_say_the_same(teachers):
+def test_teachers_with_folded_batch_norm_have_the_same_outputs(teachers):
     dataset, args = datasets.Shapes(), argparse.Namespace(image_scale=1.0)
     for path in teachers:
         teacher, _ = distill.load_teacher(path, dataset, args, torch.device("cpu"))

@@ -405,6 +405,6 @@ def test_a_list_that_somebody_else_made_is_kept(script, voc):
     assert script(prepare, "voc", "--data", voc)[0] == 0
 
 
-def test_commands_are_named(script):
+def test_prepare_without_a_command_names_its_commands(script):
     code, _, err = script(prepare)
     assert code == 2 and "{check,voc,masks}" in err

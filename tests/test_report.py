@@ -277,7 +277,7 @@ def test_two_teachers_of_one_kind_are_no_full_mgd(tables, roles, backbones, kind
 
 
 @pytest.mark.slow
-def test_heads_and_pictures(tables):
+def test_heads_have_a_table_and_every_figure_is_drawn(tables):
     heads = [
         row("mgd", miou=50 - i, head_width=256 >> i, gmacs_model=40.0 / (i + 1), separable_head=separable)
         for i in range(3)
@@ -301,7 +301,7 @@ def test_partitions_trained_for_other_steps_are_no_line_of_fig3(tables):
     assert is_picture(tables([row(), row(**half)], pictures=True) / "fig3-voc.png")
 
 
-def test_curves(script, tmp_path, monkeypatch):
+def test_curves_show_the_logged_values_and_their_running_mean(script, tmp_path, monkeypatch):
     drawn, save = {}, report.save_with_legend
 
     def keep(figure, entries, path):

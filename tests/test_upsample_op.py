@@ -133,7 +133,7 @@ def test_gradient_equals_finite_differences(implementation, layout, device):
 @pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_counts_are_divided_by(implementation, device):
+def test_losses_are_divided_by_the_given_normalizers(implementation, device):
     logits, labels = random_logits((2, 4, 5, 5), 0, device), random_labels((2, 4), (17, 17), device)
     counts = [torch.tensor(count, device=device) for count in (3.0, 100.0, 0.5)]
     got = losses_and_gradient(IMPLEMENTATIONS[implementation], logits, labels, counts)
