@@ -38,7 +38,7 @@ from pictures import class_labels, save_figure
 from readers import VOC_BORDER, colour_table, mask_values, name_of, open_mask, opened, read_lines, upright, voc_palette
 from recipes import METHODS, add_flags
 from result_files import png_text, refuse_outputs, save_png
-from run_folder import atomic_write, make_folder
+from run_folder import atomic_write, check_folder
 
 # ---- check ----
 
@@ -167,7 +167,7 @@ def prepare_voc(data: pathlib.Path, download: bool, overwrite: bool):
     lists = root / "ImageSets" / "Segmentation"
     own, held_out = read_lines(lists / "train.txt"), set(read_lines(lists / "val.txt"))
     target = root / "SegmentationClassAug"
-    make_folder("--data", target)
+    check_folder("--data", target)
     sources = {path.stem: path for path in sorted((sbd / "cls").glob("*.mat"))}
     sources |= {name: root / "SegmentationClass" / f"{name}.png" for name in own}
     names = sorted(sources.keys() - held_out)
@@ -429,7 +429,7 @@ def convert_masks(args: argparse.Namespace) -> int:
     for key, near in nearest.items():
         table[key] = IGNORE_INDEX if args.unknown == "ignore" else classes.indices[near]
 
-    make_folder("--out", args.out)
+    check_folder("--out", args.out)
     flat = colour_table(classes.palette)
     chunk = PngInfo()
     chunk.add_text("Software", WRITTEN)

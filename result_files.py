@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from common import UserError, line_of, printable
 from recipes import FLAGS, METHODS
-from run_folder import atomic_write, is_log, load_checkpoint, make_folder, without_nan
+from run_folder import atomic_write, check_folder, is_log, load_checkpoint, without_nan
 
 # ---- rows ----
 
@@ -79,7 +79,6 @@ def write_result(path: pathlib.Path, what: str, rows: list[dict], seconds: float
         "seconds": round(seconds, 1),
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(without_nan(result), indent=1, allow_nan=False) + "\n")
 
 
@@ -157,7 +156,7 @@ def refuse_foreign(paths: Iterable[pathlib.Path], overwrite: bool, flag: str):
 
 
 def refuse_outputs(outputs: Sequence[tuple[str, pathlib.Path | None]], inputs: Iterable[pathlib.Path], overwrite: bool):
-    """Check the files that a script is going to write, as (flag, path), and make their folders. Call it before any work.
+    """Check the files that a script is going to write, as (flag, path), and their folders. Call it before any work.
 
     Raises UserError if two outputs are one file, if one is among the `inputs` or would replace a file that is not ours (see
     `refuse_foreign`), or if a folder cannot be written to.
@@ -173,7 +172,7 @@ def refuse_outputs(outputs: Sequence[tuple[str, pathlib.Path | None]], inputs: I
         written[real] = flag
         if real in inputs:
             raise UserError(f"{flag} {printable(path)}: is a file that is read; give another")
-        make_folder(flag, path.parent)
+        check_folder(flag, path.parent)
         refuse_foreign([path], overwrite, flag)
 
 

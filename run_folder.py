@@ -26,10 +26,12 @@ from recipes import FLAGS
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path):
     """Yields a temporary path beside `path`, which replaces `path` when the block ends: `path` is always the old file or the
-    complete new one. A block that fails leaves nothing. Raises UserError if the file cannot be written."""
+    complete new one. The folder is made if it is missing. A block that fails leaves no file. Raises UserError if the file
+    cannot be written."""
     target = pathlib.Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".mgd-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter while it handles the former
@@ -45,15 +47,12 @@ def atomic_write(path: pathlib.Path):
             temporary.unlink()
 
 
-def make_folder(flag: str, folder: pathlib.Path):
-    """Make `folder` if it is missing, and try to write a file there. Raises UserError if either fails, so that a run ends
-    before its work and not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {printable(folder)}: cannot be made a folder ({error.strerror}); give another") from None
+def check_folder(flag: str, folder: pathlib.Path):
+    """Raises UserError if no file can be written to `folder`, or to the folder that it is to be made in, so that a run ends
+    before its work and not after it. It is made with its first file, so a run that fails before leaves nothing."""
     try:  # permissions do not tell: the disk may be read-only, and root may do all
-        tempfile.TemporaryFile(dir=folder).close()
+        present = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+        tempfile.TemporaryFile(dir=present).close()
     except OSError as error:
         raise UserError(f"{flag} {printable(folder)}: cannot be written to ({error.strerror}); give another folder") from None
 
@@ -77,7 +76,6 @@ def save_checkpoint(path: pathlib.Path, checkpoint: dict):
         return
     checkpoint["rng"] = torch.get_rng_state()
     checkpoint["versions"] = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-    make_folder("--out", path.parent)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         torch.save(checkpoint, file)
         file.flush()
@@ -107,7 +105,7 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
 
 
 def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
-    """Make OUT, and return OUT/resume.pt where --resume is given and it exists.
+    """OUT/resume.pt where --resume is given and it exists.
 
     Raises UserError if it was written with other arguments or images, if OUT holds a run and --resume is not given, so that no
     run is lost, if OUT is the folder of the data, lies among its images or masks, or holds files of others, or if OUT cannot be
@@ -117,7 +115,7 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
     out, data = args.out.resolve(), pathlib.Path(args.data or "").resolve()
     if args.data and (out == data or {data / "images", data / "masks"} & {out, *out.parents}):
         raise UserError(f"--out {args.out}: is the folder of the data, or lies among its images or masks; give another")
-    make_folder("--out", args.out)
+    check_folder("--out", args.out)
     if log.exists() and not is_log(log):
         raise UserError(f"{log}: was not written by this project; choose another --out, or remove it")
     found = [file for file in (path, last) if file.exists()]

@@ -165,7 +165,7 @@ class Images(torch.utils.data.Dataset):
 
 def main():
     args = types.SimpleNamespace(out=common.pathlib.Path("run"), steps=8)
-    run_folder.make_folder("--out", args.out)
+    run_folder.check_folder("--out", args.out)
     batches = common.start_workers(torch.utils.data.DataLoader(Images(), batch_size=8, num_workers=2))
     progress = run_folder.Progress(args, 0)
     for _ in range(8):

@@ -409,7 +409,7 @@ def test_curves_keep_others_pictures_and_names_are_no_formulas(script, tmp_path)
         (["--curves", "step.json"], "no step yet"),
         (["--curves", "good.json", "--out", "x.jpg"], "ends in .png"),
         (["good.json", "--curves", "step.json"], "or --curves"),
-        (["--curves", "step.json", "--out", "junk.json/x.png"], "--out junk.json: cannot be made a folder"),
+        (["--curves", "step.json", "--out", "junk.json/x.png"], "--out junk.json: cannot be written to"),
     ],
 )
 def test_wrong_input_is_one_line(script, tmp_path, monkeypatch, arguments, expected):

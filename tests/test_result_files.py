@@ -7,9 +7,10 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refuse_constant
+from conftest import ROOT, errors, refuse_constant
 from PIL import Image
 
+import evaluate
 import pictures
 import result_files
 import run_folder
@@ -127,3 +128,10 @@ def test_two_outputs_of_one_name_and_an_output_that_is_an_input_are_refused(tmp_
         result_files.refuse_outputs([("--panels", a), ("--confusion", link)], [], True)
     with pytest.raises(UserError, match=r"--json .*b.pt: is a file that is read"):
         result_files.refuse_outputs([("--json", b)], [b], True)
+
+
+def test_a_script_that_fails_leaves_no_folder(script, tmp_path):
+    said = errors(script, evaluate, "--ckpt", tmp_path / "absent.pt", "--json", tmp_path / "new" / "deep" / "x.json")
+    assert "no such checkpoint" in said and not [*tmp_path.iterdir()]
+    result_files.write_text(tmp_path / "new" / "deep" / "x.csv", "a")
+    assert (tmp_path / "new" / "deep" / "x.csv").read_text() == "a"

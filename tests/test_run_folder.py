@@ -51,21 +51,21 @@ def test_a_link_stays_a_link_and_long_names_fit(tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out .*run: cannot be made a folder \(Not a directory\)"):
-        run_folder.make_folder("--out", tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"--out .*run: cannot be written to \(Not a directory\)"):
+        run_folder.check_folder("--out", tmp_path / "file" / "run")
 
     def refuses(dir):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", refuses)
     with pytest.raises(UserError, match=r"--out .*: cannot be written to \(Read-only file system\)"):
-        run_folder.make_folder("--out", tmp_path)
+        run_folder.check_folder("--out", tmp_path)
 
 
 @pytest.mark.slow
 def test_a_real_read_only_disk_is_one_line(tmp_path):
     """To root too, whom permissions do not stop."""
-    code = "import pathlib, common, run_folder; common.cli(lambda: run_folder.make_folder('--out', pathlib.Path('disk')))"
+    code = "import pathlib, common, run_folder; common.cli(lambda: run_folder.check_folder('--out', pathlib.Path('disk')))"
     command = f'mount -t tmpfs -o ro tmpfs {tmp_path}/disk && {sys.executable} -c "{code}"'
     (tmp_path / "disk").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
