@@ -51,6 +51,24 @@ def test_an_unknown_device_is_refused():
         common.pick_device("warp")
 
 
+@pytest.mark.parametrize("folder,limit,used,cached", [
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+])  # fmt: skip
+def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch, folder, limit, used, cached):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(common, "CGROUP", str(tmp_path))
+    machine = common.free_memory(cpu)
+    assert machine > 10e6
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / limit).write_text("9000000\n")
+    (tmp_path / folder / used).write_text("5000000\n")
+    (tmp_path / folder / "memory.stat").write_text(f"anon 1\n{cached} 2000000\nactive_file 7\n")
+    assert common.free_memory(cpu) == 6e6
+    (tmp_path / folder / limit).write_text("max\n" if not folder else "9223372036854771712\n")  # no limit
+    assert common.free_memory(cpu) > machine / 2
+
+
 def test_benchmarks_are_named_after_the_whole_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert common.device_slug("cuda") == "h100-80gb-hbm3" and common.device_slug("cpu") == "cpu"
