@@ -23,6 +23,7 @@ r"""Distil frozen teachers, one or two, into a light student.
 import collections
 import functools
 import pathlib
+import sys
 import time
 from typing import NamedTuple
 
@@ -97,8 +98,12 @@ def parse_args(argv=None):
     recipes.add_flags(parser, recipes.STUDENT_METHODS)
     args = parser.parse_args(argv)
     args.backbone = models.canonical_name(args.backbone, "--student")
-    recipes.fill_from_recipe(args, "student")
     args.losses = chosen_losses(args)
+    for term in ("image", "region"):
+        weight = getattr(args, f"lambda_{term}")
+        if weight is not None and not any(loss.startswith(term) for loss in args.losses):
+            print(f"note: --lambda-{term} {weight} has no effect: the losses are {' '.join(args.losses)}", file=sys.stderr)
+    recipes.fill_from_recipe(args, "student")
     return args
 
 

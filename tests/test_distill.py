@@ -160,6 +160,19 @@ def test_flags_that_contradict_each_other_are_refused(script, tmp_path, options,
     assert said in errors(script, distill, "--out", tmp_path / "x", *TINY, *options.split())
 
 
+@pytest.mark.parametrize("options,said", [
+    ("--losses sup pixel --lambda-image 1", "note: --lambda-image 1.0 has no effect: the losses are sup pixel\n"),
+    ("--losses sup image:T_D --lambda-region 0", "note: --lambda-region 0.0 has no effect: the losses are sup image:T_D\n"),
+    ("--method kd --lambda-region 2", "note: --lambda-region 2.0 has no effect: the losses are sup kd\n"),
+    ("--losses sup pixel image:T_D --lambda-image 1", ""),
+    ("--losses sup pixel", ""),
+    ("--lambda-image 1 --lambda-region 2", ""),
+])  # fmt: skip
+def test_a_weight_of_a_loss_that_is_not_used_is_said(capsys, options, said):
+    distill.parse_args(["--out", "x", "--deep", "D", *options.split()])
+    assert capsys.readouterr().err == said
+
+
 def test_baselines_follow_their_formulas():
     """KD and CWD against loops over the definitions, in float64."""
     generator = torch.Generator().manual_seed(0)
