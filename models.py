@@ -142,8 +142,11 @@ def make_separable(module: nn.Module):
 
 
 def dilate(blocks: nn.Sequential, dilations: tuple[int, ...]):
-    """Set the stride of `blocks` to 1 and dilate the convolutions of block i, but for those of 1x1, by `dilations[i]`."""
-    for block, dilation in zip(blocks, dilations, strict=False):  # resnet18's last stage has two blocks
+    """Set the stride of `blocks` to 1 and dilate the convolutions of block i, but for those of 1x1, by `dilations[i]`.
+
+    There may be fewer blocks than dilations, as in resnet18's last stage. Raises ValueError for more.
+    """
+    for block, dilation in zip(blocks, dilations[: len(blocks)], strict=True):
         for conv in block.modules():
             if isinstance(conv, nn.Conv2d):
                 conv.stride = (1, 1)
