@@ -36,7 +36,7 @@ from result_files import (
     setting_values,
     write_text,
 )
-from run_folder import make_folder
+from run_folder import check_folder
 
 # Its rows have the keys of ours.
 PAPER = json.loads((pathlib.Path(__file__).resolve().parent.parent / "results" / "paper.json").read_text(encoding="utf-8"))
@@ -89,6 +89,7 @@ TABLES = {
     "table6": ("Table 6: how many regions", ("regions", "backbone")),
     "heads": ("Students by head", (*NETWORK, *HEAD)),
 }
+HIDDEN = ("method", "backbone", "partition", "steps")  # what names a run that no table shows
 
 
 # ---- result files ----
@@ -213,13 +214,20 @@ def write_tables(groups: list[dict], dataset: str, name: str, out: pathlib.Path)
 
     of_all = [g for g in groups if g["teacher_labels"] == "all" or (hashes and is_beside(g))]
     of_partition = [g for g in groups if g["teacher_labels"] != "all"]
+    shown = []
     for table, (heading, fields) in TABLES.items():
         file, title = f"{table}-{name}", f"{heading}, on {TITLES.get(dataset, dataset)}"
         if table == "methods":
             file, title = PAPER["tables"].get(dataset, f"table-{name}"), TITLES.get(dataset, dataset)
-        write_table(out, file, title, fields, select(of_partition, table), paper_cells(table, dataset))
+        ours, theirs = select(of_partition, table), select(of_all, table)
+        write_table(out, file, title, fields, ours, paper_cells(table, dataset))
         # the paper's teachers saw the labels of the partition alone
-        write_table(out, f"{file}-all", f"{title}, teachers trained on all labels", fields, select(of_all, table), [])
+        write_table(out, f"{file}-all", f"{title}, teachers trained on all labels", fields, theirs, [])
+        shown += ours + theirs
+    hidden = [g for g in groups if g not in shown]
+    if hidden:
+        runs = (" ".join(cell_text(key, g[key]) for key in HIDDEN) + f" ({', '.join(g['files'])})" for g in hidden)
+        print(f"{name}: no table has a place for {len(hidden)} of {len(groups)} run(s): {'; '.join(runs)}")
 
 
 def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: list[dict], paper: list[dict]):
@@ -480,7 +488,7 @@ def parse_args(argv=None):
     if args.curves:
         refuse_outputs([("--out", args.out)], args.curves, args.overwrite)
     else:
-        make_folder("--out", args.out)
+        check_folder("--out", args.out)
     return args
 
 

@@ -276,6 +276,14 @@ def test_two_teachers_of_one_kind_are_no_full_mgd(tables, roles, backbones, kind
 # ---- pictures, and as a user runs it ----
 
 
+def test_runs_that_no_table_shows_are_named(tables):
+    image_mean = row("mgd", losses=["sup", "image:T_D"], teachers=["T_D"], regions=None, steps=1234)
+    tables([row(), row("mgd"), image_mean])
+    assert "voc: no table has a place for 1 of 3 run(s): MGD ResNet-18 1/8 1,234 (r0.json)\n" in tables.said
+    tables([row(), row("mgd")])
+    assert "no table" not in tables.said
+
+
 @pytest.mark.slow
 def test_heads_have_a_table_and_every_figure_is_drawn(tables):
     heads = [
