@@ -458,8 +458,8 @@ def convert_masks(args: argparse.Namespace) -> int:
 
 def is_converted(path: pathlib.Path) -> bool:
     try:
-        return png_text(path).get(b"Software") == WRITTEN.encode()
-    except OSError:
+        return png_text(path).get("Software") == WRITTEN
+    except UserError:
         return False
 
 
