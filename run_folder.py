@@ -82,6 +82,27 @@ def save_checkpoint(path: pathlib.Path, checkpoint: dict):
         os.fsync(file.fileno())
 
 
+def states(path: pathlib.Path, networks: dict[str, torch.nn.Module], optimizers: list) -> dict:
+    """What the checkpoint at `path` holds of a training's networks and optimizers. A last.pt holds the `model` alone."""
+    if path.name == "last.pt":
+        networks, optimizers = {"model": networks["model"]}, []
+    found = {key: network.state_dict() for key, network in networks.items()}
+    return {**found, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+
+
+def restore(checkpoint: dict | None, networks: dict[str, torch.nn.Module], optimizers: list) -> tuple[int, float]:
+    """Put the `states` of a checkpoint back. Returns the step and the seconds that it was written after; without a checkpoint
+    nothing changes, and both are 0."""
+    if checkpoint is None:
+        return 0, 0.0
+    for key, network in networks.items():
+        network.load_state_dict(checkpoint[key])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    torch.set_rng_state(checkpoint["rng"])
+    return checkpoint["step"], checkpoint["row"]["seconds"]
+
+
 def load_checkpoint(path: pathlib.Path | str) -> dict:
     """A checkpoint of any stage, on the CPU.
 
@@ -226,17 +247,17 @@ class Progress:
         speed = self.steps * images / elapsed
         data, self.steps, self.waited = self.waited / elapsed, 0, 0.0
         bad = [name for name, value in means.items() if not math.isfinite(value)]
-        self.write(step=step + 1, lr=lr, images_per_s=speed, data_wait=data, **means)
+        self.write(step=done, lr=lr, images_per_s=speed, data_wait=data, **means)
         if bad:
             raise UserError(
-                f"{self.args.out}: loss '{bad[0]}' is not finite at step {step + 1}; start again with a lower --lr than "
+                f"{self.args.out}: loss '{bad[0]}' is not finite at step {done}; start again with a lower --lr than "
                 f"{self.args.lr} (and delete resume.pt there)"
             )
-        text = " ".join(f"{name} {value:.3f}" for name, value in means.items())
-        text += f" lr {lr:.2g} {speed:.1f} img/s data {data:.0%}"
+        terms = " ".join(f"{name} {value:.3f}" for name, value in means.items())
+        text = f"{terms} lr {lr:.2g} {speed:.1f} img/s data {data:.0%}"
         if self.bar.disable:  # not a terminal: lines instead of a bar
-            eta = datetime.timedelta(seconds=round((self.args.steps - step - 1) * images / speed))
-            print0(f"{self.args.out.name} {step + 1}/{self.args.steps} {text} eta {eta}")
+            eta = datetime.timedelta(seconds=round((self.args.steps - done) * images / speed))
+            print0(f"{self.args.out.name} {done}/{self.args.steps} {text} eta {eta}")
         self.bar.set_postfix_str(text)
 
     def validated(self, step: int, miou: float):
