@@ -109,8 +109,7 @@ def start_workers(loader: torch.utils.data.DataLoader):
 
 
 def pick_device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -181,12 +180,6 @@ def line_of(path: str, *begins: str) -> str:
     with contextlib.suppress(OSError):
         return next((line for line in pathlib.Path(path).read_text().splitlines() if line.startswith(begins)), "")
     return ""
-
-
-def device_slug(device: str) -> str:
-    """What a benchmark's result file is named after: `cpu`, or the GPU, such as `h100-80gb-hbm3`."""
-    name = torch.cuda.get_device_name().removeprefix("NVIDIA ") if device == "cuda" else device
-    return "-".join(name.lower().split())
 
 
 # A container's limit of memory, what it uses, and which part of that holds files, in version 2 of Linux's control groups and 1.

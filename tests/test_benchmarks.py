@@ -5,6 +5,7 @@ import json
 
 import bench_heads
 import bench_step
+import device_name
 import pytest
 import torch
 
@@ -73,3 +74,8 @@ def test_a_benchmark_keeps_others_files(script, tmp_path, name, flag):
     path.write_text("precious")
     code, _, err = script(module, flag, path)
     assert code == 2 and "mine.json exists" in err and "--overwrite" in err and path.read_text() == "precious"
+
+
+def test_benchmarks_are_named_after_the_whole_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert device_name.device_slug("cuda") == "h100-80gb-hbm3" and device_name.device_slug("cpu") == "cpu"
