@@ -89,7 +89,6 @@ TABLES = {
     "table6": ("Table 6: how many regions", ("regions", "backbone")),
     "heads": ("Students by head", (*NETWORK, *HEAD)),
 }
-HIDDEN = ("method", "backbone", "partition", "steps")  # what names a run that no table shows
 
 
 # ---- result files ----
@@ -226,7 +225,10 @@ def write_tables(groups: list[dict], dataset: str, name: str, out: pathlib.Path)
         shown += ours + theirs
     hidden = [g for g in groups if g not in shown]
     if hidden:
-        runs = (" ".join(cell_text(key, g[key]) for key in HIDDEN) + f" ({', '.join(g['files'])})" for g in hidden)
+        runs = (
+            f"{' '.join(cell_text(k, g[k]) for k in ('method', 'backbone', 'partition', 'steps'))} ({', '.join(g['files'])})"
+            for g in hidden
+        )
         print(f"{name}: no table has a place for {len(hidden)} of {len(groups)} run(s): {'; '.join(runs)}")
 
 
@@ -257,9 +259,10 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
     columns, keys = sorted({column for cells in lines.values() for column in cells}), (*fields, *settings)
     rows = [[key.replace("_", " ").replace("gmacs", "GMACs") for key in keys] + [heading for _, heading in columns]]
     rows.append(["---"] * len(rows[0]))
-    for line in sorted(lines, key=order):
-        named = [cell_text(key, value) for key, value in zip(keys, line[0] + line[1], strict=True)]
-        rows.append(named + [lines[line].get(column, "–") for column in columns])
+    rows += [
+        [*map(cell_text, keys, line[0] + line[1]), *(lines[line].get(column, "–") for column in columns)]
+        for line in sorted(lines, key=order)
+    ]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     labels = ", ".join(f"{heading} {labeled:,}" for labeled, heading in columns if "paper" not in heading)
     note = f"mIoU in percent on val, mean ± sample deviation (number of seeds); labeled images: {labels}."
@@ -269,8 +272,10 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(header)
-    for cell in ours + paper:
-        writer.writerow([" ".join(map(str, v)) if isinstance(v, (tuple, list)) else v for v in setting_values(cell, header)])
+    writer.writerows(
+        [" ".join(map(str, v)) if isinstance(v, (tuple, list)) else v for v in setting_values(cell, header)]
+        for cell in ours + paper
+    )
     write_text(out / f"{name}.csv", lines.getvalue())
     print(f"{out / name}.md, .csv: {title}")
 
@@ -340,8 +345,10 @@ def draw_cost(groups: list[dict], dataset: str, path: pathlib.Path):
 
 def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
     """mIoU against the labeled images (Fig. 3) or against the GMACs of several heads, with one panel per student."""
-    backbones = sorted({g["backbone"] for g in groups}, key=order)
-    panels = {name: [g for g in groups if (g["backbone"], g["role"]) == (name, "student")] for name in backbones}
+    panels = {
+        name: [g for g in groups if (g["backbone"], g["role"]) == (name, "student")]
+        for name in sorted({g["backbone"] for g in groups}, key=order)
+    }
     panels = {name: ours for name, ours in panels.items() if any(len(line) > 1 for line in lines_along(x, ours).values())}
     if not panels:
         return
