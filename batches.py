@@ -43,8 +43,7 @@ def resize_window(array: np.ndarray, source: list[slice], crop, target: list[sli
 
     Images (C = 3) are resized with antialiased bilinear weights, masks (C = 1) take the nearest pixel.
     """
-    out = torch.empty(array.shape[2], *crop, dtype=torch.uint8)
-    out[:] = torch.tensor(fill, dtype=torch.uint8).view(-1, 1, 1)
+    out = torch.tensor(fill, dtype=torch.uint8).view(-1, 1, 1).repeat(1, *crop)
     pixels = torch.from_numpy(np.array(array[tuple(source)])).permute(2, 0, 1)
     mode = v2.InterpolationMode.BILINEAR if len(pixels) == 3 else v2.InterpolationMode.NEAREST_EXACT
     size = [t.stop - t.start for t in target]
@@ -99,9 +98,6 @@ class StepSampler(torch.utils.data.Sampler):
     def __init__(self, n, batch, seed, start, steps, views=1, parts=range(1), size=None):
         self.n, self.batch, self.seed, self.start, self.steps = n, batch, seed, start, steps
         self.views, self.parts, self.size = views, parts, size or batch
-
-    def __len__(self):
-        return (self.steps - self.start) * len(self.parts)
 
     def __iter__(self):
         for step in range(self.start, self.steps):

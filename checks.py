@@ -44,7 +44,11 @@ def look_at(dataset, groups: dict[str, list[str]], whole: bool) -> Look:
             mask = dataset.mask(name)
             colours = None
             if name in dataset.masks:  # files
-                check_size(dataset.masks[name], mask, (width, height))
+                if mask.shape != (height, width):
+                    raise UserError(
+                        f"{dataset.masks[name]}: is {mask.shape[1]}x{mask.shape[0]}, its image {width}x{height}; image and "
+                        "mask must have the same size"
+                    )
                 colours = dataset.colours(name)
             return (height, width), np.bincount(mask.ravel(), minlength=256), colours
         except UserError as error:
@@ -161,9 +165,3 @@ def refuse_faults(dataset, groups: dict[str, list[str]]):
         problems = faults(dataset, look_at(dataset, groups, whole=False))
         if problems:
             raise UserError(problems[0])
-
-
-def check_size(path: pathlib.Path, mask: np.ndarray, size: tuple[int, int]):
-    height, width = mask.shape
-    if (width, height) != size:
-        raise UserError(f"{path}: is {width}x{height}, its image {size[0]}x{size[1]}; image and mask must have the same size")

@@ -109,8 +109,7 @@ def start_workers(loader: torch.utils.data.DataLoader):
 
 
 def pick_device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -183,19 +182,27 @@ def line_of(path: str, *begins: str) -> str:
     return ""
 
 
-def device_slug(device: str) -> str:
-    """What a benchmark's result file is named after: `cpu`, or the GPU, such as `h100-80gb-hbm3`."""
-    name = torch.cuda.get_device_name().removeprefix("NVIDIA ") if device == "cuda" else device
-    return "-".join(name.lower().split())
+# A container's limit of memory, what it uses, and which part of that holds files, in version 2 of Linux's control groups and 1.
+CGROUP = "/sys/fs/cgroup"
+CGROUP_FILES = (
+    ("memory.max", "memory.current", ("memory.stat", "inactive_file ")),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", ("memory/memory.stat", "total_inactive_file ")),
+)
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a training on `device` can still have; infinite where that cannot be told."""
+    """Bytes that a training on `device` can still have, in a container too; infinite where that cannot be told."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     available = line_of("/proc/meminfo", "MemAvailable")
-    return 1024 * int(available.split()[1]) / rank_and_size()[1] if available else float("inf")
+    free = [1024 * int(available.split()[1])] if available else []
+    for limit, used, cached in CGROUP_FILES:
+        numbers = [line_of(f"{CGROUP}/{file}", *begins).split() for file, *begins in ((limit, ""), (used, ""), cached)]
+        if all(numbers) and numbers[0] != ["max"]:
+            allowed, held, files = (int(words[-1]) for words in numbers)
+            free.append(allowed - held + files)  # the kernel gives the memory of files back
+    return min(free, default=float("inf")) / rank_and_size()[1]
 
 
 def print_plan(args: argparse.Namespace, device: torch.device, partition, unlabeled: bool, needed: float, more: str = ""):

@@ -19,7 +19,7 @@ import readers
 from common import IGNORE_INDEX, UserError, printable
 from readers import VOC_BORDER, colour_table, mask_values, name_of, opened, read_lines, upright, voc_palette
 from result_files import png_text
-from run_folder import atomic_write, make_folder
+from run_folder import atomic_write, check_folder
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 ENDINGS = r"([_.-](masks?|labels?|l|gt|seg|segmentation|annotations?|label(train)?ids|colou?rs?|png|jpe?g))+$"  # of names
@@ -321,7 +321,7 @@ def refuse_foreign_masks(args: argparse.Namespace, names: Iterable[str]):
 def write_masks(args, names: Collection[str], mask_of, palette, lines: dict[str, list[str]], notes: list[str], changed=""):
     """Write mask_of(name), (H, W) class indices, to OUT/NAME.png for each of `names`, and `lines` (file name -> lines) beside
     OUT where that file is missing, if OUT belongs to a data set. Then print the notes, and what to do next."""
-    make_folder("--out", args.out)
+    check_folder("--out", args.out)
     out, flat = args.out.resolve(), colour_table(palette)
     chunk = PngInfo()
     chunk.add_text("Software", WRITTEN)
@@ -347,6 +347,6 @@ def write_masks(args, names: Collection[str], mask_of, palette, lines: dict[str,
 
 def is_converted(path: pathlib.Path) -> bool:
     try:
-        return png_text(path).get(b"Software") == WRITTEN.encode()
-    except OSError:
+        return png_text(path).get("Software") == WRITTEN
+    except UserError:
         return False

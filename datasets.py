@@ -14,7 +14,6 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +38,7 @@ from readers import (
     read_palette,
     voc_palette,
 )
+from run_folder import atomic_write
 
 
 class Partition(NamedTuple):
@@ -215,12 +215,9 @@ class Files:
 
         The name of the cache entry depends on the file's path, size and time, so a changed file is decoded again.
         """
-        if self.cache is None:
+        if self.cache is None or not os.path.exists(path):  # decode raises the error
             return decode(path)
-        try:
-            stat = path.stat()
-        except OSError:
-            return decode(path)  # which raises the error
+        stat = path.stat()
         key = digest(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {','.join(self.classes)}")
         entry = self.cache / f"{key}.npy"
         if entry.exists():
@@ -228,11 +225,9 @@ class Files:
                 return np.load(entry, mmap_mode="r")
         array = decode(path)
         try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.cache, suffix=".tmp", delete=False) as file:
+            with atomic_write(entry) as temporary, open(temporary, "wb") as file:
                 np.save(file, array)
-            os.replace(file.name, entry)
-        except OSError as error:
+        except UserError as error:
             raise UserError(f"--cache {self.cache}: cannot be written ({error}); give another folder, or none") from None
         return array
 
@@ -355,8 +350,7 @@ class Voc(Files):
         for file in ("train_aug.txt", "trainaug.txt"):
             if (lists / file).exists():
                 self.listed = read_names(lists / file, self.images)
-        held_out = set(self.val)
-        self.train = sorted({name for name in self.listed if name in self.images} - held_out)
+        self.train = sorted({name for name in self.listed if name in self.images} - set(self.val))
 
     def fix(self, flags, path=None):
         flags = flags.replace(PALETTE, "--palette voc")
@@ -492,8 +486,8 @@ def partition(dataset, part: str) -> Partition:
             "own lists use --labeled-list and --unlabeled-list"
         )
     k = int(match[1] or 1)
-    able = [name for name in dataset.train if dataset.has_mask(name)]
-    ranked = sorted(able, key=lambda name: hashlib.sha256(f"0:{name}".encode(errors="surrogateescape")).digest())
+    masked = filter(dataset.has_mask, dataset.train)
+    ranked = sorted(masked, key=lambda name: hashlib.sha256(f"0:{name}".encode(errors="surrogateescape")).digest())
     count = math.ceil(len(dataset.train) / k)
     if count < len(ranked):
         carriers = first_carriers(dataset, ranked)

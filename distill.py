@@ -23,6 +23,7 @@ r"""Distil frozen teachers, one or two, into a light student.
 import collections
 import functools
 import pathlib
+import sys
 import time
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ from common import (
     set_lr,
     sync_buffers,
 )
-from run_folder import Progress, load_checkpoint, load_for_resume, plain_args, save_checkpoint
+from run_folder import Progress, load_checkpoint, load_for_resume, plain_args, restore, save_checkpoint, states
 
 LOSSES = ("sup", "pixel", "pixel:labeled", "pixel:unlabeled", "image:T_D", "image:T_W", "region:T_D", "region:T_W")
 # Each term of a method's loss, and the flag that weights it (Eq. 7); None: 1.
@@ -98,8 +99,13 @@ def parse_args(argv=None):
     recipes.add_flags(parser, recipes.STUDENT_METHODS)
     args = parser.parse_args(argv)
     args.backbone = models.canonical_name(args.backbone, "--student")
-    recipes.fill_from_recipe(args, "student")
     args.losses = chosen_losses(args)
+    used = {flag for term, flag in WEIGHTS.items() if any(loss.startswith(term) for loss in args.losses)}
+    for flag in sorted({*filter(None, WEIGHTS.values())} - used):
+        if getattr(args, flag) != parser.get_default(flag):
+            given = f"--{flag.replace('_', '-')} {getattr(args, flag)}"
+            print(f"note: {given} has no effect: the losses are {' '.join(args.losses)}", file=sys.stderr)
+    recipes.fill_from_recipe(args, "student")
     return args
 
 
@@ -239,19 +245,15 @@ def mgd_losses(
     (m, H, W); the outputs of T_D, T_W or both; `normalizer` for the labeled images and, where a loss is on them, the mixed
     views (see `batches.valid_pixels`).
     """
-
-    def cross_entropies(logits, label_maps, normalizer):
-        return mgd_ops.pixel_cross_entropies(logits, label_maps, [normalizer] * len(label_maps))
-
     maps = [] if ohem else [labels]
     maps += [teacher.pseudo_labels_l for teacher in teachers.values()] if {"pixel", "pixel:labeled"} & {*losses} else []
-    entropies = cross_entropies(labeled.logits, maps, normalizer[0])
+    entropies = mgd_ops.pixel_cross_entropies(labeled.logits, maps, [normalizer[0]] * len(maps))
     terms = {"sup": mgd_ops.ohem_cross_entropy(labeled.logits, labels) if ohem else entropies.pop(0)}  # Eq. 1
     if entropies:
         terms["pixel_l"] = sum(entropies)  # Eq. 2
     if {"pixel", "pixel:unlabeled"} & {*losses}:
         maps = [teacher.pseudo_labels_u for teacher in teachers.values()]
-        terms["pixel_u"] = sum(cross_entropies(mixed.logits, maps, normalizer[1]))  # Eq. 2
+        terms["pixel_u"] = sum(mgd_ops.pixel_cross_entropies(mixed.logits, maps, [normalizer[1]] * len(maps)))  # Eq. 2
     for role, teacher in teachers.items():
         if f"image:{role}" in losses:  # Eq. 4
             term = mgd_ops.image_loss(mixed.logits, teacher.mixed.logits, labels.shape[-2:], image_reduction)
@@ -307,8 +309,8 @@ def gradient_norms(terms: dict, weights: dict[str, float], student) -> dict[str,
     norms = {}
     for name, term in {**terms, "loss": weighted_sum(terms, weights)}.items():
         gradients = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
-        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-        norms[f"grad_{name}"] = weights.get(name, 1.0) * float(norm)
+        gradients = [gradient for gradient in gradients if gradient is not None]
+        norms[f"grad_{name}"] = weights.get(name, 1.0) * float(torch.nn.utils.get_total_norm(gradients))
     return norms
 
 
@@ -316,8 +318,8 @@ def labels_of_teachers(rows, partition) -> str:
     """Which labels the teachers saw: `partition` for the student's own, `all`, or the name of their partition."""
     if all(row["partition_hash"] == partition.hash for row in rows):
         return "partition"
-    names = sorted({row["partition"] for row in rows})
-    return "all" if names == ["1"] else " ".join(names)
+    names = " ".join(sorted({row["partition"] for row in rows}))
+    return "all" if names == "1" else names
 
 
 def main(argv=None):
@@ -371,16 +373,11 @@ def main(argv=None):
     student = models.model_from_args(vars(args), len(dataset.classes), args.weights).to(device).train()
     optimizer = torch.optim.SGD(parameter_groups(student, args.weight_decay), lr=args.lr, momentum=0.9, fused=True)
     activations = models.activation_bytes(student, micro_batches(args)[1], args.crop, args.precision, whole=args.ohem)
-    parameters = 4 * sum(p.numel() for p in student.parameters())
-    memory = 3 * parameters + (1 + on_views) * activations  # weights, gradients and momentum, and the student's forwards
+    # 12 bytes: float32 weights, gradients and momentum
+    memory = 12 * sum(p.numel() for p in student.parameters()) + (1 + on_views) * activations
     more = f", {' + '.join(args.losses)}, ops {kernels.backend(device.type)}"
     print_plan(args, device, partition, on_views, memory, more)
-    start, seconds = 0, 0.0
-    if resumed:
-        start, seconds = resumed["step"], resumed["row"]["seconds"]
-        student.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizers"][0])
-        torch.set_rng_state(resumed["rng"])
+    start, seconds = restore(resumed, {"model": student}, [optimizer])
     ddp_model = compiled(
         distribute(student), args, device, retain_graph=args.grad_norms
     )  # what the steps run; `student` is validated and saved
@@ -416,8 +413,7 @@ def main(argv=None):
 
     def save(step, path):
         row["seconds"] = round(seconds + time.perf_counter() - began, 1)
-        optimizers = [optimizer.state_dict()] if path.name == "resume.pt" else []
-        save_checkpoint(path, {**checkpoint, "model": student.state_dict(), "optimizers": optimizers, "step": step})
+        save_checkpoint(path, {**checkpoint, **states(path, {"model": student}, [optimizer]), "step": step})
 
     board = events.Events(args, dataset, device, start)
     progress = Progress(args, start, board)
@@ -440,8 +436,9 @@ def main(argv=None):
                 }
                 for batch in batches
             ]
-        ignored = [[batch.labels == IGNORE_INDEX, *([batch.mixed_ignore] if on_views else [])] for batch in batches]
-        normalizer = valid_pixels(ignored)
+        normalizer = valid_pixels(
+            [[batch.labels == IGNORE_INDEX, *([batch.mixed_ignore] if on_views else [])] for batch in batches]
+        )
 
         losses = collections.Counter()
         for k, (batch, teacher) in enumerate(zip(batches, outputs, strict=True)):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate
 from common import UserError, rank_and_size
-from run_folder import make_folder
+from run_folder import check_folder
 
 PANELS = 4  # val images, evenly spread
 TAGS = {"miou": "val/miou", "lr": "lr", "images_per_s": "speed/images_per_s", "data_wait": "speed/data_wait"}
@@ -39,7 +39,7 @@ class Events:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = args.out / "tensorboard"
-            make_folder("--tensorboard", folder)
+            check_folder("--tensorboard", folder)
             # what an earlier run logged after the checkpoint that this one continues is hidden, since it comes again
             self.writer = SummaryWriter(str(folder), purge_step=start + 1)
 

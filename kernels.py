@@ -190,10 +190,9 @@ def main():
         began = time.perf_counter()
         try:
             folder = build(device)
+            print(f"{device}: {folder} ({time.perf_counter() - began:.0f} s)")
         except KernelError as error:
             print(f"{device}: not built: {error}")
-            continue
-        print(f"{device}: {folder} ({time.perf_counter() - began:.0f} s)")
 
 
 if __name__ == "__main__":

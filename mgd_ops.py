@@ -282,15 +282,18 @@ def region_counts(op: str, regions: int | tuple[int, int]) -> tuple[int, int]:
 # ---- the ops: schema, PyTorch default, fake, gradient ----
 
 library = torch.library.Library("mgd", "DEF")
-# The forward also returns what the gradient needs: pooled vectors, or the loss's gradient with respect to them, (B, R, C).
-library.define("region_loss(Tensor student, Tensor teacher, int rows, int cols) -> (Tensor, Tensor)")
-library.define("pooled_correlation(Tensor feat, int rows, int cols) -> (Tensor, Tensor)")
-library.define("upsampled_cross_entropy(Tensor logits, Tensor[] labels) -> Tensor")
-library.define("upsampled_cross_entropy_backward(Tensor grad, Tensor logits, Tensor[] labels) -> Tensor")
-library.define("upsampled_argmax(Tensor logits, SymInt height, SymInt width, float threshold) -> Tensor")
 LIKE = "SymInt height, SymInt width, int rows, int cols, ScalarType dtype, bool channels_last"  # of the features
-library.define(f"region_loss_backward(Tensor grad_loss, Tensor grad_pooled, {LIKE}) -> Tensor")
-library.define(f"pooled_correlation_backward(Tensor grad, Tensor pooled, {LIKE}) -> Tensor")
+for schema in (
+    # The forward also returns what the gradient needs: pooled vectors, or the loss's gradient with respect to them, (B, R, C).
+    "region_loss(Tensor student, Tensor teacher, int rows, int cols) -> (Tensor, Tensor)",
+    "pooled_correlation(Tensor feat, int rows, int cols) -> (Tensor, Tensor)",
+    f"region_loss_backward(Tensor grad_loss, Tensor grad_pooled, {LIKE}) -> Tensor",
+    f"pooled_correlation_backward(Tensor grad, Tensor pooled, {LIKE}) -> Tensor",
+    "upsampled_cross_entropy(Tensor logits, Tensor[] labels) -> Tensor",
+    "upsampled_cross_entropy_backward(Tensor grad, Tensor logits, Tensor[] labels) -> Tensor",
+    "upsampled_argmax(Tensor logits, SymInt height, SymInt width, float threshold) -> Tensor",
+):
+    library.define(schema)
 
 
 def default(function):
@@ -403,8 +406,9 @@ def upsampled_cross_entropy_default(logits, labels):
     sums = [logits.new_zeros(len(labels), dtype=accumulation_dtype(logits.dtype))]
     for image, *maps in zip(logits, *labels, strict=True):
         log_probabilities = upsample_any(image[None], maps[0].shape).log_softmax(1)  # (1, N, H, W)
-        losses = [F.nll_loss(log_probabilities, m[None], ignore_index=IGNORE_INDEX, reduction="sum") for m in maps]
-        sums.append(torch.stack(losses))
+        sums.append(
+            torch.stack([F.nll_loss(log_probabilities, m[None], ignore_index=IGNORE_INDEX, reduction="sum") for m in maps])
+        )
     return torch.stack(sums).sum(0)
 
 
@@ -458,20 +462,23 @@ def accumulation_dtype(*dtypes):
 
 def region_loss_fake(student, teacher, rows, cols):
     dtype = accumulation_dtype(student.dtype, teacher.dtype)
-    loss = student.new_empty((), dtype=dtype)
-    return loss, student.new_empty((student.shape[0], rows * cols, student.shape[1]), dtype=dtype)
+    pooled = (student.shape[0], rows * cols, student.shape[1])
+    return student.new_empty((), dtype=dtype), student.new_empty(pooled, dtype=dtype)
 
 
 def pooled_correlation_fake(feat, rows, cols):
     batch, channels = feat.shape[:2]
-    dtype = accumulation_dtype(feat.dtype)
-    correlation = feat.new_empty((batch, rows * cols, rows * cols), dtype=dtype)
-    return correlation, feat.new_empty((batch, rows * cols, channels), dtype=dtype)
+    sizes = (batch, rows * cols, rows * cols), (batch, rows * cols, channels)
+    return tuple(feat.new_empty(size, dtype=accumulation_dtype(feat.dtype)) for size in sizes)
 
 
 def backward_fake(grad, pooled, height, width, rows, cols, dtype, channels_last):
-    size = (pooled.shape[0], pooled.shape[2], height, width)
-    return torch.empty(size, dtype=dtype, device=pooled.device, memory_format=memory_format(channels_last))
+    return torch.empty(
+        (pooled.shape[0], pooled.shape[2], height, width),
+        dtype=dtype,
+        device=pooled.device,
+        memory_format=memory_format(channels_last),
+    )
 
 
 def upsampled_cross_entropy_fake(logits, labels):
@@ -494,18 +501,14 @@ def setup_context(ctx, inputs, output):
     ctx.like = (feat.shape[2], feat.shape[3], rows, cols, feat.dtype, is_channels_last(feat))
 
 
-def region_loss_backward(ctx, grad_loss, _):
-    grad = None
-    if grad_loss is not None and ctx.needs_input_grad[0]:
-        grad = torch.ops.mgd.region_loss_backward(once(grad_loss), *ctx.saved_tensors, *ctx.like)
-    return grad, None, None, None
+def backward_of(op, inputs: int):
+    """The backward of an op whose gradient is made by `op`, for the first of its `inputs` inputs alone."""
 
+    def backward(ctx, grad, _):
+        needed = grad is not None and ctx.needs_input_grad[0]
+        return op(once(grad), *ctx.saved_tensors, *ctx.like) if needed else None, *[None] * (inputs - 1)
 
-def pooled_correlation_backward(ctx, grad_correlation, _):
-    grad = None
-    if grad_correlation is not None and ctx.needs_input_grad[0]:
-        grad = torch.ops.mgd.pooled_correlation_backward(once(grad_correlation), *ctx.saved_tensors, *ctx.like)
-    return grad, None, None
+    return backward
 
 
 def setup_upsampled_context(ctx, inputs, output):
@@ -532,9 +535,9 @@ def no_second_derivative(ctx, grad):
 
 
 for name, fake, backward, setup in (
-    ("region_loss", region_loss_fake, region_loss_backward, setup_context),
+    ("region_loss", region_loss_fake, backward_of(torch.ops.mgd.region_loss_backward, 4), setup_context),
     ("region_loss_backward", backward_fake, no_second_derivative, None),
-    ("pooled_correlation", pooled_correlation_fake, pooled_correlation_backward, setup_context),
+    ("pooled_correlation", pooled_correlation_fake, backward_of(torch.ops.mgd.pooled_correlation_backward, 3), setup_context),
     ("pooled_correlation_backward", backward_fake, no_second_derivative, None),
     ("upsampled_cross_entropy", upsampled_cross_entropy_fake, upsampled_cross_entropy_backward, setup_upsampled_context),
     ("upsampled_cross_entropy_backward", upsampled_cross_entropy_backward_fake, no_second_derivative, None),

@@ -12,7 +12,6 @@ the logits to any size.
 import copy
 import functools
 import json
-import pathlib
 import pickle
 import urllib.error
 import warnings
@@ -126,8 +125,11 @@ class DeepLabV3Plus(nn.Module):
 
 
 def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )
 
 
 def make_separable(module: nn.Module):
@@ -142,8 +144,11 @@ def make_separable(module: nn.Module):
 
 
 def dilate(blocks: nn.Sequential, dilations: tuple[int, ...]):
-    """Set the stride of `blocks` to 1 and dilate the convolutions of block i, but for those of 1x1, by `dilations[i]`."""
-    for block, dilation in zip(blocks, dilations, strict=False):  # resnet18's last stage has two blocks
+    """Set the stride of `blocks` to 1 and dilate the convolutions of block i, but for those of 1x1, by `dilations[i]`.
+
+    There may be fewer blocks than dilations, as in resnet18's last stage. Raises ValueError for more.
+    """
+    for block, dilation in zip(blocks, dilations[: len(blocks)], strict=True):
         for conv in block.modules():
             if isinstance(conv, nn.Conv2d):
                 conv.stride = (1, 1)
@@ -207,7 +212,7 @@ def load_weights(network: nn.Module, name: str, weights: str, stem: str):
     state = published_weights(name, stem) if weights == "imagenet" else read_state_dict(weights)
     state, needed = without_classifier(state), without_classifier(network.state_dict())
     if reason := misfit(state, needed):
-        kinds = [(other, kind) for other in BACKBONES for kind in STEMS if (other, kind) != (name, stem)]
+        kinds = ((other, kind) for other in BACKBONES for kind in STEMS)
         fits = next((kind for kind in kinds if misfit(state, expected_shapes(*kind)) is None), None)
         if fits:
             raise UserError(
@@ -235,9 +240,8 @@ def published_weights(name: str, stem: str) -> dict[str, torch.Tensor]:
     try:
         return entry.get_state_dict(progress=True, check_hash=True)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
-        folder = pathlib.Path(torch.hub.get_dir(), "checkpoints")
         raise UserError(
-            f"--weights imagenet: cannot download {entry.url} ({error}); put that file into {folder}, "
+            f"--weights imagenet: cannot download {entry.url} ({error}); put that file into {torch.hub.get_dir()}/checkpoints, "
             "pass it as --weights FILE, or train from scratch with --weights none"
         ) from None
 
@@ -338,8 +342,8 @@ def build_model(
     separable_head: bool = False,
 ) -> DeepLabV3Plus:
     """See `build_backbone` and `DeepLabV3Plus`."""
-    model = DeepLabV3Plus(build_backbone(backbone, weights, stem), classes, head_width, separable_head)
-    return model.to(memory_format=torch.channels_last)
+    network = build_backbone(backbone, weights, stem)
+    return DeepLabV3Plus(network, classes, head_width, separable_head).to(memory_format=torch.channels_last)
 
 
 def model_from_args(args: dict, classes: int, weights: str = "none") -> DeepLabV3Plus:
@@ -424,10 +428,9 @@ def main():
         return
     print("backbone        stem      params (paper)      GMACs 512² (paper)   GMACs 800² (paper)   model: params  GMACs 512²")
     for row in rows:
-        paper = PAPER.get(row["backbone"], (None,) * 3)
         cells = [
             f"{row[key]:7.2f} ({'' if value is None else f'{value:.2f}'})"
-            for key, value in zip(("params_m", "gmacs_512", "gmacs_800"), paper, strict=True)
+            for key, value in zip(("params_m", "gmacs_512", "gmacs_800"), PAPER.get(row["backbone"], (None,) * 3), strict=True)
         ]
         print(
             f"{row['backbone']:15} {row['stem']:9} {cells[0]:19} {cells[1]:20} {cells[2]:20} "

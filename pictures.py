@@ -45,13 +45,14 @@ def add_legend(figure, classes: Sequence[str], palette, shown: Sequence[int]):
     """A legend of the classes `shown`, sorted indices, below a figure with constrained layout, which grows by its height."""
     if len(shown) == 0:
         return
-    names = class_labels(classes)
+    labels = class_labels(classes)
     patches = [plt.Rectangle((0, 0), 1, 1, color=np.array(palette[i]) / 255) for i in shown]
 
     def draw(columns):
         """The legend and its width and height in inches."""
-        labels = [names[i] for i in shown]
-        legend = figure.legend(patches, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+        legend = figure.legend(
+            patches, [labels[i] for i in shown], loc="outside lower center", ncols=columns, fontsize=7, frameon=False
+        )
         for text in legend.get_texts():
             text.set_parse_math(False)
         return legend, *legend.get_window_extent(figure.canvas.get_renderer()).size / figure.dpi
@@ -73,8 +74,15 @@ def draw_confusion(path: pathlib.Path, confusion: torch.Tensor, classes: list[st
     figure, axis = plt.subplots(figsize=(2.5 + side * n, 2 + side * n), layout="constrained")
     axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     for i, j in np.argwhere(percent >= least):
-        colour = "white" if percent[i, j] > 50 else "black"
-        axis.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=size - 1, color=colour)
+        axis.text(
+            j,
+            i,
+            f"{percent[i, j]:.0f}",
+            ha="center",
+            va="center",
+            fontsize=size - 1,
+            color="white" if percent[i, j] > 50 else "black",
+        )
     axis.set_xticks(range(n), names, rotation=90, fontsize=size, parse_math=False)
     axis.set_yticks(range(n), names, fontsize=size, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true (rows sum to 100%)")

@@ -36,7 +36,7 @@ from common import ArgumentParser, UserError, cli, free_memory, pick_device, pri
 from evaluate import Protocol, add_protocol_arguments, check_protocol_arguments, open_model, predict
 from pictures import add_legend, drawable, save_figure
 from result_files import refuse_foreign, save_png
-from run_folder import make_folder
+from run_folder import check_folder
 
 # A file claims to be an image by one of these suffixes or first bytes, or by a suffix of Pillow's own list, except those that
 # Pillow knows but does not open as images.
@@ -224,7 +224,7 @@ def predict_files(model, checkpoint: dict, paths: list[pathlib.Path], out: pathl
 
 
 def check_outputs(paths: list[pathlib.Path], images: pathlib.Path, out: pathlib.Path, overwrite: bool):
-    """Make OUT and its folders. Raises UserError, before any work, if they cannot be written to or a file would be lost."""
+    """Raises UserError, before any work, if OUT and its folders cannot be written to or a file would be lost."""
     folders = [out, out / "masks", out / "overlays"]
     if images.is_dir() and os.path.realpath(images) in map(os.path.realpath, folders):
         raise UserError(f"--out {printable(out)}: would write among the images of --images; give another")
@@ -233,7 +233,7 @@ def check_outputs(paths: list[pathlib.Path], images: pathlib.Path, out: pathlib.
         raise UserError(f"--out {printable(out)}: would replace the image {printable(min(lost))}; give another")
     refuse_foreign(targets, overwrite, f"--out {printable(out)}")
     for folder in folders:
-        make_folder("--out", folder)
+        check_folder("--out", folder)
 
 
 def parse_args(argv=None):

@@ -40,7 +40,7 @@ from polygons import convert_outlines, json_files
 from readers import colour_table, open_mask, read_lines, voc_palette
 from recipes import METHODS, add_flags
 from result_files import refuse_outputs, save_png
-from run_folder import atomic_write, make_folder
+from run_folder import atomic_write, check_folder
 from splits import split_data
 
 # ---- check ----
@@ -170,7 +170,7 @@ def prepare_voc(data: pathlib.Path, download: bool, overwrite: bool):
     lists = root / "ImageSets" / "Segmentation"
     own, held_out = read_lines(lists / "train.txt"), set(read_lines(lists / "val.txt"))
     target = root / "SegmentationClassAug"
-    make_folder("--data", target)
+    check_folder("--data", target)
     sources = {path.stem: path for path in sorted((sbd / "cls").glob("*.mat"))}
     sources |= {name: root / "SegmentationClass" / f"{name}.png" for name in own}
     names = sorted(sources.keys() - held_out)

@@ -91,34 +91,27 @@ def read_palette(path: pathlib.Path, classes: int) -> list[tuple[int, int, int]]
 
 
 @contextlib.contextmanager
-def reading(path, problem: str, fix: str):
-    """While one file is read, any exception, out of memory included, becomes a UserError of one line with the file's name and
-    the exception's type. All are caught, since Pillow and its plugins raise almost anything on damaged files."""
+def opened(path, problem: str, fix: str = "replace it or remove it from the lists"):
+    """`Image.open`. While the file is read, any exception, out of memory included, becomes a UserError of one line with the
+    file's name and the exception's type. All are caught, since Pillow and its plugins raise almost anything on damaged files.
+    An image of more than MAX_PIXELS is refused by its header."""
     try:
-        yield
+        with Image.open(path) as file:
+            width, height = file.size
+            if width * height > MAX_PIXELS:
+                raise UserError(
+                    f"{path}: has {width}x{height} pixels, more than the {MAX_PIXELS:,} that are read at once; split "
+                    "it or make it smaller"
+                )
+            yield file
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such {problem.split()[-1]}") from None
     except Exception as error:
-        kind, text = type(error).__name__, " ".join(str(error).split())
-        if isinstance(error, UnidentifiedImageError):
-            text = "of no format that Pillow opens"
-        reason = f"{kind}: {text}" if text else kind
+        text = "of no format that Pillow opens" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {text}".removesuffix(": ")
         raise UserError(f"{path}: {problem} ({reason}); {fix}") from error
-
-
-@contextlib.contextmanager
-def opened(path, problem: str, fix: str = "replace it or remove it from the lists"):
-    """`Image.open`, whose errors are UserErrors: see `reading`. An image of more than MAX_PIXELS is refused by its header."""
-    with reading(path, problem, fix), Image.open(path) as file:
-        width, height = file.size
-        if width * height > MAX_PIXELS:
-            raise UserError(
-                f"{path}: has {width}x{height} pixels, more than the {MAX_PIXELS:,} that are read at once; split "
-                "it or make it smaller"
-            )
-        yield file
 
 
 # EXIF's orientation -> how the image is turned upright
@@ -229,11 +222,10 @@ def open_mask(path) -> np.ndarray:
     with opened(path, "cannot be read as a PNG mask", "replace it") as file:
         if file.mode in ("L", "P", "1") or file.mode.startswith("I"):
             return mask_values(file)
-        kind = file.mode
-    raise UserError(
-        f"{path}: has the mode {kind}, but a mask holds one class index per pixel (grey or palette PNG); "
-        f"{masks_command(pathlib.Path(path).parent, flags_for_file(path))}"
-    )
+        raise UserError(
+            f"{path}: has the mode {file.mode}, but a mask holds one class index per pixel (grey or palette PNG); "
+            f"{masks_command(pathlib.Path(path).parent, flags_for_file(path))}"
+        )
 
 
 def mask_values(file: Image.Image) -> np.ndarray:
@@ -350,14 +342,11 @@ CITYSCAPES_PALETTE = [
 
 def voc_palette(n: int) -> list[tuple[int, int, int]]:
     """PASCAL VOC's colours: the bits of the class index, spread over the three channels from the highest bit down."""
-    colours = []
-    for index in range(n):
-        colour = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                colour[channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
-        colours.append(tuple(colour))
-    return colours
+
+    def channel(index, which):
+        return sum((index >> (3 * bit + which) & 1) << (7 - bit) for bit in range(8))
+
+    return [(channel(index, 0), channel(index, 1), channel(index, 2)) for index in range(n)]
 
 
 def colour_table(palette: list[tuple[int, int, int]]) -> np.ndarray:

@@ -5,6 +5,7 @@ scripts' parsers, the checks, and the settings that keep runs apart when seeds a
 """
 
 import argparse
+import operator
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -103,8 +104,7 @@ def window_size(text: str) -> tuple[int, int] | bool:
 
 
 def default_workers() -> int:
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(0, min(8, cores - 1))
+    return max(0, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 # ---- the flags ----
@@ -365,9 +365,8 @@ def fill_from_recipe(args: argparse.Namespace, stage: str):
     `stage` is teacher or student. Raises UserError.
     """
     recipe = RECIPES[args.dataset]
-    overrides = (recipe.get(stage), recipe.get("of", {}).get(args.backbone), None if args.cutmix else recipe.get("no_cutmix"))
-    for more in overrides:
-        recipe = {**recipe, **(more or {})}
+    of_backbone, without = recipe.get("of", {}).get(args.backbone, {}), {} if args.cutmix else recipe.get("no_cutmix", {})
+    recipe = {**recipe, **recipe.get(stage, {}), **of_backbone, **without}
     if args.batch is not None:  # the recipe's learning rate is that of its batch
         recipe["lr"] *= args.batch / recipe["batch"]
     missing = [name for name in FLAGS if name in recipe and getattr(args, name, 0) is None]
@@ -382,14 +381,12 @@ def fill_from_recipe(args: argparse.Namespace, stage: str):
                 check_range(name, flag, value)
 
 
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
 def check_range(name: str, flag: Flag, value):
     """Raise UserError where a value lies outside its flag's range; NaN always does."""
-    shown = f"--{name.replace('_', '-')} {value}"
-    if flag.at_most is not None and not flag.at_least <= value <= flag.at_most:
-        raise UserError(f"{shown}: must be from {flag.at_least} to {flag.at_most}")
-    if flag.below is not None and not flag.at_least <= value < flag.below:
-        raise UserError(f"{shown}: must be at least {flag.at_least} and below {flag.below}")
-    if flag.at_least is not None and not value >= flag.at_least:
-        raise UserError(f"{shown}: must be at least {flag.at_least}")
-    if flag.above is not None and not value > flag.above:
-        raise UserError(f"{shown}: must be above {flag.above}")
+    bounds = {bound: getattr(flag, bound) for bound in BOUNDS if getattr(flag, bound) is not None}
+    if not all(BOUNDS[bound](value, limit) for bound, limit in bounds.items()):
+        allowed = " and ".join(f"{bound.replace('_', ' ')} {limit}" for bound, limit in bounds.items())
+        raise UserError(f"--{name.replace('_', '-')} {value}: must be {allowed}")

@@ -18,8 +18,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from common import UserError, line_of, printable
+from readers import opened
 from recipes import FLAGS, METHODS
-from run_folder import atomic_write, is_log, load_checkpoint, make_folder, without_nan
+from run_folder import atomic_write, check_folder, is_log, load_checkpoint, without_nan
 
 # ---- rows ----
 
@@ -79,7 +80,6 @@ def write_result(path: pathlib.Path, what: str, rows: list[dict], seconds: float
         "seconds": round(seconds, 1),
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(without_nan(result), indent=1, allow_nan=False) + "\n")
 
 
@@ -113,7 +113,7 @@ def is_ours(path: pathlib.Path) -> bool:
             return True
         match path.suffix.lower():
             case ".png":
-                return png_text(path).get(b"Software") == PNG_CHUNK["Software"].encode()
+                return png_text(path).get("Software") == PNG_CHUNK["Software"]
             case ".json":
                 content = json.loads(path.read_text(encoding="utf-8"))
                 return isinstance(content, dict) and {"what", "command", "created", "rows"} <= content.keys()
@@ -129,19 +129,10 @@ def is_ours(path: pathlib.Path) -> bool:
         return False
 
 
-def png_text(path: pathlib.Path) -> dict[bytes, bytes]:
-    """The tEXt chunks before the pixels of a PNG; none if the file is not a PNG. Pillow would warn about large images."""
-    texts = {}
-    with open(path, "rb") as file:
-        if file.read(8) != b"\x89PNG\r\n\x1a\n":
-            return texts
-        while len(header := file.read(8)) == 8 and header[4:] not in (b"IDAT", b"IEND"):
-            content = file.read(int.from_bytes(header[:4], "big"))
-            file.read(4)  # the checksum
-            if header[4:] == b"tEXt":
-                key, _, text = content.partition(b"\0")
-                texts[key] = text
-    return texts
+def png_text(path: pathlib.Path) -> dict:
+    """The texts before the pixels of a PNG, beside what else Pillow knows of it. Raises UserError if it is no image."""
+    with opened(path, "cannot be read as a PNG") as file:
+        return file.info
 
 
 def refuse_foreign(paths: Iterable[pathlib.Path], overwrite: bool, flag: str):
@@ -157,7 +148,7 @@ def refuse_foreign(paths: Iterable[pathlib.Path], overwrite: bool, flag: str):
 
 
 def refuse_outputs(outputs: Sequence[tuple[str, pathlib.Path | None]], inputs: Iterable[pathlib.Path], overwrite: bool):
-    """Check the files that a script is going to write, as (flag, path), and make their folders. Call it before any work.
+    """Check the files that a script is going to write, as (flag, path), and their folders. Call it before any work.
 
     Raises UserError if two outputs are one file, if one is among the `inputs` or would replace a file that is not ours (see
     `refuse_foreign`), or if a folder cannot be written to.
@@ -173,7 +164,7 @@ def refuse_outputs(outputs: Sequence[tuple[str, pathlib.Path | None]], inputs: I
         written[real] = flag
         if real in inputs:
             raise UserError(f"{flag} {printable(path)}: is a file that is read; give another")
-        make_folder(flag, path.parent)
+        check_folder(flag, path.parent)
         refuse_foreign([path], overwrite, flag)
 
 

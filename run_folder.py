@@ -26,10 +26,12 @@ from recipes import FLAGS
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path):
     """Yields a temporary path beside `path`, which replaces `path` when the block ends: `path` is always the old file or the
-    complete new one. A block that fails leaves nothing. Raises UserError if the file cannot be written."""
+    complete new one. The folder is made if it is missing. A block that fails leaves no file. Raises UserError if the file
+    cannot be written."""
     target = pathlib.Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".mgd-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter while it handles the former
@@ -45,15 +47,12 @@ def atomic_write(path: pathlib.Path):
             temporary.unlink()
 
 
-def make_folder(flag: str, folder: pathlib.Path):
-    """Make `folder` if it is missing, and try to write a file there. Raises UserError if either fails, so that a run ends
-    before its work and not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {printable(folder)}: cannot be made a folder ({error.strerror}); give another") from None
+def check_folder(flag: str, folder: pathlib.Path):
+    """Raises UserError if no file can be written to `folder`, or to the folder that it is to be made in, so that a run ends
+    before its work and not after it. It is made with its first file, so a run that fails before leaves nothing."""
     try:  # permissions do not tell: the disk may be read-only, and root may do all
-        tempfile.TemporaryFile(dir=folder).close()
+        present = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+        tempfile.TemporaryFile(dir=present).close()
     except OSError as error:
         raise UserError(f"{flag} {printable(folder)}: cannot be written to ({error.strerror}); give another folder") from None
 
@@ -77,11 +76,31 @@ def save_checkpoint(path: pathlib.Path, checkpoint: dict):
         return
     checkpoint["rng"] = torch.get_rng_state()
     checkpoint["versions"] = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-    make_folder("--out", path.parent)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def states(path: pathlib.Path, networks: dict[str, torch.nn.Module], optimizers: list) -> dict:
+    """What the checkpoint at `path` holds of a training's networks and optimizers. A last.pt holds the `model` alone."""
+    if path.name == "last.pt":
+        networks, optimizers = {"model": networks["model"]}, []
+    found = {key: network.state_dict() for key, network in networks.items()}
+    return {**found, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+
+
+def restore(checkpoint: dict | None, networks: dict[str, torch.nn.Module], optimizers: list) -> tuple[int, float]:
+    """Put the `states` of a checkpoint back. Returns the step and the seconds that it was written after; without a checkpoint
+    nothing changes, and both are 0."""
+    if checkpoint is None:
+        return 0, 0.0
+    for key, network in networks.items():
+        network.load_state_dict(checkpoint[key])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    torch.set_rng_state(checkpoint["rng"])
+    return checkpoint["step"], checkpoint["row"]["seconds"]
 
 
 def load_checkpoint(path: pathlib.Path | str) -> dict:
@@ -107,7 +126,7 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
 
 
 def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
-    """Make OUT, and return OUT/resume.pt where --resume is given and it exists.
+    """OUT/resume.pt where --resume is given and it exists.
 
     Raises UserError if it was written with other arguments or images, if OUT holds a run and --resume is not given, so that no
     run is lost, if OUT is the folder of the data, lies among its images or masks, or holds files of others, or if OUT cannot be
@@ -117,7 +136,7 @@ def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
     out, data = args.out.resolve(), pathlib.Path(args.data or "").resolve()
     if args.data and (out == data or {data / "images", data / "masks"} & {out, *out.parents}):
         raise UserError(f"--out {args.out}: is the folder of the data, or lies among its images or masks; give another")
-    make_folder("--out", args.out)
+    check_folder("--out", args.out)
     if log.exists() and not is_log(log):
         raise UserError(f"{log}: was not written by this project; choose another --out, or remove it")
     found = [file for file in (path, last) if file.exists()]
@@ -228,17 +247,17 @@ class Progress:
         speed = self.steps * images / elapsed
         data, self.steps, self.waited = self.waited / elapsed, 0, 0.0
         bad = [name for name, value in means.items() if not math.isfinite(value)]
-        self.write(step=step + 1, lr=lr, images_per_s=speed, data_wait=data, **means)
+        self.write(step=done, lr=lr, images_per_s=speed, data_wait=data, **means)
         if bad:
             raise UserError(
-                f"{self.args.out}: loss '{bad[0]}' is not finite at step {step + 1}; start again with a lower --lr than "
+                f"{self.args.out}: loss '{bad[0]}' is not finite at step {done}; start again with a lower --lr than "
                 f"{self.args.lr} (and delete resume.pt there)"
             )
-        text = " ".join(f"{name} {value:.3f}" for name, value in means.items())
-        text += f" lr {lr:.2g} {speed:.1f} img/s data {data:.0%}"
+        terms = " ".join(f"{name} {value:.3f}" for name, value in means.items())
+        text = f"{terms} lr {lr:.2g} {speed:.1f} img/s data {data:.0%}"
         if self.bar.disable:  # not a terminal: lines instead of a bar
-            eta = datetime.timedelta(seconds=round((self.args.steps - step - 1) * images / speed))
-            print0(f"{self.args.out.name} {step + 1}/{self.args.steps} {text} eta {eta}")
+            eta = datetime.timedelta(seconds=round((self.args.steps - done) * images / speed))
+            print0(f"{self.args.out.name} {done}/{self.args.steps} {text} eta {eta}")
         self.bar.set_postfix_str(text)
 
     def validated(self, step: int, miou: float):

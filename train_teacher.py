@@ -50,7 +50,7 @@ from common import (
     set_lr,
     sync_buffers,
 )
-from run_folder import Progress, load_for_resume, plain_args, save_checkpoint
+from run_folder import Progress, load_for_resume, plain_args, restore, save_checkpoint, states
 
 
 def parse_args(argv=None):
@@ -126,13 +126,6 @@ def consistency_loss(logits, target, valid, normalizer):
     return (squared * valid).sum() / normalizer.clamp(min=1e-6)
 
 
-def moving_average(net, decay: float) -> AveragedModel:
-    """The exponential moving average of `net`'s weights and batch-norm statistics, in evaluation mode. Its
-    `update_parameters(net)` takes the weights as they are after the first step, and later decay · average + (1 - decay) · net.
-    """
-    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).requires_grad_(False).eval()
-
-
 def main(argv=None):
     args = parse_args(argv)
     events.check_tensorboard(args)
@@ -151,25 +144,21 @@ def main(argv=None):
     optimizers = [
         torch.optim.SGD(parameter_groups(net, args.weight_decay), lr=args.lr, momentum=0.9, fused=True) for net in nets
     ]
-    average = moving_average(nets[0], args.ema_decay) if args.method == "mt" else None
+    average = None
+    if args.method == "mt":  # of weights and batch norm's statistics: at first the weights after the first step
+        average = AveragedModel(nets[0], multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
+        average.requires_grad_(False).eval()
     eval_model = average.module if average else nets[0]  # what is validated and kept
     saved = {"model": eval_model} if args.method == "sup" else {"model": eval_model, "second": nets[0] if average else nets[1]}
-    full_size = args.ohem or args.method == "mt"  # which losses need logits at full size
-    activations = models.activation_bytes(nets[0], micro_batches(args)[1], args.crop, args.precision, full_size)
-    forwards = 1 if args.method == "sup" else 2  # of which a backward goes through
-    weights = 4 * sum(p.numel() for net in {*nets, *saved.values()} for p in net.parameters())
-    needed = 3 * weights + forwards * activations  # weights, gradients, momentum
+    whole = args.ohem or args.method == "mt"  # which losses need logits at full size
+    activations = models.activation_bytes(nets[0], micro_batches(args)[1], args.crop, args.precision, whole)
+    parameters = sum(p.numel() for net in {*nets, *saved.values()} for p in net.parameters())
+    # 12 bytes: float32 weights, gradients and momentum; and one forward that backward goes through, or two
+    needed = 12 * parameters + (1 if args.method == "sup" else 2) * activations
     print_plan(args, device, partition, args.method != "sup", needed)
-    start, seconds = 0, 0.0
-    if resumed:
-        start, seconds = resumed["step"], resumed["row"]["seconds"]
-        for key, net in saved.items():
-            net.load_state_dict(resumed[key])
-        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        if average:
-            average.n_averaged.fill_(start)
-        torch.set_rng_state(resumed["rng"])
+    start, seconds = restore(resumed, saved, optimizers)
+    if average:
+        average.n_averaged.fill_(start)
     ddp_models = [compiled(distribute(net), args, device) for net in nets]  # what the steps run
     supervised_loss = mgd_ops.ohem_cross_entropy if args.ohem else mgd_ops.pixel_cross_entropy
     method = None
@@ -203,11 +192,7 @@ def main(argv=None):
 
     def save(step, path):
         row["seconds"] = round(seconds + time.perf_counter() - began, 1)
-        states = {key: net.state_dict() for key, net in saved.items()}
-        optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
-        if path.name == "last.pt":
-            states, optimizer_states = {"model": states["model"]}, []
-        save_checkpoint(path, {**checkpoint, **states, "optimizers": optimizer_states, "step": step})
+        save_checkpoint(path, {**checkpoint, **states(path, saved, optimizers), "step": step})
 
     board = events.Events(args, dataset, device, start)
     progress = Progress(args, start, board)

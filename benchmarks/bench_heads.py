@@ -18,9 +18,10 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
+from device_name import device_slug
 
 import models
-from common import ArgumentParser, cli, device_slug
+from common import ArgumentParser, cli
 from result_files import refuse_outputs, write_result
 
 SIZE, CLASSES = 512, 21

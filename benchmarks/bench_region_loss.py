@@ -28,10 +28,11 @@ if __name__ == "__main__" and os.environ.get("MALLOC_MMAP_MAX_") != "0":
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
+from device_name import device_slug
 
 import kernels
 import mgd_ops
-from common import ArgumentParser, UserError, cli, device_slug
+from common import ArgumentParser, UserError, cli
 from result_files import refuse_outputs, write_result
 
 CASES = {  # (B, C, H, W) of student and teacher

@@ -29,6 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from device_name import device_slug
 from torch.utils.flop_counter import FlopCounterMode
 
 import batches
@@ -36,7 +37,7 @@ import distill
 import kernels
 import mgd_ops
 import models
-from common import ArgumentParser, UserError, autocast, cli, device_slug, parameter_groups, pick_precision
+from common import ArgumentParser, UserError, autocast, cli, parameter_groups, pick_precision
 from pictures import save_figure
 from result_files import refuse_outputs, write_result
 

@@ -24,10 +24,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 from bench_region_loss import FORMATS, peak_mb, timed_cpu, timed_cuda
+from device_name import device_slug
 
 import kernels
 import mgd_ops
-from common import ArgumentParser, UserError, cli, device_slug
+from common import ArgumentParser, UserError, cli
 from result_files import refuse_outputs, write_result
 
 CASES = {  # (B, N, H, W) at full size

@@ -154,8 +154,14 @@ def plan(args) -> dict[pathlib.Path, list[str]]:
                     kind = teacher.split()[0]
                     backbone = getattr(args, kind)
                     teacher_network = ["--role", f"teacher_{kind}", *(["--backbone", backbone] if backbone else [])]
-                    of_seed = teacher_seed(args, teacher, seed)
-                    add(folder, "train_teacher.py", teacher_network, of_seed, args.teacher_part, args.teacher_args)
+                    add(
+                        folder,
+                        "train_teacher.py",
+                        teacher_network,
+                        teacher_seed(args, teacher, seed),
+                        args.teacher_part,
+                        args.teacher_args,
+                    )
             own = [*(["--method", method] if method != "mgd" else []), *getattr(args, f"{method}_args", [])]  # sup has none
             more = [*args.student_args, *own, *flags.split()]
             add(student_folder(args, row, seed), script, networks, seed, args.part, more)
@@ -340,9 +346,6 @@ def parse_args(argv=None) -> argparse.Namespace:
             )
     if args.nproc < 1:
         raise UserError(f"--nproc {args.nproc}: must be at least 1")
-    for flag, path in (("--deep-ckpt", args.deep_ckpt), ("--wide-ckpt", args.wide_ckpt)):
-        if path and not path.is_file():
-            raise UserError(f"{flag} {path}: no such file; give the last.pt of a finished run")
     name = os.path.basename(os.path.abspath(args.data)) if args.dataset == "folder" else args.dataset
     if not name:
         raise UserError(f"--data {args.data}: has no name for a folder in runs/; give the folder of the data set")

@@ -36,7 +36,7 @@ from result_files import (
     setting_values,
     write_text,
 )
-from run_folder import make_folder
+from run_folder import check_folder
 
 # Its rows have the keys of ours.
 PAPER = json.loads((pathlib.Path(__file__).resolve().parent.parent / "results" / "paper.json").read_text(encoding="utf-8"))
@@ -213,13 +213,23 @@ def write_tables(groups: list[dict], dataset: str, name: str, out: pathlib.Path)
 
     of_all = [g for g in groups if g["teacher_labels"] == "all" or (hashes and is_beside(g))]
     of_partition = [g for g in groups if g["teacher_labels"] != "all"]
+    shown = []
     for table, (heading, fields) in TABLES.items():
         file, title = f"{table}-{name}", f"{heading}, on {TITLES.get(dataset, dataset)}"
         if table == "methods":
             file, title = PAPER["tables"].get(dataset, f"table-{name}"), TITLES.get(dataset, dataset)
-        write_table(out, file, title, fields, select(of_partition, table), paper_cells(table, dataset))
+        ours, theirs = select(of_partition, table), select(of_all, table)
+        write_table(out, file, title, fields, ours, paper_cells(table, dataset))
         # the paper's teachers saw the labels of the partition alone
-        write_table(out, f"{file}-all", f"{title}, teachers trained on all labels", fields, select(of_all, table), [])
+        write_table(out, f"{file}-all", f"{title}, teachers trained on all labels", fields, theirs, [])
+        shown += ours + theirs
+    hidden = [g for g in groups if g not in shown]
+    if hidden:
+        runs = (
+            f"{' '.join(cell_text(k, g[k]) for k in ('method', 'backbone', 'partition', 'steps'))} ({', '.join(g['files'])})"
+            for g in hidden
+        )
+        print(f"{name}: no table has a place for {len(hidden)} of {len(groups)} run(s): {'; '.join(runs)}")
 
 
 def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: list[dict], paper: list[dict]):
@@ -249,9 +259,10 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
     columns, keys = sorted({column for cells in lines.values() for column in cells}), (*fields, *settings)
     rows = [[key.replace("_", " ").replace("gmacs", "GMACs") for key in keys] + [heading for _, heading in columns]]
     rows.append(["---"] * len(rows[0]))
-    for line in sorted(lines, key=order):
-        named = [cell_text(key, value) for key, value in zip(keys, line[0] + line[1], strict=True)]
-        rows.append(named + [lines[line].get(column, "–") for column in columns])
+    rows += [
+        [*map(cell_text, keys, line[0] + line[1]), *(lines[line].get(column, "–") for column in columns)]
+        for line in sorted(lines, key=order)
+    ]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     labels = ", ".join(f"{heading} {labeled:,}" for labeled, heading in columns if "paper" not in heading)
     note = f"mIoU in percent on val, mean ± sample deviation (number of seeds); labeled images: {labels}."
@@ -261,8 +272,10 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(header)
-    for cell in ours + paper:
-        writer.writerow([" ".join(map(str, v)) if isinstance(v, (tuple, list)) else v for v in setting_values(cell, header)])
+    writer.writerows(
+        [" ".join(map(str, v)) if isinstance(v, (tuple, list)) else v for v in setting_values(cell, header)]
+        for cell in ours + paper
+    )
     write_text(out / f"{name}.csv", lines.getvalue())
     print(f"{out / name}.md, .csv: {title}")
 
@@ -332,8 +345,10 @@ def draw_cost(groups: list[dict], dataset: str, path: pathlib.Path):
 
 def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
     """mIoU against the labeled images (Fig. 3) or against the GMACs of several heads, with one panel per student."""
-    backbones = sorted({g["backbone"] for g in groups}, key=order)
-    panels = {name: [g for g in groups if (g["backbone"], g["role"]) == (name, "student")] for name in backbones}
+    panels = {
+        name: [g for g in groups if (g["backbone"], g["role"]) == (name, "student")]
+        for name in sorted({g["backbone"] for g in groups}, key=order)
+    }
     panels = {name: ours for name, ours in panels.items() if any(len(line) > 1 for line in lines_along(x, ours).values())}
     if not panels:
         return
@@ -480,7 +495,7 @@ def parse_args(argv=None):
     if args.curves:
         refuse_outputs([("--out", args.out)], args.curves, args.overwrite)
     else:
-        make_folder("--out", args.out)
+        check_folder("--out", args.out)
     return args
 
 

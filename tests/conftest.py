@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import common
 import datasets
 import kernels
 import models
+import prepare
 import run_folder
 import train_teacher
 
@@ -65,6 +67,12 @@ def folder(tmp_path) -> pathlib.Path:
     (root / "val.txt").write_text("\n".join(names[10:]) + "\n")
     (root / "classes.txt").write_text("road\ntree\ncar\n")
     return root
+
+
+def open_folder(folder, part="1", **more):
+    """The data set and the partition, as a training opens them."""
+    args = {"dataset": "folder", "data": folder, "part": part, "cache": None, "labeled_list": None, "unlabeled_list": None}
+    return datasets.open_training_data(argparse.Namespace(**{**args, **more}), unlabeled=True)
 
 
 class FewShapes(datasets.Shapes):
@@ -204,6 +212,11 @@ def log(out):
     return [{k: v for k, v in e.items() if k not in ("images_per_s", "data_wait")} for e in entries]
 
 
+def refuse_constant(name):
+    """For json.loads, which takes NaN and Infinity unless parse_constant refuses them."""
+    raise ValueError(f"{name} is no JSON")
+
+
 def same_weights(a, b):
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -309,6 +322,12 @@ def save_mask(path, array):
     Image.fromarray(array.astype(np.uint8)).save(path)
 
 
+def saved(array, path, **more):
+    """Save an array as an image, with options of Pillow; its path."""
+    Image.fromarray(array).save(path, **more)
+    return path
+
+
 def write_lines(path, lines):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
@@ -337,3 +356,53 @@ def voc(tmp_path):
         entry["Segmentation"][0, 0] = np.full((40, 56), i, np.uint8)
         pytest.importorskip("scipy.io").savemat(sbd / "cls" / f"{name}.mat", {"GTcls": entry})
     return tmp_path
+
+
+# ---- masks of the fixture `folder` ----
+
+COLOURS = np.array([(0, 0, 0), (128, 64, 128), (0, 128, 0)], np.uint8)  # of the three classes
+
+
+def masks_of(root):
+    return sorted((root / "masks").iterdir())
+
+
+def rewrite(root, change, names=None):
+    """Replace masks (of `names`, or all) by change(array)."""
+    for path in masks_of(root):
+        if names is None or path.stem in names:
+            result = change(np.asarray(Image.open(path)))
+            (result if isinstance(result, Image.Image) else Image.fromarray(result.astype(np.uint8))).save(path)
+
+
+def blocks(root):
+    """Masks as people draw them: two rectangles on a background, at another place in each."""
+    for i, path in enumerate(masks_of(root)):
+        mask = np.zeros((40, 56), np.uint8)
+        mask[4 : 20 + i, 6:30] = 1
+        mask[25:38, 20 + i : 50] = 2
+        save_mask(path, mask)
+
+
+def indexed(mask, order, palette=None):
+    """A palette image of the classes `mask`, in which class order[i] has index i; its palette shows the same colours."""
+    image = Image.fromarray(np.argsort(order)[mask].astype(np.uint8))
+    image.putpalette((COLOURS[list(order)] if palette is None else np.array(palette)).ravel().tolist())
+    return image
+
+
+def rgb(mask):
+    """The mask in colours; what is ignored is white."""
+    return Image.fromarray(np.vstack([COLOURS, np.zeros((252, 3), np.uint8), [(255, 255, 255)]]).astype(np.uint8)[mask])
+
+
+def classes_of(root):
+    """The mask of each name, as an array."""
+    return {path.stem: np.asarray(Image.open(path)) for path in masks_of(root)}
+
+
+def check(script, root, *more):
+    """Run `prepare.py check` with all labels: (exit code, stdout)."""
+    code, out, err = script(prepare, "check", "--dataset", "folder", "--data", root, "--part", "1", *more)
+    assert "Traceback" not in err
+    return code, out

@@ -2,17 +2,14 @@
 
 import importlib
 import json
-import sys
 
-import pytest
-import torch
-from conftest import ROOT
-
-import models
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_heads
 import bench_step
+import device_name
+import pytest
+import torch
+
+import models
 
 
 @pytest.mark.slow
@@ -40,7 +37,7 @@ def test_the_released_step_and_ours_have_equal_terms(mixed_terms):
 
 
 @pytest.mark.slow
-def test_the_arms_run(capsys):
+def test_both_variants_of_the_step_benchmark_run(capsys):
     for impl in ("released", "ours"):
         rows = bench_step.measure("cps", "resnet18", 48, 2, 3, impl, "cpu", 2)
         assert rows[0]["pass"] == "step" and rows[0]["gflops"] > 1 and rows[0]["peak_mb"] > 0
@@ -77,3 +74,8 @@ def test_a_benchmark_keeps_others_files(script, tmp_path, name, flag):
     path.write_text("precious")
     code, _, err = script(module, flag, path)
     assert code == 2 and "mine.json exists" in err and "--overwrite" in err and path.read_text() == "precious"
+
+
+def test_benchmarks_are_named_after_the_whole_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert device_name.device_slug("cuda") == "h100-80gb-hbm3" and device_name.device_slug("cpu") == "cpu"

@@ -1,4 +1,3 @@
-import argparse
 import ast
 import errno
 import math
@@ -7,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from PIL import Image
 import common
 import datasets
 import models
-import recipes
 import run_folder
 from common import UserError
 
@@ -31,61 +28,11 @@ def test_poly_lr_and_ramp_up_are_their_formulas():
     assert common.ramp_up(0, 100, 0.0, 0.0) == 1
 
 
-@pytest.mark.parametrize("text,expected", [("64", (64, 64)), ("96x128", (96, 128))])
-def test_crop_size(text, expected):
-    assert recipes.crop_size(text) == expected
-
-
-@pytest.mark.parametrize("text", ["0", "1x2x3", "ten", "-5"])
-def test_crop_size_refuses_nonsense(text):
-    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-        recipes.crop_size(text)
-
-
 def test_norms_and_biases_do_not_decay():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     decayed, free = common.parameter_groups(model, 5e-4)
     assert [p.ndim for p in decayed["params"]] == [4] and decayed["weight_decay"] == 5e-4
     assert len(free["params"]) == 3 and free["weight_decay"] == 0
-
-
-def test_a_checkpoint_is_the_old_one_until_it_is_the_new_one(tmp_path, monkeypatch):
-    path = tmp_path / "run" / "last.pt"
-    row = {"model": {}, "args": {}, "classes": [], "row": {}}
-    run_folder.save_checkpoint(path, {**row, "step": 1})
-
-    def fails(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(common.os, "fsync", fails)
-    with pytest.raises(UserError, match=r"last.pt: cannot be written \(disk full\)"):
-        run_folder.save_checkpoint(path, {**row, "step": 2})
-    assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
-    checkpoint = run_folder.load_checkpoint(path)
-    assert checkpoint["step"] == 1 and checkpoint["versions"]["torch"] == str(torch.__version__)
-
-
-@pytest.mark.slow
-def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path):
-    """In a process whose files may have 100 kB."""
-    checkpoint = "{'model': torch.zeros(100_000)}"
-    save = f"import pathlib, torch, run_folder; run_folder.save_checkpoint(pathlib.Path('last.pt'), {checkpoint})"
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", f"{limit}; {save}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert "last.pt: cannot be written (File too large)" in done.stderr.splitlines()[-1]
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_error_of_torch_save_that_is_no_failed_write_stays_itself(tmp_path, monkeypatch):
-    def fails(*args):
-        raise RuntimeError("cannot be serialized")
-
-    monkeypatch.setattr(common.torch, "save", fails)
-    with pytest.raises(RuntimeError, match="cannot be serialized"):
-        run_folder.save_checkpoint(tmp_path / "last.pt", {})
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_clear_line(monkeypatch, capsys):
@@ -99,26 +46,27 @@ def test_a_full_disk_is_one_clear_line(monkeypatch, capsys):
     )
 
 
-def test_what_is_no_checkpoint_is_one_clear_line(tmp_path, recwarn):
-    with pytest.raises(UserError, match="no such checkpoint"):
-        run_folder.load_checkpoint(tmp_path / "absent.pt")
-    (tmp_path / "noise.pt").write_bytes(b"\x80noise")
-    with pytest.raises(UserError, match="cannot be read"):
-        run_folder.load_checkpoint(tmp_path / "noise.pt")
-    assert not recwarn.list  # which would be more lines on stderr
-    torch.save({"weights": 1}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="not a checkpoint of"):
-        run_folder.load_checkpoint(tmp_path / "other.pt")
-
-
-def test_unknown_device():
+def test_an_unknown_device_is_refused():
     with pytest.raises(UserError, match="--device warp"):
         common.pick_device("warp")
 
 
-def test_benchmarks_are_named_after_the_whole_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert common.device_slug("cuda") == "h100-80gb-hbm3" and common.device_slug("cpu") == "cpu"
+@pytest.mark.parametrize("folder,limit,used,cached", [
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+])  # fmt: skip
+def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch, folder, limit, used, cached):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(common, "CGROUP", str(tmp_path))
+    machine = common.free_memory(cpu)
+    assert machine > 10e6
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / limit).write_text("9000000\n")
+    (tmp_path / folder / used).write_text("5000000\n")
+    (tmp_path / folder / "memory.stat").write_text(f"anon 1\n{cached} 2000000\nactive_file 7\n")
+    assert common.free_memory(cpu) == 6e6
+    (tmp_path / folder / limit).write_text("max\n" if not folder else "9223372036854771712\n")  # no limit
+    assert common.free_memory(cpu) > machine / 2
 
 
 # ---- the line at the end of a script ----
@@ -230,7 +178,7 @@ class Images(torch.utils.data.Dataset):
 
 def main():
     args = types.SimpleNamespace(out=common.pathlib.Path("run"), steps=8)
-    run_folder.make_folder("--out", args.out)
+    run_folder.check_folder("--out", args.out)
     batches = common.start_workers(torch.utils.data.DataLoader(Images(), batch_size=8, num_workers=2))
     progress = run_folder.Progress(args, 0)
     for _ in range(8):
@@ -275,6 +223,23 @@ def test_a_container_with_little_or_no_shared_memory_is_one_line(tmp_path, optio
     code, lines = loads(tmp_path, "lives", mount)
     assert code == 2 and len(lines) == 1, lines
     assert "shared memory" in lines[0] and "--workers 0" in lines[0] and "--shm-size" in lines[0]
+
+
+@pytest.mark.slow
+def test_error_of_a_data_worker_is_one_line_in_a_real_process(folder):
+    """An image breaks off in the middle, which no header shows; a worker process finds it during the first steps."""
+    for path in (folder / "images").glob("im0[0-9].png"):
+        path.write_bytes(path.read_bytes()[:3000])
+    data = f"--dataset folder --data {folder} --part 1 --out {folder / 'run'}"
+    options = f"{data} --method sup --backbone r18 --weights none --steps 2 --batch 2 --crop 32 --head-width 16 --workers 1"
+    command = [sys.executable, "train_teacher.py", *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=common.pathlib.Path(common.__file__).parent)
+    assert done.returncode == 2
+    assert (
+        len(done.stderr.strip().splitlines()) == 1
+        and ".png: cannot be read as an image" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 # ---- help and terminals ----
@@ -391,57 +356,3 @@ def test_messages_and_tables_are_printed_on_a_terminal_that_has_ascii_alone(tmp_
     done = on_ascii_terminal("evaluate.py", "--ckpt", *files, "--device", "cpu", *pictures)
     assert done.returncode == 0 and b"\\u9053" in done.stdout and b"\\xb1" in done.stdout, done.stderr
     assert len(done.stderr.splitlines()) == 1 and b"no font here can draw '\\u9053" in done.stderr
-
-
-# ---- the folder of a training ----
-
-
-def resumes(out, resume=False, data=None):
-    return run_folder.load_for_resume(argparse.Namespace(out=out, resume=resume, data=data), types.SimpleNamespace(hash="aaa"))
-
-
-@pytest.mark.parametrize("name", ["log.jsonl", "last.pt", "resume.pt"])
-@pytest.mark.parametrize("resume", [False, True, "alone"])
-def test_a_training_never_replaces_somebody_elses_file(tmp_path, name, resume):
-    (tmp_path / name).write_text("precious")
-    if resume is True and name == "last.pt":
-        run_folder.save_checkpoint(tmp_path / "resume.pt", {"model": {}, "args": {}, "classes": [], "row": {}})
-    with pytest.raises(UserError, match=name):
-        resumes(tmp_path, resume)
-    assert (tmp_path / name).read_text() == "precious"
-
-
-def test_a_training_does_not_write_among_its_data(folder):
-    before = sorted(folder.rglob("*"))
-    for out in ("masks/..", "masks", "images", "images/runs/a"):
-        with pytest.raises(UserError, match="is the folder of the data, or lies among its images or masks"):
-            resumes(folder / out, data=folder)
-    assert sorted(folder.rglob("*")) == before
-    resumes(folder / "runs", data=folder)
-
-
-def test_a_log_goes_on_where_its_last_line_was_cut_off(tmp_path):
-    lines = ['{"step": 1, "lr": 1, "images_per_s": 1, "data_wait": 0}', '{"step": 3, "miou": 1}', '{"step": 2, "mi']
-    for end in ("", "\n", "\x00\x00"):
-        (tmp_path / "log.jsonl").write_text("\n".join(lines) + end)
-        progress = run_folder.Progress(types.SimpleNamespace(out=tmp_path, steps=4), 2)
-        progress.write(step=3)
-        progress.close()
-        assert (tmp_path / "log.jsonl").read_text() == lines[0] + '\n{"step": 3}\n'
-
-
-@pytest.mark.slow
-def test_error_of_a_data_worker_is_one_line_in_a_real_process(folder):
-    """An image breaks off in the middle, which no header shows; a worker process finds it during the first steps."""
-    for path in (folder / "images").glob("im0[0-9].png"):
-        path.write_bytes(path.read_bytes()[:3000])
-    data = f"--dataset folder --data {folder} --part 1 --out {folder / 'run'}"
-    options = f"{data} --method sup --backbone r18 --weights none --steps 2 --batch 2 --crop 32 --head-width 16 --workers 1"
-    command = [sys.executable, "train_teacher.py", *options.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=common.pathlib.Path(common.__file__).parent)
-    assert done.returncode == 2
-    assert (
-        len(done.stderr.strip().splitlines()) == 1
-        and ".png: cannot be read as an image" in done.stderr
-        and "Traceback" not in done.stderr
-    )

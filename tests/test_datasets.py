@@ -1,4 +1,3 @@
-import argparse
 import itertools
 import json
 import math
@@ -11,9 +10,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, save_jpeg, save_mask, write_lines
+from conftest import TINY, open_folder, save_jpeg, save_mask, write_lines
 from PIL import Image
-from torchvision.transforms import v2
 
 import batches
 import checks
@@ -88,23 +86,6 @@ def test_masks_of_unlabeled_images_are_never_opened(folder, names):
     for path in masks:
         path.unlink()
     assert datasets.partition(datasets.Folder(folder), "1/4") == split
-
-
-def test_own_images_come_as_upright_rgb(folder):
-    files = sorted((folder / "images").iterdir())
-    array = np.zeros((40, 56, 3), np.uint8)
-    array[:20, :28] = (200, 100, 50)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    Image.fromarray(array).save(files[0], exif=exif)
-    Image.fromarray(array[..., 0]).save(files[1])
-    Image.fromarray(array).convert("P").save(files[2])
-    Image.fromarray(np.dstack([array, array[..., 0]])).save(files[3])
-    dataset = datasets.Folder(folder)
-    assert dataset.image("im00").shape == (56, 40, 3) and tuple(dataset.image("im00")[0, -1]) == (200, 100, 50)
-    for name in ("im01", "im02", "im03"):
-        assert dataset.image(name).shape == (40, 56, 3)
-    assert tuple(dataset.image("im01")[0, 0]) == (200, 200, 200)
 
 
 def break_missing_root(root):
@@ -435,11 +416,6 @@ def odd_stray_mask(root):
 ODD = [value for name, value in globals().items() if name.startswith("odd_")]
 
 
-def open_folder(folder, part="1", **more):
-    args = {"dataset": "folder", "data": folder, "part": part, "cache": None, "labeled_list": None, "unlabeled_list": None}
-    return datasets.open_training_data(argparse.Namespace(**{**args, **more}), unlabeled=True)
-
-
 @pytest.mark.parametrize("break_it", BROKEN, ids=lambda f: f.__name__)
 def test_broken_folders_are_one_clear_line(folder, break_it):
     expected = break_it(folder)
@@ -477,114 +453,6 @@ def test_broken_masks_are_named(folder):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match=r"im02.png: cannot be read"):
         dataset.image("im02")
-
-
-def test_augmentation_is_a_function_of_the_seed(folder):
-    train_set = batches.TrainSet(datasets.Folder(folder), ["im00"], (32, 32), [0.5, 1.0, 2.0])
-    state = torch.get_rng_state()
-    a, b, c = train_set[0, 1], train_set[0, 1], train_set[0, 2]
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[0], c[0])
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_image_and_mask_are_cropped_alike_and_padding_is_ignored():
-    class Painted(datasets.Shapes):
-        """The image shows its mask."""
-
-        def image(self, name):
-            return np.repeat(self.mask(name)[..., None], 3, 2)
-
-    for seed in range(8):
-        image, mask = batches.TrainSet(Painted(), ["train-0000"], (80, 80), [1.0])[0, seed]
-        inside = mask != 255
-        assert torch.equal(image[0][inside], mask[inside]) and int(inside.sum()) == 64 * 64
-        assert (torch.tensor([round(255 * m) for m in batches.MEAN]) == image[:, ~inside].T).all()
-
-
-def test_sampler_is_a_function_of_seed_and_step():
-    whole = list(batches.StepSampler(10, 4, seed=3, start=0, steps=20))
-    assert list(batches.StepSampler(10, 4, seed=3, start=7, steps=20)) == whole[7:]
-    assert whole != list(batches.StepSampler(10, 4, seed=4, start=0, steps=20))
-    order = [index for batch in whole for index, _ in batch]
-    assert all(sorted(order[i : i + 10]) == list(range(10)) for i in range(0, 80, 10))  # each image once an epoch
-    seeds = [seed for batch in whole for _, seed in batch]
-    assert len(set(seeds)) == len(seeds)
-
-
-def test_micro_batches_of_a_step_are_its_batch():
-    whole = list(batches.StepSampler(10, 6, seed=3, start=2, steps=5, views=2))
-    micro_batches = list(batches.StepSampler(10, 6, seed=3, start=2, steps=5, views=2, parts=range(3), size=2))
-    assert len(whole) == 3 and len(micro_batches) == 9
-    for step, (first, second) in enumerate(zip([w[:6] for w in whole], [w[6:] for w in whole], strict=True)):
-        of_step = micro_batches[3 * step : 3 * step + 3]
-        assert [item for micro_batch in of_step for item in micro_batch[:2]] == first  # the views stay apart
-        assert [item for micro_batch in of_step for item in micro_batch[2:]] == second
-    assert list(batches.StepSampler(10, 6, 3, 2, 5, 2, range(1, 3), 2)) == [s for i, s in enumerate(micro_batches) if i % 3]
-
-
-def test_cutmix_mask_covers_what_three_boxes_may():
-    masks = batches.cutmix_mask(200, (64, 96), seed=0)
-    assert masks.shape == (200, 1, 64, 96) and masks.dtype == torch.bool
-    areas = masks.float().mean((1, 2, 3))
-    # three boxes of a third of 0.25 to 0.5 of the area each; overlaps toggle, so the mean area is below 0.375
-    assert 0.2 < areas.mean() < 0.375 and areas.max() < 0.52
-    assert torch.equal(masks, batches.cutmix_mask(200, (64, 96), seed=0))
-    assert not torch.equal(masks, batches.cutmix_mask(200, (64, 96), seed=1))
-
-
-def test_overlapping_cutmix_boxes_toggle():
-    """Without toggling, three boxes cover more: their union is what any two of them cover, not what an odd number does."""
-
-    class Boxes:
-        def __init__(self):
-            self.corners = iter([0, 0, 0, 0, 2, 0])  # top, left of three boxes
-
-        def uniform(self, *args):
-            return np.array([0.36] * 3) if len(args) == 3 else 0.5
-
-        def integers(self, low, high):
-            return next(self.corners)
-
-    import unittest.mock
-
-    with unittest.mock.patch.object(datasets.np.random, "default_rng", lambda seed: Boxes()):
-        mask = batches.cutmix_mask(1, (10, 10), 0)[0, 0]
-    # sides of 0.6 / sqrt(3) of 10 pixels are 3: two equal boxes cancel, the third stays
-    assert mask.sum() == 9 and mask[2:5, :3].all()
-
-
-def test_seeds_differ_for_every_tuple():
-    tuples = [(5,), (5, 0), (5, 0, 0), (0,), (0, 0), (5, 2), (5, 2, 0), (2, 5)]
-    assert len({batches.seed_of(*parts) for parts in tuples}) == len(tuples)
-
-
-def test_a_mask_turned_by_exif_is_turned_like_its_image(folder):
-    mask = np.arange(40 * 56).reshape(40, 56) % 3
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(mask.astype(np.uint8)).save(folder / "masks" / "im00.png", exif=exif)
-    assert np.array_equal(datasets.Folder(folder).mask("im00"), np.rot90(mask, -1))
-
-
-def test_cutmix_takes_the_second_view_inside_the_box():
-    box = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
-    box[:, :, :2] = True
-    views = torch.stack([torch.full((3, 4, 4), float(i)) for i in range(4)])
-    mixed = batches.cutmix(views, box)
-    assert (mixed[0, :, :2] == 2).all() and (mixed[0, :, 2:] == 0).all() and (mixed[1, :, :2] == 3).all()
-    assert torch.equal(batches.cutmix(views[:, 0], box), mixed[:, 0])
-    assert torch.equal(batches.cutmix(views[:, :, ::2, ::2], box), mixed[:, :, ::2, ::2])
-    assert batches.cutmix(views, None) is views
-
-
-def test_normalize_gives_imagenets_mean_zero():
-    grey = torch.tensor([round(255 * m) for m in batches.MEAN], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
-    assert batches.normalize(grey, torch.device("cpu")).abs().max() < 0.01
-
-
-def test_voc_palette():
-    assert readers.voc_palette(21)[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
-    assert readers.voc_palette(21)[20] == (0, 64, 128)
 
 
 # ---- the official layouts ----
@@ -756,26 +624,7 @@ def test_the_public_lists_of_cityscapes_load_to_the_papers_counts(tmp_path):
         datasets.listed_partition(dataset, held_out, None)
 
 
-# ---- lists, partitions, cache, windows ----
-
-
-@pytest.mark.parametrize(
-    "line,name",
-    [
-        ("2007_000032", "2007_000032"),
-        ("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png", "2007_000032"),
-        ("JPEGImages/2007_000032.jpg\tSegmentationClassAug/2007_000032.png", "2007_000032"),
-        ("leftImg8bit/train/jena/jena_000078_000019_leftImg8bit.png", "jena_000078_000019"),
-        ("/images/train/jena_000078_000019.png\t/segmentation/train/jena_000078_000019_gtFine.png", "jena_000078_000019"),
-        ("my photo", "my photo"),
-        ("images/my photo.jpg masks/my photo.png", "my photo"),
-        ("v1.2", "v1.2"),
-        ("v1.2.JPEG", "v1.2"),
-    ],
-)
-def test_lists_in_the_forms_people_have(tmp_path, line, name):
-    write_lines(tmp_path / "list.txt", [line])
-    assert readers.read_names(tmp_path / "list.txt", {name, "my", "other"}) == [name]
+# ---- lists, partitions, cache ----
 
 
 def test_broken_lists_are_named(folder):
@@ -830,35 +679,3 @@ def test_cache_gives_the_same_and_notices_changes(folder, tmp_path):
     cached.cache = folder / "train.txt"
     with pytest.raises(UserError, match="--cache"):
         cached.image("im01")
-
-
-@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 4.0])
-def test_resizing_a_window_equals_resizing_all(scale):
-    """At scales at which the resized window begins at a whole pixel, but for the pixels beside its border."""
-    rng = np.random.default_rng(0)
-    image, mask = rng.integers(0, 256, (80, 122, 3), np.uint8), rng.integers(0, 9, (80, 122, 1), np.uint8)
-    size = [round(80 * scale), round(122 * scale)]
-    whole = v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), size, antialias=True).int()
-    whole_mask = np.asarray(Image.fromarray(mask[..., 0]).resize(size[::-1], Image.Resampling.NEAREST))
-    for _ in range(20):
-        source, target = batches.draw_window((80, 122), (40, 48), scale, rng)
-        if any(s.start * scale % 1 for s in source):
-            continue
-        crop = batches.resize_window(image, source, (40, 48), target, [1, 2, 3]).int()
-        labels = batches.resize_window(mask, source, (40, 48), target, [255])[0].numpy()
-        top, left = (round(s.start * scale) for s in source)
-        assert (crop[:, 4:-4, 4:-4] - whole[:, top : top + 40, left : left + 48][:, 4:-4, 4:-4]).abs().max() <= 1
-        assert np.array_equal(labels, whole_mask[top : top + 40, left : left + 48])
-
-
-def test_windows_are_drawn_uniformly_and_small_images_are_surrounded():
-    rng = np.random.default_rng(0)
-    drawn = [batches.draw_window((10, 4), (6, 10), 1.5, rng) for _ in range(2000)]
-    rows = np.bincount([source[0].start for source, _ in drawn])
-    cols = np.bincount([target[1].start for _, target in drawn])
-    assert len(rows) == 7 and (rows > 200).all() and len(cols) == 5 and (cols > 300).all()
-    source, target = drawn[0]
-    assert source[1] == slice(0, 4) and target[1].stop - target[1].start == 6 and target[0] == slice(0, 6)
-    crop = batches.resize_window(np.zeros((10, 4, 3), np.uint8), source, (6, 10), target, [1, 2, 3])
-    assert (crop[:, 0, target[1].start - 1 if target[1].start else -1] == torch.tensor([1, 2, 3])).all()
-    assert (crop[:, :, target[1]] == 0).all()

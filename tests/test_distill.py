@@ -156,8 +156,23 @@ def test_labels_alone_need_no_unlabeled_image(script, teachers, folder, tmp_path
         ("--deep D --lambda-region -1", "--lambda-region -1.0: must be at least 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused(script, tmp_path, options, said):
+def test_flags_that_contradict_each_other_are_refused(script, tmp_path, options, said):
     assert said in errors(script, distill, "--out", tmp_path / "x", *TINY, *options.split())
+
+
+@pytest.mark.parametrize("options,said", [
+    ("--losses sup pixel --lambda-image 1", "note: --lambda-image 1.0 has no effect: the losses are sup pixel\n"),
+    ("--losses sup image:T_D --lambda-region 0", "note: --lambda-region 0.0 has no effect: the losses are sup image:T_D\n"),
+    ("--method kd --lambda-region 2", "note: --lambda-region 2.0 has no effect: the losses are sup kd\n"),
+    ("--kd-weight 2", "note: --kd-weight 2.0 has no effect: the losses are sup pixel image:T_D region:T_D\n"),
+    ("--losses sup pixel image:T_D --lambda-image 1", ""),
+    ("--method cwd --kd-weight 2", ""),
+    ("--losses sup pixel", ""),
+    ("--lambda-image 1 --lambda-region 2", ""),
+])  # fmt: skip
+def test_a_weight_of_a_loss_that_is_not_used_is_said(capsys, options, said):
+    distill.parse_args(["--out", "x", "--deep", "D", *options.split()])
+    assert capsys.readouterr().err == said
 
 
 def test_baselines_follow_their_formulas():
@@ -324,7 +339,7 @@ def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
     assert torch.equal(teacher_outputs.mixed.features, views[:2])
 
 
-def test_folded_teachers_say_the_same(teachers):
+def test_teachers_with_folded_batch_norm_have_the_same_outputs(teachers):
     dataset, args = datasets.Shapes(), argparse.Namespace(image_scale=1.0)
     for path in teachers:
         teacher, _ = distill.load_teacher(path, dataset, args, torch.device("cpu"))

@@ -1,25 +1,24 @@
 import json
 import math
 import os
+import pathlib
 import subprocess
 import sys
-import warnings
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import NO_GPU, ROOT
-from matplotlib import pyplot as plt
+from bench_region_loss import peak_mb
+from conftest import NO_GPU, ROOT, python
 from PIL import Image
 
 import batches
 import datasets
 import evaluate
-import pictures
-import readers
+import models
+from evaluate import Protocol
 
-SHAPES = datasets.Shapes()
+CPU = torch.device("cpu")
 
 
 def iou_by_hand(predictions, masks, classes):
@@ -138,7 +137,134 @@ def test_scales_and_mirroring_average_probabilities():
     assert not torch.equal(got, evaluate.predict(model, image, cpu, "fp32"))
 
 
-# ---- prediction and pictures ----
+# ---- strips: the labels of a whole image in little memory ----
+
+
+class Convolves(torch.nn.Module):
+    """Five classes; every logit depends on the pixels around it, and on the whole window."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Conv2d(3, 5, 5, padding=2)
+
+    def forward(self, images):
+        logits = self.layer(images)
+        return models.Output(logits - images.mean((2, 3), keepdim=True)[:, :1] * torch.linspace(0, 1, images.shape[-1]), logits)
+
+
+def labels_of_the_whole(model, image, protocol):
+    """All logits of the image are held: what strips must equal."""
+    size, total, views = image.shape[:2], 0, len(protocol.scales) * (1 + protocol.flip)
+    for scale in protocol.scales:
+        scaled = [max(1, round(side * protocol.image_scale * scale)) for side in size]
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+        if scaled != list(size):
+            pixels = evaluate.v2.functional.resize(pixels, scaled, antialias=True)
+        for mirrored in (False, True)[: 1 + protocol.flip]:
+            x = batches.normalize(pixels, CPU)
+            x = x.flip(-1) if mirrored else x
+            logits = windows_of_the_whole(model, x, protocol.window) if protocol.window else model(x).logits
+            logits = logits.flip(-1) if mirrored else logits
+            if list(size) != scaled:
+                logits = torch.nn.functional.interpolate(logits, size, mode="bilinear", align_corners=True)
+            total = logits if views == 1 else total + logits.softmax(1)
+    return total[0].argmax(0)
+
+
+def windows_of_the_whole(model, x, window):
+    (height, width), (h, w) = x.shape[2:], window
+    x = torch.nn.functional.pad(x, (0, max(0, w - width), 0, max(0, h - height)))
+    total, count = torch.zeros(1, 5, *x.shape[2:]), torch.zeros(x.shape[2:])
+    for top in range(0, x.shape[2], math.ceil(h * 2 / 3)):
+        for left in range(0, x.shape[3], math.ceil(w * 2 / 3)):
+            y0, x0 = min(top, x.shape[2] - h), min(left, x.shape[3] - w)
+            total[..., y0 : y0 + h, x0 : x0 + w] += model(x[..., y0 : y0 + h, x0 : x0 + w]).logits
+            count[y0 : y0 + h, x0 : x0 + w] += 1
+            if left + w >= x.shape[3]:
+                break
+        if top + h >= x.shape[2]:
+            break
+    return (total / count)[..., :height, :width]
+
+
+SLOW_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in ((131, 40), (50, 70), (90, 20))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [*SLOW_SIZES, (24, 32), (5, 7), (1, 45), (45, 1), (1, 1)])
+@pytest.mark.parametrize("window", [(24, 32), (9, 11), (7, 50), None])
+@pytest.mark.parametrize("image_scale", [1.0, 0.5, 0.37, 1.6, 2.0])
+def test_strips_give_the_labels_of_the_whole(monkeypatch, size, window, image_scale):
+    image, model = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8), Convolves()
+    for more in ({}, {"flip": True}, {"scales": (0.75, 1.3)}):
+        if more and window and min(window) < 9:
+            continue  # many windows
+        protocol = Protocol(image_scale, window, **more)
+        with torch.inference_mode():
+            expected = labels_of_the_whole(model, image, protocol)
+        for strip_bytes in (0, 20_000, evaluate.STRIP_BYTES):
+            monkeypatch.setattr(evaluate, "STRIP_BYTES", strip_bytes)
+            labels = evaluate.predict(model, image, CPU, "fp32", protocol)
+            assert labels.dtype == torch.uint8 and np.array_equal(labels, expected), (more, strip_bytes)
+
+
+def test_windows_come_in_strips(monkeypatch):
+    """Without this the test above could compare the whole with the whole."""
+    monkeypatch.setattr(evaluate, "STRIP_BYTES", 0)
+    x = torch.zeros(1, 3, 100, 20)
+    strips = list(evaluate.window_strips(lambda x: x, lambda top, bottom: x[:, :, top:bottom], (100, 20), (30, 20)))
+    assert [s.shape[2] for s in strips] == [20, 20, 20, 10, 30]
+    rows = [s.shape[2] for s in evaluate.upsampled_strips(iter(strips), (100, 20), (250, 30))]
+    assert sum(rows) == 250 and max(rows) == 1
+
+
+def test_strips_of_bfloat16_windows_too():
+    image, model = (
+        np.random.default_rng(0).integers(0, 256, (80, 40, 3), np.uint8),
+        models.build_model("mbv2", 4, head_width=16).eval(),
+    )
+    whole = evaluate.predict(model, image, CPU, "bf16", Protocol(window=(32, 32)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "STRIP_BYTES", 0)
+        assert torch.equal(evaluate.predict(model, image, CPU, "bf16", Protocol(window=(32, 32))), whole)
+
+
+PEAK = """
+import sys
+import numpy as np, torch
+import evaluate, models
+class Model(torch.nn.Module):
+    def forward(self, images):
+        logits = images[:, :1] * torch.arange(64.).view(-1, 1, 1)
+        return models.Output(logits, logits)
+image = np.zeros((int(sys.argv[1]), 1000, 3), np.uint8)
+evaluate.predict(Model(), image, torch.device("cpu"), "fp32", evaluate.Protocol(float(sys.argv[2]), (128, 128)))
+(line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]  # ru_maxrss begins with the parent's
+print(int(line.split()[1]) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="the peak of the memory is read from /proc")
+def test_resident_memory_does_not_grow_with_the_height():
+    """64 classes: the logits of 4000x1000 pixels are 1 GB, those of a strip 33 MB; STRIP_BYTES are collected."""
+    peaks = [int(python(PEAK, rows, "1", MGD_OPS="torch").stdout) for rows in ("1000", "4000")]
+    assert peaks[1] - peaks[0] < 150, peaks  # the image and its labels grow by 12 MB
+
+
+@pytest.mark.parametrize("image_scale", [1.0, 0.4, 1.5])
+def test_strips_need_no_more_memory_for_taller_images(monkeypatch, image_scale):
+    monkeypatch.setattr(evaluate, "STRIP_BYTES", 2**16)
+    model, peaks = Convolves(), []
+    for height in (200, 800):
+        image, protocol = np.zeros((height, 100, 3), np.uint8), Protocol(image_scale, (32, 32))
+        peaks.append(peak_mb(lambda _: evaluate.predict(model, image, CPU, "fp32", protocol), "cpu"))  # noqa: B023
+    grown = 600 * 100 * (1 + (3 + 3 * image_scale**2 if image_scale != 1 else 0))  # the labels, and the resized image
+    assert peaks[1] - peaks[0] < 1.05 * grown / 1e6 + 0.02, peaks  # all logits would take 1.2 MB more at image scale 1
+
+
+# ---- the command line ----
 
 
 def test_only_runs_of_the_same_settings_are_averaged_over_seeds(capsys):
@@ -221,77 +347,6 @@ def test_outputs_are_written_again_and_others_files_with_overwrite_alone(script,
     outputs[1].write_bytes(b"precious")
     code, _, err = script(evaluate, *command, "--overwrite")
     assert code == 0 and Image.open(outputs[1]).width > 100, err
-
-
-class ManyClasses(datasets.Shapes):
-    """Classes with awkward names, of which the images show some: `occur`."""
-
-    def __init__(self, count=150, occur=range(0, 60, 2), size=(64, 48)):
-        super().__init__(train=2, val=3)
-        self.classes = [f"a class with quite a long name, no. {i}" if i % 2 else f"$x_{i}$ {i}" for i in range(count)]
-        self.classes[:4] = ["\u9053\u8def", "\u0637\u0631\u064a\u0642", "\U0001f697", "a_b^{c"]
-        self.palette, self.occur, self.size = readers.voc_palette(count), [*occur], size
-
-    def image(self, name):
-        return np.full((*self.size, 3), int(name[-1]), np.uint8)
-
-    def mask(self, name):
-        return np.resize(np.array([*self.occur, 255], np.uint8), self.size)
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that were saved, open, and no warning while they are drawn."""
-    kept = []
-
-    def save(path, figure):
-        figure.savefig(path)
-        kept.append(figure)
-
-    monkeypatch.setattr(pictures, "save_figure", save)
-    with warnings.catch_warnings(), matplotlib.rc_context():
-        warnings.simplefilter("error", UserWarning)  # of matplotlib, about glyphs and layout
-        yield kept
-    for figure in kept:
-        plt.close(figure)
-
-
-@pytest.mark.slow
-def test_a_legend_shows_the_classes_that_occur_below_panels_that_stay_as_large(figures, tmp_path):
-    for data in (ManyClasses(occur=[3, 5]), ManyClasses(), ManyClasses(occur=range(150))):
-        masks = [data.mask(name) for name in data.val]
-        pictures.draw_panels(tmp_path / "p.png", data, data.val, [("a\nb", masks), ("c", masks)])
-        shown = [text.get_text() for text in figures[-1].legends[0].get_texts()]
-        assert len(shown) == len(data.occur)
-        assert all(len(text) <= 40 for text in shown) and len(set(shown)) == len(shown)
-        assert all(name in shown for i, name in enumerate(data.classes) if i in data.occur and name.startswith("$"))
-        legend = figures[-1].legends[0].get_window_extent()
-        assert legend.x0 >= 0 and legend.x1 <= figures[-1].bbox.x1 and legend.y0 >= 0
-        for axis in figures[-1].axes:
-            box = axis.get_window_extent()
-            assert box.height >= 150 and box.y0 >= legend.y1
-
-
-@pytest.mark.parametrize("size", [(1, 500), (900, 1), (1, 1), (3, 2000)])
-def test_images_of_one_row_or_column_are_drawn(figures, tmp_path, size):
-    data = ManyClasses(6, range(6), size)
-    data.classes = SHAPES.classes
-    pictures.draw_panels(tmp_path / "p.png", data, data.val, [("a", [data.mask(name) for name in data.val])])
-    assert all(min(axis.get_window_extent().size) >= 30 for axis in figures[0].axes)
-    assert max(Image.open(tmp_path / "p.png").size) < 5000
-
-
-@pytest.mark.slow
-def test_a_confusion_matrix_shows_the_classes_that_occur(figures, tmp_path):
-    classes = ManyClasses().classes
-    confusion = torch.zeros(150, 150, dtype=torch.int64)
-    confusion[5, 5], confusion[5, 140], confusion[8, 8] = 3, 1, 2
-    pictures.draw_confusion(tmp_path / "c.png", confusion, classes, "$t_t$")
-    axis = figures[0].axes[0]
-    shown = [text.get_text() for text in axis.get_yticklabels()]
-    assert shown[1] == classes[8] and len(shown) == 3 and sorted(text.get_text() for text in axis.texts) == ["100", "25", "75"]
-    pictures.draw_confusion(tmp_path / "c.png", confusion + 1, classes, "all")
-    assert len(figures[1].axes[0].get_yticklabels()) == 150 and 2000 < Image.open(tmp_path / "c.png").width < 10_000
 
 
 @pytest.mark.slow

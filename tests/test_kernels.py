@@ -156,20 +156,20 @@ def test_cuda_source_compiles_links_and_loads():
 # ---- what can go wrong ----
 
 
-def test_torch_path_does_not_try(monkeypatch, never_builds):
+def test_mgd_ops_torch_builds_nothing(monkeypatch, never_builds):
     monkeypatch.setattr(kernels, "state", {})
     monkeypatch.setenv("MGD_OPS", "torch")
     assert kernels.load_kernels() == "torch"
 
 
-def test_unknown_path(monkeypatch, never_builds):
+def test_an_unknown_value_of_mgd_ops_is_refused(monkeypatch, never_builds):
     monkeypatch.setenv("MGD_OPS", "fast")
     with pytest.raises(common.UserError, match="MGD_OPS=fast: unknown; choose auto, native or torch"):
         kernels.load_kernels()
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "no-such-compiler -m64"])
-def test_no_compiler(compiler, cache, monkeypatch, capsys):
+def test_without_a_compiler_pytorch_computes_the_ops(compiler, cache, monkeypatch, capsys):
     monkeypatch.setenv("CXX", compiler)
     falls_back("no C++ compiler 'no-such-compiler'", monkeypatch, capsys)
 
@@ -185,7 +185,7 @@ def test_a_compiler_that_fails(cache, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_ninja(cache, monkeypatch, capsys, tmp_path):
+def test_without_ninja_pytorch_computes_the_ops(cache, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(kernels, "build_environment", contextlib.nullcontext)
     monkeypatch.setenv("PATH", path_without("ninja", tmp_path / "bin"))
     falls_back("no ninja; install it", monkeypatch, capsys)

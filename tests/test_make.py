@@ -95,7 +95,7 @@ def test_arguments_are_passed_on_and_runs_repeated_for_each_seed():
     assert after(evaluation, "--panels") == "runs/mine/1-8/compare-r18.png"
 
 
-def test_several_processes():
+def test_several_processes_run_under_torchrun():
     lines = plan("compare", "NPROC=4", "SEEDS=3", "PART=1/2")
     assert len(lines) == 6
     assert all(line[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"] for line in lines)

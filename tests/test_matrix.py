@@ -256,7 +256,7 @@ def test_teachers_named_by_file_are_not_trained_and_have_students_of_their_own(t
         ("--data x", "--dataset shapes: give --dataset folder too"),
         ("--dataset folder --data /", "--data /: has no name"),
         ("--dataset camvid", "invalid choice: 'camvid'"),
-        ("--wide-ckpt absent.pt", "--wide-ckpt absent.pt: no such file"),
+        ("--wide-ckpt absent.pt", "absent.pt: no such checkpoint"),
         ("--args=--out=x", "--out is set by the plan"),
         ("--deep-ckpt junk.pt", "junk.pt: cannot be read"),
         ("--args=--no-such-flag", "sup-r18: unrecognized arguments"),

@@ -65,6 +65,13 @@ def test_dilation_keeps_the_size_whatever_the_kernel(sides):
     assert reach.abs().amax(0).tolist() == [4 * (side // 2) for side in sides]
 
 
+def test_no_block_is_left_without_a_dilation():
+    blocks = [torch.nn.Conv2d(2, 2, 3) for _ in range(3)]
+    models.dilate(torch.nn.Sequential(*blocks[:2]), (2, 4, 8))
+    with pytest.raises(ValueError, match="shorter"):
+        models.dilate(torch.nn.Sequential(*blocks), (2, 4))
+
+
 @pytest.mark.slow
 def test_separable_head_is_lighter():
     assert models.measure("mbv2", separable_head=True)["model_gmacs_512"] < models.measure("mbv2")["model_gmacs_512"] / 3

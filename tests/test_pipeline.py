@@ -279,7 +279,7 @@ CAMVID = pathlib.Path(os.environ.get("MGD_CAMVID", ROOT / "data" / "camvid"))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CAMVID.is_dir(), reason="no CamVid in data/camvid or MGD_CAMVID")
-def test_camvid(script, tmp_path, tiny_networks):
+def test_camvid_trains_and_is_evaluated(script, tmp_path, tiny_networks):
     data = ["--dataset", "folder", "--data", CAMVID, "--weights", "none", "--image-scale", "0.25"]
     code, _, err = script(train_teacher, "--out", tmp_path / "x", "--method", "sup", *TINY, *data, "--steps", "2")
     assert code == 0, err

@@ -1,3 +1,4 @@
+import argparse
 import ast
 import pathlib
 
@@ -68,10 +69,12 @@ def test_flags_are_given_in_full(script, tmp_path):
 
 
 @pytest.mark.parametrize("flags,said", [
-    ("--sup-only -0.1", "--sup-only -0.1: must be from 0 to 1"), ("--ramp-up 1.5", "--ramp-up 1.5: must be from 0 to 1"),
+    ("--sup-only -0.1", "--sup-only -0.1: must be at least 0 and at most 1"),
+    ("--ramp-up 1.5", "--ramp-up 1.5: must be at least 0 and at most 1"),
+    ("--conf-thresh nan", "--conf-thresh nan: must be at least 0 and at most 1"),
     ("--ema-decay 1", "--ema-decay 1.0: must be at least 0 and below 1"), ("--lr 0", "--lr 0.0: must be above 0"),
     ("--lr nan", "--lr nan: must be above 0"), ("--steps 0", "--steps 0: must be at least 1"),
-    ("--scales 1 0", "--scales 0.0: must be above 0"), ("--conf-thresh nan", "--conf-thresh nan: must be from 0 to 1"),
+    ("--scales 1 0", "--scales 0.0: must be above 0"),
 ])  # fmt: skip
 def test_values_outside_their_range_are_refused(script, tmp_path, flags, said):
     assert said in errors(script, train_teacher, "--out", tmp_path / "x", *flags.split())
@@ -103,3 +106,14 @@ def test_imports_point_down():
             for other in imported:
                 assert level.get(other, -1) < level[name], f"{name} imports {other}"
                 assert other.partition(".")[0] != "paper", name
+
+
+@pytest.mark.parametrize("text,expected", [("64", (64, 64)), ("96x128", (96, 128))])
+def test_crop_size(text, expected):
+    assert recipes.crop_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "1x2x3", "ten", "-5"])
+def test_crop_size_refuses_nonsense(text):
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        recipes.crop_size(text)

@@ -463,7 +463,7 @@ cuda = pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU, or no nvcc")
 
 
 @cuda
-def test_side_stream():
+def test_kernels_run_on_the_current_stream():
     """Kernels run on the current stream: there alone, what they read has been written when they read it."""
     student, teacher = (features((2, 32, 64, 64), seed, "cuda", torch.float32) for seed in (0, 1))
     expected = loss_and_gradient(mgd_ops.region_loss, student, teacher, 7)

@@ -276,8 +276,16 @@ def test_two_teachers_of_one_kind_are_no_full_mgd(tables, roles, backbones, kind
 # ---- pictures, and as a user runs it ----
 
 
+def test_runs_that_no_table_shows_are_named(tables):
+    image_mean = row("mgd", losses=["sup", "image:T_D"], teachers=["T_D"], regions=None, steps=1234)
+    tables([row(), row("mgd"), image_mean])
+    assert "voc: no table has a place for 1 of 3 run(s): MGD ResNet-18 1/8 1,234 (r0.json)\n" in tables.said
+    tables([row(), row("mgd")])
+    assert "no table" not in tables.said
+
+
 @pytest.mark.slow
-def test_heads_and_pictures(tables):
+def test_heads_have_a_table_and_every_figure_is_drawn(tables):
     heads = [
         row("mgd", miou=50 - i, head_width=256 >> i, gmacs_model=40.0 / (i + 1), separable_head=separable)
         for i in range(3)
@@ -301,7 +309,7 @@ def test_partitions_trained_for_other_steps_are_no_line_of_fig3(tables):
     assert is_picture(tables([row(), row(**half)], pictures=True) / "fig3-voc.png")
 
 
-def test_curves(script, tmp_path, monkeypatch):
+def test_curves_show_the_logged_values_and_their_running_mean(script, tmp_path, monkeypatch):
     drawn, save = {}, report.save_with_legend
 
     def keep(figure, entries, path):
@@ -409,7 +417,7 @@ def test_curves_keep_others_pictures_and_names_are_no_formulas(script, tmp_path)
         (["--curves", "step.json"], "no step yet"),
         (["--curves", "good.json", "--out", "x.jpg"], "ends in .png"),
         (["good.json", "--curves", "step.json"], "or --curves"),
-        (["--curves", "step.json", "--out", "junk.json/x.png"], "--out junk.json: cannot be made a folder"),
+        (["--curves", "step.json", "--out", "junk.json/x.png"], "--out junk.json: cannot be written to"),
     ],
 )
 def test_wrong_input_is_one_line(script, tmp_path, monkeypatch, arguments, expected):

@@ -1,27 +1,20 @@
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import types
-import warnings
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, errors, refuse_constant
 from PIL import Image
 
+import evaluate
 import pictures
 import result_files
 import run_folder
 from common import UserError
-
-
-def refuse_constant(name):
-    raise ValueError(f"{name} is no JSON")
 
 
 def test_result_file_records_where_it_comes_from(tmp_path):
@@ -36,15 +29,6 @@ def test_no_result_file_holds_nan(tmp_path):
     result_files.write_result(tmp_path / "r.json", "evaluation", rows, 2.0, "torch")
     read = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse_constant)
     assert read["rows"] == [{"miou": None, "iou": {"a": None, "b": 2.0}, "scales": [1.0, None]}]
-
-
-def test_no_log_holds_nan(tmp_path):
-    progress = run_folder.Progress(types.SimpleNamespace(out=tmp_path, steps=2, log_every=1, save_every=9, lr=1e30), 0)
-    with pytest.raises(UserError, match="loss 'sup' is not finite"):
-        progress.step(0, 1, 1e30, {"sup": torch.tensor(math.nan)})
-    progress.close()
-    entry = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse_constant)
-    assert entry["step"] == 1 and entry["sup"] is None
 
 
 # ---- whose files ----
@@ -146,107 +130,8 @@ def test_two_outputs_of_one_name_and_an_output_that_is_an_input_are_refused(tmp_
         result_files.refuse_outputs([("--json", b)], [b], True)
 
 
-# ---- writing ----
-
-
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
-    path = tmp_path / "a.png"
-    result_files.save_png(path, Image.new("RGB", (3, 2)))
-    before = path.read_bytes()
-
-    class Breaks:
-        def save(self, file, **_):
-            file.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"a.png: cannot be written \(No space left on device\)"):
-        result_files.save_png(path, Breaks())
-    with pytest.raises(KeyboardInterrupt), run_folder.atomic_write(path) as temporary:
-        temporary.write_bytes(b"half")
-        raise KeyboardInterrupt
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
-
-
-def test_a_link_stays_a_link_and_long_names_fit(tmp_path):
-    (tmp_path / "disk").mkdir()
-    link, long = tmp_path / "r.json", tmp_path / ("x" * 250 + ".json")
-    link.symlink_to(tmp_path / "disk" / "r.json")
-    for path in (link, long):
-        result_files.write_result(path, "evaluation", [], 0.0, "torch")
-    assert link.is_symlink() and (tmp_path / "disk" / "r.json").is_file() and long.is_file()
-
-
-def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out .*run: cannot be made a folder \(Not a directory\)"):
-        run_folder.make_folder("--out", tmp_path / "file" / "run")
-
-    def refuses(dir):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", refuses)
-    with pytest.raises(UserError, match=r"--out .*: cannot be written to \(Read-only file system\)"):
-        run_folder.make_folder("--out", tmp_path)
-
-
-@pytest.mark.slow
-def test_a_real_read_only_disk_is_one_line(tmp_path):
-    """To root too, whom permissions do not stop."""
-    code = "import pathlib, common, run_folder; common.cli(lambda: run_folder.make_folder('--out', pathlib.Path('disk')))"
-    command = f'mount -t tmpfs -o ro tmpfs {tmp_path}/disk && {sys.executable} -c "{code}"'
-    (tmp_path / "disk").mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    can = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "disk")]
-    if not shutil.which("unshare") or subprocess.run(can, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount")
-    done = subprocess.run(["unshare", "-m", "sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    line = "-c: error: --out disk: cannot be written to (Read-only file system); give another folder\n"
-    assert (done.returncode, done.stderr) == (2, line)
-
-
-# ---- names in pictures ----
-
-
-def font_of(characters, path):
-    """A font that has those characters, each a square."""
-    from fontTools.fontBuilder import FontBuilder
-    from fontTools.pens.ttGlyphPen import TTGlyphPen
-
-    pen = TTGlyphPen(None)
-    pen.moveTo((0, 0))
-    for corner in ((0, 500), (500, 500), (500, 0)):
-        pen.lineTo(corner)
-    pen.closePath()
-    names = [".notdef", *(f"g{ord(c)}" for c in characters)]
-    builder = FontBuilder(1000, isTTF=True)
-    builder.setupGlyphOrder(names)
-    builder.setupCharacterMap({ord(c): f"g{ord(c)}" for c in characters})
-    builder.setupGlyf({name: pen.glyph() for name in names})
-    builder.setupHorizontalMetrics(dict.fromkeys(names, (600, 0)))
-    builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Squares-1", "styleName": "Regular"})
-    builder.setupOS2()
-    builder.setupPost()
-    builder.save(path)
-
-
-def test_names_are_drawn_with_any_installed_font_or_become_numbers(tmp_path, monkeypatch, capsys):
-    from matplotlib import font_manager
-    from matplotlib import pyplot as plt
-
-    font_of("\U000f0001\U000f0002", tmp_path / "squares.ttf")
-    fonts = [*font_manager.fontManager.ttflist]
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
-    classes = ["road", "\U000f0001\U000f0002 a", "\U000f0003", "tab\t", "$x$", "x" * 50 + "y"]
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        labels = pictures.class_labels(classes)
-        assert labels[:5] == ["road", "class 1", "class 2", "class 3", "$x$"] and len(labels[5]) == 40 and labels[5][-1] == "y"
-        said = capsys.readouterr().err
-        assert "and 2 more" in said and len(said.splitlines()) == 1
-        font_manager.fontManager.addfont(tmp_path / "squares.ttf")
-        labels = pictures.class_labels(classes)
-        assert labels[:4] == ["road", classes[1], "class 2", "class 3"]
-        figure = plt.figure(figsize=(2, 2))
-        figure.text(0, 0.5, labels[1])
-        pictures.save_figure(tmp_path / "a.png", figure)  # without a warning about glyphs
+def test_a_script_that_fails_leaves_no_folder(script, tmp_path):
+    said = errors(script, evaluate, "--ckpt", tmp_path / "absent.pt", "--json", tmp_path / "new" / "deep" / "x.json")
+    assert "no such checkpoint" in said and not [*tmp_path.iterdir()]
+    result_files.write_text(tmp_path / "new" / "deep" / "x.csv", "a")
+    assert (tmp_path / "new" / "deep" / "x.csv").read_text() == "a"

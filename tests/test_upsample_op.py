@@ -2,16 +2,13 @@
 
 import itertools
 import os
-import sys
 
+import bench_upsample_loss
 import pytest
 import torch
-from conftest import DEVICES, EMULATED, LAYOUTS, ROOT, features, python
+from conftest import DEVICES, EMULATED, LAYOUTS, features, python
 
 import mgd_ops
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import bench_upsample_loss
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 # F.interpolate does not round all classes alike, and F.nll_loss has its own words
@@ -136,7 +133,7 @@ def test_gradient_equals_finite_differences(implementation, layout, device):
 @pytest.mark.kernel_law
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_counts_are_divided_by(implementation, device):
+def test_losses_are_divided_by_the_given_normalizers(implementation, device):
     logits, labels = random_logits((2, 4, 5, 5), 0, device), random_labels((2, 4), (17, 17), device)
     counts = [torch.tensor(count, device=device) for count in (3.0, 100.0, 0.5)]
     got = losses_and_gradient(IMPLEMENTATIONS[implementation], logits, labels, counts)
