@@ -7,6 +7,7 @@ on the border of a polygon belong to it. What reaches beyond the image is cut of
 import argparse
 import base64
 import collections
+import contextlib
 import io
 import json
 import math
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from common import IGNORE_INDEX, UserError, printable
 from convert import BROKEN, find_images, refuse_foreign_masks, write_masks
-from readers import MAX_PIXELS, SWAPS_SIDES, name_of, opened, read_lines, reading, turn_of, upright_size, voc_palette
+from readers import MAX_PIXELS, SWAPS_SIDES, name_of, opened, read_lines, turn_of, upright_size, voc_palette
 
 IGNORED = ("ignore", "__ignore__")  # labels that become 255; the second is LabelMe's
 FARTHEST = 2**20  # coordinates beyond are moved to this one, since Pillow's are 32-bit integers
@@ -128,6 +129,19 @@ def clean(label) -> str:
 
 
 # ---- files ----
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path, problem: str, fix: str):
+    """While a part of a file is read, any exception becomes a UserError of one line with the file's name: what an export holds
+    in place of a number or a list can raise almost anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+        raise UserError(f"{path}: {problem} ({reason}); {fix}") from error
 
 
 def json_files(source: pathlib.Path) -> list[pathlib.Path]:

@@ -110,4 +110,4 @@ def test_a_file_in_the_way_is_one_line(script, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "tensorboard").write_text("")
     said = errors(script, train_teacher, "--out", tmp_path / "x", *SUP, "--tensorboard")
-    assert "--tensorboard" in said and "cannot be made a folder" in said
+    assert "--tensorboard" in said and "cannot be written to" in said
