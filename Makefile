@@ -29,7 +29,7 @@ KD_ARGS =##
 CWD_ARGS =##
 VENV = .venv##	virtual environment; VENV= uses PYTHON as it is
 PYTHON = python3##	the interpreter
-EXTRAS = voc,test,lint##	optional dependencies to install
+EXTRAS = voc,tensorboard,test,lint##	optional dependencies to install
 
 # ---- guards: what the scripts, which check all else, would notice too late ----
 NAMES := DATASET DATA PART STUDENT DEEP WIDE DEEP_CKPT WIDE_CKPT TEACHER_PART TEACHER_SEED RUN NPROC
