@@ -74,12 +74,18 @@ class OnnxModel:
         self.metadata: dict = metadata
         self.output: str = output.name
         self.classes = len(metadata["classes"])
+        self.size: tuple[int, int] | None = tuple(metadata["size"]) if metadata["size"] else None  # (H, W), where it is fixed
         self.path = shown
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """images (B, H, W, 3) uint8 -> logits (B, N, H, W) float32, or labels (B, H, W) uint8."""
-        (out,) = self.session.run(None, {"image": np.ascontiguousarray(images)})
         batch, height, width, _ = images.shape
+        if self.size and (height, width) != self.size:
+            raise UserError(
+                f"{self.path}: takes images of {self.size[0]}x{self.size[1]} (height x width) alone, not of {height}x{width}; "
+                "export without --size"
+            )
+        (out,) = self.session.run(None, {"image": np.ascontiguousarray(images)})
         expected = (batch, height, width) if self.output == "labels" else (batch, self.classes, height, width)
         if out.shape != expected:
             raise UserError(f"{self.path}: is damaged; its output is {out.shape}, not {expected}; export the checkpoint again")
@@ -88,7 +94,19 @@ class OnnxModel:
 
 def fault_of(metadata, image, output) -> str | None:
     """What is wrong with the metadata, the input or the output of a file that bears our mark, or None."""
-    keys = {"classes", "palette", "args", "row", "image_scale", "window", "size", "precision", "output", "params_m"}
+    keys = {
+        "classes",
+        "palette",
+        "args",
+        "row",
+        "image_scale",
+        "window",
+        "size",
+        "precision",
+        "output",
+        "params_m",
+        "bytes_per_pixel",
+    }
     if not isinstance(metadata, dict) or not keys <= metadata.keys():
         return "its metadata is incomplete"
     classes, palette, args, row = (metadata[key] for key in ("classes", "palette", "args", "row"))

@@ -1,5 +1,4 @@
 import json
-import math
 import os
 import subprocess
 import sys
@@ -13,11 +12,12 @@ from conftest import NO_GPU, ROOT
 from matplotlib import pyplot as plt
 from PIL import Image
 
-import batches
 import datasets
 import evaluate
+import models
 import pictures
 import readers
+from inference import Protocol, predict
 
 SHAPES = datasets.Shapes()
 
@@ -60,7 +60,7 @@ class Paints(torch.nn.Module):
 
     def forward(self, images):
         logits = torch.stack([-images[:, 0], images[:, 0]], 1)
-        return evaluate.models.Output(logits, logits)
+        return models.Output(logits, logits)
 
 
 class RedData(datasets.Shapes):
@@ -84,58 +84,10 @@ def test_evaluate_of_a_perfect_model_is_100_and_keeps_its_mode():
 
 def test_predictions_are_compared_at_the_size_of_the_mask():
     model, data = Paints(), RedData()
-    prediction = evaluate.predict(model, data.image("val-0000"), torch.device("cpu"), "fp32", evaluate.Protocol(0.5))
+    prediction = predict(model, data.image("val-0000"), torch.device("cpu"), "fp32", Protocol(0.5))
     assert prediction.shape == (64, 64)
-    confusion = evaluate.evaluate(model, data, data.val[:5], torch.device("cpu"), "fp32", evaluate.Protocol(0.5))
+    confusion = evaluate.evaluate(model, data, data.val[:5], torch.device("cpu"), "fp32", Protocol(0.5))
     assert int(confusion.sum()) == 5 * 64 * 64 and 80 < evaluate.iou(confusion)[0] < 100
-
-
-class Blurs(torch.nn.Module):
-    """Two classes of logits that depend on the whole window, so that it matters where windows lie."""
-
-    def forward(self, images):
-        logits = images[:, :2] - images[:, 1:].mean((2, 3), keepdim=True) * torch.linspace(0, 1, images.shape[-1])
-        return evaluate.models.Output(logits, logits)
-
-
-@pytest.mark.parametrize("size,window", [((50, 70), (24, 32)), ((24, 32), (24, 32)), ((20, 90), (32, 32)), ((5, 7), (9, 8))])
-def test_sliding_windows_equal_a_plain_reimplementation(size, window):
-    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    model, (h, w) = Blurs(), window
-    padded = torch.zeros(1, 3, max(size[0], h), max(size[1], w))
-    padded[..., : size[0], : size[1]] = x
-    expected, seen = torch.zeros(1, 2, *padded.shape[2:]), torch.zeros(padded.shape[2:])
-    top = 0
-    while True:  # as one moves a window by hand
-        left = 0
-        while True:
-            y0, x0 = min(top, padded.shape[2] - h), min(left, padded.shape[3] - w)
-            expected[:, :, y0 : y0 + h, x0 : x0 + w] += model(padded[:, :, y0 : y0 + h, x0 : x0 + w]).logits
-            seen[y0 : y0 + h, x0 : x0 + w] += 1
-            if left + w >= padded.shape[3]:
-                break
-            left += math.ceil(w * 2 / 3)
-        if top + h >= padded.shape[2]:
-            break
-        top += math.ceil(h * 2 / 3)
-    strips = evaluate.window_strips(lambda x: model(x).logits, lambda top, bottom: x[:, :, top:bottom], size, window)
-    torch.testing.assert_close(torch.cat(list(strips), 2), (expected / seen)[..., : size[0], : size[1]])
-
-
-def test_scales_and_mirroring_average_probabilities():
-    image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
-    model, cpu = Blurs(), torch.device("cpu")
-    total = 0
-    for scale in (1.0, 2.0):
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-        x = evaluate.v2.functional.resize(pixels, [round(12 * scale), round(16 * scale)], antialias=True)
-        x = batches.normalize(x, cpu)
-        for mirror in (lambda t: t, lambda t: t.flip(-1)):
-            logits = mirror(model(mirror(x)).logits)
-            total += torch.nn.functional.interpolate(logits, (12, 16), mode="bilinear", align_corners=True).softmax(1)
-    got = evaluate.predict(model, image, cpu, "fp32", evaluate.Protocol(scales=(1.0, 2.0), flip=True))
-    assert torch.equal(got, total[0].argmax(0).to(torch.uint8))
-    assert not torch.equal(got, evaluate.predict(model, image, cpu, "fp32"))
 
 
 # ---- prediction and pictures ----

@@ -1,160 +1,28 @@
 """Predictions of images: the same labels as without strips, and every file of a folder predicted or named."""
 
 import io
-import math
 import os
-import pathlib
 import struct
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import ROOT
 from PIL import Image, features
 
-import batches
 import checks
 import datasets
-import evaluate
+import inference
 import models
 import predict
 import readers
 import run_folder
 from common import UserError
-from evaluate import Protocol
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from bench_region_loss import peak_mb
 
 CPU = torch.device("cpu")
-
-
-# ---- strips ----
-
-
-class Convolves(torch.nn.Module):
-    """Five classes; every logit depends on the pixels around it, and on the whole window."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = torch.nn.Conv2d(3, 5, 5, padding=2)
-
-    def forward(self, images):
-        logits = self.layer(images)
-        return models.Output(logits - images.mean((2, 3), keepdim=True)[:, :1] * torch.linspace(0, 1, images.shape[-1]), logits)
-
-
-def labels_of_the_whole(model, image, protocol):
-    """All logits of the image are held: what strips must equal."""
-    size, total, views = image.shape[:2], 0, len(protocol.scales) * (1 + protocol.flip)
-    for scale in protocol.scales:
-        scaled = [max(1, round(side * protocol.image_scale * scale)) for side in size]
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-        if scaled != list(size):
-            pixels = evaluate.v2.functional.resize(pixels, scaled, antialias=True)
-        for mirrored in (False, True)[: 1 + protocol.flip]:
-            x = batches.normalize(pixels, CPU)
-            x = x.flip(-1) if mirrored else x
-            logits = windows_of_the_whole(model, x, protocol.window) if protocol.window else model(x).logits
-            logits = logits.flip(-1) if mirrored else logits
-            if list(size) != scaled:
-                logits = torch.nn.functional.interpolate(logits, size, mode="bilinear", align_corners=True)
-            total = logits if views == 1 else total + logits.softmax(1)
-    return total[0].argmax(0)
-
-
-def windows_of_the_whole(model, x, window):
-    (height, width), (h, w) = x.shape[2:], window
-    x = torch.nn.functional.pad(x, (0, max(0, w - width), 0, max(0, h - height)))
-    total, count = torch.zeros(1, 5, *x.shape[2:]), torch.zeros(x.shape[2:])
-    for top in range(0, x.shape[2], math.ceil(h * 2 / 3)):
-        for left in range(0, x.shape[3], math.ceil(w * 2 / 3)):
-            y0, x0 = min(top, x.shape[2] - h), min(left, x.shape[3] - w)
-            total[..., y0 : y0 + h, x0 : x0 + w] += model(x[..., y0 : y0 + h, x0 : x0 + w]).logits
-            count[y0 : y0 + h, x0 : x0 + w] += 1
-            if left + w >= x.shape[3]:
-                break
-        if top + h >= x.shape[2]:
-            break
-    return (total / count)[..., :height, :width]
-
-
-SLOW_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in ((131, 40), (50, 70), (90, 20))]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [*SLOW_SIZES, (24, 32), (5, 7), (1, 45), (45, 1), (1, 1)])
-@pytest.mark.parametrize("window", [(24, 32), (9, 11), (7, 50), None])
-@pytest.mark.parametrize("image_scale", [1.0, 0.5, 0.37, 1.6, 2.0])
-def test_strips_give_the_labels_of_the_whole(monkeypatch, size, window, image_scale):
-    image, model = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8), Convolves()
-    for more in ({}, {"flip": True}, {"scales": (0.75, 1.3)}):
-        if more and window and min(window) < 9:
-            continue  # many windows
-        protocol = Protocol(image_scale, window, **more)
-        with torch.inference_mode():
-            expected = labels_of_the_whole(model, image, protocol)
-        for strip_bytes in (0, 20_000, evaluate.STRIP_BYTES):
-            monkeypatch.setattr(evaluate, "STRIP_BYTES", strip_bytes)
-            labels = evaluate.predict(model, image, CPU, "fp32", protocol)
-            assert labels.dtype == torch.uint8 and np.array_equal(labels, expected), (more, strip_bytes)
-
-
-def test_windows_come_in_strips(monkeypatch):
-    """Without this the test above could compare the whole with the whole."""
-    monkeypatch.setattr(evaluate, "STRIP_BYTES", 0)
-    x = torch.zeros(1, 3, 100, 20)
-    strips = list(evaluate.window_strips(lambda x: x, lambda top, bottom: x[:, :, top:bottom], (100, 20), (30, 20)))
-    assert [s.shape[2] for s in strips] == [20, 20, 20, 10, 30]
-    rows = [s.shape[2] for s in evaluate.upsampled_strips(iter(strips), (100, 20), (250, 30))]
-    assert sum(rows) == 250 and max(rows) == 1
-
-
-def test_strips_of_bfloat16_windows_too():
-    image, model = (
-        np.random.default_rng(0).integers(0, 256, (80, 40, 3), np.uint8),
-        models.build_model("mbv2", 4, head_width=16).eval(),
-    )
-    whole = evaluate.predict(model, image, CPU, "bf16", Protocol(window=(32, 32)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "STRIP_BYTES", 0)
-        assert torch.equal(evaluate.predict(model, image, CPU, "bf16", Protocol(window=(32, 32))), whole)
-
-
-PEAK = """
-import sys
-import numpy as np, torch
-import evaluate, models
-class Model(torch.nn.Module):
-    def forward(self, images):
-        logits = images[:, :1] * torch.arange(64.).view(-1, 1, 1)
-        return models.Output(logits, logits)
-image = np.zeros((int(sys.argv[1]), 1000, 3), np.uint8)
-evaluate.predict(Model(), image, torch.device("cpu"), "fp32", evaluate.Protocol(float(sys.argv[2]), (128, 128)))
-(line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]  # ru_maxrss begins with the parent's
-print(int(line.split()[1]) // 1024)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="the peak of the memory is read from /proc")
-def test_resident_memory_does_not_grow_with_the_height():
-    """64 classes: the logits of 4000x1000 pixels are 1 GB, those of a strip 33 MB; STRIP_BYTES are collected."""
-    peaks = [int(python(PEAK, rows, "1", MGD_OPS="torch").stdout) for rows in ("1000", "4000")]
-    assert peaks[1] - peaks[0] < 150, peaks  # the image and its labels grow by 12 MB
-
-
-@pytest.mark.parametrize("image_scale", [1.0, 0.4, 1.5])
-def test_strips_need_no_more_memory_for_taller_images(monkeypatch, image_scale):
-    monkeypatch.setattr(evaluate, "STRIP_BYTES", 2**16)
-    model, peaks = Convolves(), []
-    for height in (200, 800):
-        image, protocol = np.zeros((height, 100, 3), np.uint8), Protocol(image_scale, (32, 32))
-        peaks.append(peak_mb(lambda _: evaluate.predict(model, image, CPU, "fp32", protocol), "cpu"))  # noqa: B023
-    grown = 600 * 100 * (1 + (3 + 3 * image_scale**2 if image_scale != 1 else 0))  # the labels, and the resized image
-    assert peaks[1] - peaks[0] < 1.05 * grown / 1e6 + 0.02, peaks  # all logits would take 1.2 MB more at image scale 1
 
 
 # ---- reading images ----
@@ -353,7 +221,7 @@ def test_overlays_leave_black_classes_out(script, ckpt, tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(photo).save(tmp_path / "photos" / "a.png")
     checkpoint = run_folder.load_checkpoint(ckpt)
-    labels = evaluate.predict(models.model_from_checkpoint(checkpoint), photo, torch.device("cpu"), "fp32").numpy()
+    labels = inference.predict(models.model_from_checkpoint(checkpoint), photo, torch.device("cpu"), "fp32").numpy()
     checkpoint["palette"][np.bincount(labels.ravel()).argmax()] = (0, 0, 0)
     run_folder.save_checkpoint(ckpt, checkpoint)
     assert script(predict, "--ckpt", ckpt, "--images", tmp_path / "photos", "--out", tmp_path / "out")[0] == 0
@@ -382,7 +250,7 @@ def test_prediction_of_any_images(script, ckpt, tmp_path):
         and mask.getpalette()[:18] == [v for c in datasets.Shapes().palette for v in c]
     )
     model = models.model_from_checkpoint(run_folder.load_checkpoint(ckpt))
-    expected = evaluate.predict(model, np.asarray(readers.open_image(images / "tall.webp")), torch.device("cpu"), "fp32")
+    expected = inference.predict(model, np.asarray(readers.open_image(images / "tall.webp")), torch.device("cpu"), "fp32")
     assert np.array_equal(np.asarray(mask), expected.numpy())
     assert Image.open(out / "overlays" / "wide.jpg.png").size == (90, 30) and (out / "sheet.png").exists()
 
@@ -424,7 +292,7 @@ def test_every_file_is_predicted_or_named(script, ckpt, photos, tmp_path):
     assert sorted(p.stem for p in (out / "masks").iterdir()) == list("abcdefg") and "7 masks" in text
     # the first frame of the animation
     model = models.model_from_checkpoint(run_folder.load_checkpoint(ckpt))
-    first = evaluate.predict(model, np.asarray(Image.open(photos / "g.gif").convert("RGB")), CPU, "fp32")
+    first = inference.predict(model, np.asarray(Image.open(photos / "g.gif").convert("RGB")), CPU, "fp32")
     assert np.array_equal(np.asarray(Image.open(out / "masks" / "g.png")), first)
     no_images, folders = lines(err)
     assert no_images.endswith("no images, left out: clip.mpg, notes.txt, pipe, table.csv") and folders.endswith(
@@ -500,7 +368,7 @@ def test_an_exception_belongs_to_its_file(script, ckpt, photos, tmp_path, monkey
             raise ERRORS["bcdefg"[image.shape[1] - 1]][0]
         return run_model(model, image, *more)
 
-    open_image, run_model = readers.open_image, evaluate.predict
+    open_image, run_model = readers.open_image, inference.predict
     monkeypatch.setattr(readers, "open_image", read)
     monkeypatch.setattr(predict, "predict", run)
     code, text, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")
@@ -531,16 +399,6 @@ def test_an_image_too_large_as_a_whole_is_refused(script, ckpt, photos, tmp_path
     monkeypatch.setattr(predict, "free_memory", lambda device: 1e6)
     code, text, err = script(predict, *arguments, "--window", "64", "--flip")
     assert code == 1 and "leave out --tta-scales and --flip" in err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["r18", "mbv2"])
-def test_the_estimate_of_the_memory_is_about_right(backbone):
-    model = models.build_model(backbone, 11, head_width=64).eval()
-    x = torch.zeros(1, 3, 320, 480).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        true = peak_mb(lambda _: model(x), "cpu") + x.nbytes / 1e6
-    assert 0.7 < predict.bytes_per_pixel(model, "fp32") * 320 * 480 / 1e6 / true < 1.1
 
 
 @pytest.mark.slow
