@@ -10,6 +10,7 @@ records about its model is JSON in the metadata entry `mgd`; see `describe` in e
 
 import importlib
 import json
+import math
 import os
 import pathlib
 
@@ -120,8 +121,10 @@ def fault_of(metadata, image, output) -> str | None:
         and all(is_whole(colour, 3, 0, 255) for colour in palette)
         and isinstance(args, dict)
         and isinstance(row, dict)
-        and isinstance(metadata["image_scale"], (int, float))
-        and metadata["image_scale"] > 0
+        and metadata["precision"] in ("fp32", "int8")
+        and all(type(metadata[key]) in (int, float) and metadata[key] >= 0 for key in ("params_m", "bytes_per_pixel"))
+        and type(metadata["image_scale"]) in (int, float)
+        and 0 < metadata["image_scale"] < math.inf
         and all(size is None or is_whole(size, 2, 1, 2**20) for size in sizes)
     ):
         return "its metadata is wrong"
