@@ -28,7 +28,7 @@ import readers
 import result_files
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "results/README.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
-STAGES = ("prepare", "train_teacher", "distill", "evaluate", "predict")
+STAGES = ("prepare", "train_teacher", "distill", "evaluate", "predict", "export")
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 # Training is shortened by flags that go last. The networks are tiny (`tiny_networks`).
 SHORT = "--steps 2 --steps-factor 1 --batch 4 --crop 32 --head-width 16 --weights none --workers 0 --precision fp32"
@@ -93,7 +93,7 @@ class Reader:
         for language, source in blocks(text):
             assert language in ("bash", "python", "text", "bibtex"), f"```{language}: is it a command?\n{source}"
             if language == "python":
-                self.camvid(source)
+                (self.camvid if "camvid" in source else self.example)(source)
             if language == "bash":
                 found = commands(source, self.folder)
                 assert found, f"holds no command:\n{source}"
@@ -261,6 +261,13 @@ class Reader:
         data = datasets.open_dataset("folder", "data/camvid")
         assert len(data.classes) == 11 and set(np.unique(data.mask("val"))) == {*range(11), 255}
         shutil.rmtree("data/camvid")
+
+    def example(self, source: str):
+        """The program that runs an exported model, on a photo."""
+        Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(self.folder / "photo.jpg")
+        found = {}
+        exec(compile(source, "a document's program", "exec"), found)
+        assert found["labels"].shape == (30, 40) and found["labels"].max() < len(found["about"]["classes"])
 
 
 @functools.cache

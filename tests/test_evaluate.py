@@ -265,3 +265,21 @@ def test_any_number_of_ranks_counts_the_same(script, ckpt, tmp_path, ranks):
     assert done.returncode == 0, done.stderr
     one, many = (json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("one", "many"))
     assert one == many and done.stdout.count("mIoU") == 1
+
+
+@pytest.mark.slow
+def test_checkpoints_and_exports_stand_in_one_table(script, exports, few, tmp_path, tiny_networks):
+    files = [exports / name for name in ("fp32.onnx", "int8.onnx", "labels.onnx", "last.pt")]
+    panels = ("--panels", tmp_path / "p.png", "--confusion", tmp_path / "c.png")
+    code, out, err = script(evaluate, "--ckpt", *files, "--data", few, *panels, "--panel-rows", "1")
+    assert code == 0 and "over seeds" not in out and Image.open(tmp_path / "p.png").width > 100, err
+    assert out.count("Sup resnet18 ONNX fp32") == 2 and out.count("Sup resnet18 ONNX int8") == 1
+
+
+def test_exports_are_not_averaged_with_checkpoints(capsys):
+    def row(export, seed, miou):
+        keys = {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1/8", "steps": 10}
+        return {**keys, "seed": seed, "miou": miou, "export": export}
+
+    evaluate.print_seeds([row(None, 0, 40.0), row(None, 1, 42.0), row("int8", 2, 90.0), row("fp32", 2, 91.0)])
+    assert capsys.readouterr().out.split("steps")[1].split() == ["41.00", "±", "1.41", "(2", "seeds)"]

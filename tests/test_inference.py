@@ -10,9 +10,13 @@ import torch
 from conftest import ROOT, python
 
 import batches
+import datasets
 import inference
 import models
+import run_folder
+from common import UserError
 from inference import Protocol
+from onnx_model import OnnxModel
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from bench_region_loss import peak_mb
@@ -209,3 +213,82 @@ def test_the_estimate_of_the_memory_is_about_right(backbone):
     with torch.inference_mode():
         true = peak_mb(lambda _: model(x), "cpu") + x.nbytes / 1e6
     assert 0.7 < inference.bytes_per_pixel(model, "fp32") * 320 * 480 / 1e6 / true < 1.1
+
+
+# ---- exported models ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        Protocol(),
+        Protocol(0.6),
+        Protocol(window=(24, 40)),
+        Protocol(1.4, (32, 32)),
+        Protocol(0.3, (32, 32)),
+        Protocol(scales=(0.75, 1.5), flip=True),
+    ],
+)
+def test_an_exported_model_gives_the_labels_of_its_checkpoint_by_any_protocol(exports, few, tiny_networks, protocol):
+    """One window is larger than the image, which is padded."""
+    network = models.model_from_checkpoint(run_folder.load_checkpoint(exports / "last.pt"))
+    image = datasets.Folder(few).image("val0").repeat(3, 0).repeat(2, 1)
+    labels = inference.predict(network, image, CPU, "fp32", protocol)
+    exported = inference.predict(OnnxModel(exports / "fp32.onnx"), image, CPU, "fp32", protocol)
+    assert exported.dtype == torch.uint8 and (labels == exported).float().mean() > 0.999 and len(labels.unique()) > 1
+
+
+def test_views_are_what_the_network_sees():
+    image, seen = np.random.default_rng(0).integers(0, 256, (50, 41, 3), np.uint8), []
+
+    class Watches(torch.nn.Module):
+        def forward(self, images):
+            seen.append(images)
+            return models.Output(images, images)
+
+    for protocol in (Protocol(), Protocol(0.5), Protocol(window=(24, 64)), Protocol(2.0, (64, 64))):
+        seen.clear()
+        inference.predict(Watches(), image, CPU, "fp32", protocol)
+        views = [torch.from_numpy(view).permute(0, 3, 1, 2) for view in inference.views(image, protocol)]
+        assert len(views) == len(seen)
+        assert all(torch.equal(batches.normalize(view, CPU), x) for view, x in zip(views, seen, strict=True))
+
+
+class Arguments:
+    """The options of evaluate.py and predict.py."""
+
+    window, scales, flip, precision, device = None, [1.0], False, None, None
+
+    def __init__(self, **given):
+        vars(self).update(given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name,given,expected",
+    [
+        ("fp32", {"precision": "bf16"}, "--precision bf16: .*fp32.onnx is fp32"),
+        ("int8", {"precision": "fp32"}, "int8.onnx is int8"),
+        ("fp32", {"device": "cuda:0"}, "--device cuda:0: .*run on the CPU"),
+        ("labels", {"scales": [1.0, 2.0]}, "gives labels alone, but --tta-scales and --flip average its logits"),
+        ("labels", {"flip": True}, "gives labels alone, but --tta-scales and --flip"),
+        ("labels", {"window": (16, 16)}, "gives labels alone, but its image scale or its sliding windows need logits"),
+    ],
+)
+def test_what_an_exported_model_cannot_do_is_one_line(exports, name, given, expected):
+    with pytest.raises(UserError, match=expected) as error:
+        inference.open_model(exports / f"{name}.onnx", Arguments(**given), CPU)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_command_line_changes_the_protocol_of_an_exported_model(exports):
+    for given, expected in (
+        ({}, Protocol()),
+        ({"device": "cpu"}, Protocol()),
+        ({"window": (16, 20), "flip": True}, Protocol(window=(16, 20), flip=True)),
+        ({"window": False, "scales": [1.0, 2.0]}, Protocol(scales=(1.0, 2.0))),
+    ):
+        metadata, model, precision, protocol = inference.open_model(exports / "int8.onnx", Arguments(**given), CPU)
+        assert protocol == expected and precision == "int8" and metadata["classes"] and isinstance(model, OnnxModel)

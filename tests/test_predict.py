@@ -492,3 +492,37 @@ def test_the_legend_shows_the_classes_that_occur(script, ckpt, photos, tmp_path,
     monkeypatch.setattr(predict, "add_legend", lambda figure, classes, palette, shown: legends.append(list(shown)))
     assert script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")[0] == 0
     assert legends == [np.unique(np.asarray(Image.open(tmp_path / "out" / "masks" / "a.png"))).tolist()]
+
+
+# ---- exported models ----
+
+
+@pytest.mark.slow
+def test_an_exported_model_predicts_as_its_checkpoint(script, exports, few, tmp_path, tiny_networks):
+    masks = {}
+    for name in ("last.pt", "fp32.onnx", "labels.onnx"):
+        out = tmp_path / name
+        code, text, err = script(predict, "--ckpt", exports / name, "--images", few / "images", "--out", out)
+        assert code == 0 and "16 masks and overlays, sheet.png" in text, err
+        masks[name] = [np.asarray(Image.open(path)) for path in sorted((out / "masks").iterdir())]
+    for mask, fp32, labels in zip(*masks.values(), strict=True):
+        assert (mask == fp32).mean() > 0.999 and np.array_equal(fp32, labels)
+    assert (
+        Image.open(out / "masks" / "val0.png").getpalette()
+        == Image.open(tmp_path / "last.pt" / "masks" / "val0.png").getpalette()
+    )
+
+
+@pytest.mark.slow
+def test_an_exported_model_too_refuses_an_image_too_large(script, exports, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "free_memory", lambda device: 1e4)
+    arguments = ("--ckpt", exports / "fp32.onnx", "--images", few / "images", "--out", tmp_path / "out")
+    code, _, err = script(predict, *arguments)
+    assert code == 1 and "train0.png: needs " in err and "give --window 512" in err
+
+
+def test_a_model_of_others_is_one_line_and_leaves_no_folders(script, photos, tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"junk")
+    code, _, err = script(predict, "--ckpt", tmp_path / "a.onnx", "--images", photos, "--out", tmp_path / "out")
+    assert code == 2 and f"{tmp_path / 'a.onnx'}: was not written by export.py" in err and len(lines(err)) == 1
+    assert not (tmp_path / "out").exists()
