@@ -17,14 +17,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 
-import readers
+import export
 from common import ArgumentParser, UserError, cli, printable
+from onnx_model import OnnxModel, require
 from result_files import write_text
-from run_folder import atomic_write, load_checkpoint, make_folder
+from run_folder import atomic_write, make_folder
 
 PAGE = pathlib.Path(__file__).parent / "index.html"
 RUNTIME = "onnxruntime-web"
@@ -87,8 +87,7 @@ def copy_runtime(archive: pathlib.Path, out: pathlib.Path, precisions: list[str]
     with tarfile.open(archive) as tar:
         for name in names:
             write_bytes(out / "ort" / name, tar.extractfile(f"package/dist/{name}").read())
-    import onnxruntime  # an extra
-
+    (onnxruntime,) = require("onnxruntime")
     for name in NOTICES:
         write_bytes(out / "ort" / name, (pathlib.Path(onnxruntime.__file__).parent / name).read_bytes())
 
@@ -111,16 +110,13 @@ def page() -> str:
     return text
 
 
-def describe(checkpoint: dict, models: dict[str, pathlib.Path]) -> dict:
+def describe(models: dict[str, pathlib.Path]) -> dict:
     """What model.json tells the page: browsers cannot read the metadata of an ONNX file."""
-    args, row = checkpoint["args"], checkpoint["row"]
-    classes = checkpoint["classes"]
+    about = [OnnxModel(path).metadata for path in models.values()][0]
     return {
         "what": MARK,
-        "name": f"{row['method']} {row['backbone']}",
-        "classes": list(classes),
-        "palette": readers.colour_table(checkpoint["palette"])[: len(classes)].tolist(),
-        "image_scale": args["image_scale"],
+        "name": f"{about['row']['method']} {about['row']['backbone']}",
+        **{key: about[key] for key in ("classes", "palette", "image_scale")},
         "sides": SIDES,
         "side": SIDE,
         "runtime": f"{RUNTIME} {VERSION}",
@@ -144,8 +140,20 @@ def check_out(out: pathlib.Path):
         raise UserError(f"--out {printable(out)}: holds other files; give a new or an empty folder")
 
 
-def build_page(checkpoint: dict, models: dict[str, pathlib.Path], archive: pathlib.Path, out: pathlib.Path):
-    """Write the page of a checkpoint and its exported models {precision: path}, which are moved to `out`."""
+def export_models(args, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Export the checkpoint in each precision into `folder`, as export.py does. Raises UserError."""
+    models = {precision: folder / f"{precision}.onnx" for precision in args.precision}
+    for precision, path in models.items():
+        words = ["--ckpt", args.ckpt, "--out", path, "--precision", precision, "--output", "labels"]
+        if precision == "int8":
+            words += ["--images", args.images] if args.images else []
+            words += ["--data", args.data] if args.data else []
+        export.main([*map(str, words)])
+    return models
+
+
+def build_page(models: dict[str, pathlib.Path], archive: pathlib.Path, out: pathlib.Path):
+    """Write the page of exported models {precision: path}, which are moved to `out`."""
     for old in out.glob("model-*.onnx"):
         old.unlink()
     moved = {precision: out / f"model-{precision}.onnx" for precision in models}
@@ -154,7 +162,7 @@ def build_page(checkpoint: dict, models: dict[str, pathlib.Path], archive: pathl
     (out / "ort").mkdir(exist_ok=True)
     copy_runtime(archive, out, [*models])
     write_text(out / "index.html", page())
-    write_text(out / "model.json", json.dumps(describe(checkpoint, moved), indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "model.json", json.dumps(describe(moved), indent=1, ensure_ascii=False) + "\n")
 
 
 # ---- the command line ----
@@ -183,12 +191,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    checkpoint = load_checkpoint(args.ckpt)
     check_out(args.out)
     archive = runtime_archive()
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
-        models = export_models(args, pathlib.Path(folder))
-        build_page(checkpoint, models, archive, args.out)
+        build_page(export_models(args, pathlib.Path(folder)), archive, args.out)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{printable(args.out)}: the page, {size / 1e6:.0f} MB; serve it with:")
     print(f"  python -m web.serve {shlex.quote(printable(args.out))}")
