@@ -1,11 +1,13 @@
 """Build the folder of a page that segments photos in a browser.
 
     python -m web.build --ckpt runs/shapes/1-8/mgd-r18/last.pt
-    python -m web.build --ckpt A/last.pt --out page --precision fp32
+    python -m web.build --ckpt A/int8.onnx A/fp32.onnx --out page
 
 The folder holds the page, the network as ONNX in each precision, and
-onnxruntime-web, which npm downloads once into a cache. Any web server can serve
-it: web.serve on this machine, or a host that sends the same two headers.
+onnxruntime-web, which npm downloads once into a cache. A checkpoint is exported
+as export.py does; or give what export.py wrote with --output labels. Any web
+server can serve the folder: web.serve on this machine, or one that sends the
+same two headers.
 """
 
 import base64
@@ -22,9 +24,9 @@ import tempfile
 
 import export
 from common import ArgumentParser, UserError, cli, printable
-from onnx_model import OnnxModel, require
+from onnx_model import OnnxModel, is_exported, require
 from result_files import write_text
-from run_folder import atomic_write, make_folder
+from run_folder import atomic_write, load_checkpoint, make_folder
 
 PAGE = pathlib.Path(__file__).parent / "index.html"
 RUNTIME = "onnxruntime-web"
@@ -36,6 +38,7 @@ FILES = {  # of the archive's dist/, by the precision that needs them
     "fp32": ("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm"),
 }
 NOTICES = ("LICENSE", "ThirdPartyNotices.txt")  # npm's archive has none; the Python package of the same sources has them
+PRECISIONS = tuple(FILES)
 SIDES, SIDE = (256, 384, 512, 768, 1024), 512  # of the network's input, in pixels
 MARK = "page of MGD"  # `what` of a model.json
 
@@ -47,15 +50,8 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mgd"
 
 
-def check_archive(path: pathlib.Path):
-    """Raises UserError unless `path` is the pinned archive, byte for byte."""
-    digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
-    if digest != SHA512:
-        raise UserError(f"{printable(path)}: is not {RUNTIME} {VERSION} (its sha512 differs); delete it and try again")
-
-
 def runtime_archive() -> pathlib.Path:
-    """The archive of onnxruntime-web, which is downloaded where the cache lacks it. Raises UserError."""
+    """The pinned archive of onnxruntime-web, byte for byte; downloaded where the cache lacks it. Raises UserError."""
     archive = cache_folder() / ARCHIVE
     if not archive.exists():
         by_hand = f"or put https://registry.npmjs.org/{RUNTIME}/-/{ARCHIVE} into {archive.parent}"
@@ -65,7 +61,7 @@ def runtime_archive() -> pathlib.Path:
         make_folder("the cache", archive.parent)
         print(f"downloading {RUNTIME} {VERSION} (33 MB) into {printable(archive.parent)}", flush=True)
         with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
-            command = [npm, "pack", f"{RUNTIME}@{VERSION}", "--silent", "--ignore-scripts", "--pack-destination", folder]
+            command = [npm, "pack", f"{RUNTIME}@{VERSION}", "--loglevel", "error", "--ignore-scripts", "--pack-destination", folder]
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
             found = pathlib.Path(folder, ARCHIVE)
             if done.returncode or not found.exists():
@@ -74,9 +70,10 @@ def runtime_archive() -> pathlib.Path:
                     f"npm cannot download {RUNTIME} {VERSION} ({lines[0] if lines else f'exit code {done.returncode}'}); "
                     f"try again when this machine is online, {by_hand}"
                 )
-            check_archive(found)
             os.replace(found, archive)
-    check_archive(archive)
+    digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+    if digest != SHA512:
+        raise UserError(f"{printable(archive)}: is not {RUNTIME} {VERSION}: its sha512 differs; delete it and try again")
     return archive
 
 
@@ -110,9 +107,9 @@ def page() -> str:
     return text
 
 
-def describe(models: dict[str, pathlib.Path]) -> dict:
+def describe(models: dict[str, OnnxModel], sizes: dict[str, int]) -> dict:
     """What model.json tells the page: browsers cannot read the metadata of an ONNX file."""
-    about = [OnnxModel(path).metadata for path in models.values()][0]
+    about = next(iter(models.values())).metadata
     return {
         "what": MARK,
         "name": f"{about['row']['method']} {about['row']['backbone']}",
@@ -120,9 +117,7 @@ def describe(models: dict[str, pathlib.Path]) -> dict:
         "sides": SIDES,
         "side": SIDE,
         "runtime": f"{RUNTIME} {VERSION}",
-        "models": [
-            {"precision": precision, "file": path.name, "bytes": path.stat().st_size} for precision, path in models.items()
-        ],
+        "models": [{"precision": p, "file": f"model-{p}.onnx", "bytes": size} for p, size in sizes.items()],
     }
 
 
@@ -140,29 +135,46 @@ def check_out(out: pathlib.Path):
         raise UserError(f"--out {printable(out)}: holds other files; give a new or an empty folder")
 
 
-def export_models(args, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def export_models(args, folder: pathlib.Path) -> list[pathlib.Path]:
     """Export the checkpoint in each precision into `folder`, as export.py does. Raises UserError."""
-    models = {precision: folder / f"{precision}.onnx" for precision in args.precision}
-    for precision, path in models.items():
-        words = ["--ckpt", args.ckpt, "--out", path, "--precision", precision, "--output", "labels"]
-        if precision == "int8":
-            words += ["--images", args.images] if args.images else []
-            words += ["--data", args.data] if args.data else []
+    paths = [folder / f"{precision}.onnx" for precision in args.precision]
+    for precision, path in zip(args.precision, paths, strict=True):
+        words = ["--ckpt", *args.ckpt, "--out", path, "--precision", precision, "--output", "labels"]
+        words += ["--images", args.images] if args.images else []
+        words += ["--data", args.data] if args.data else []
         export.main([*map(str, words)])
+    return paths
+
+
+def open_models(paths: list[pathlib.Path]) -> dict[str, OnnxModel]:
+    """{precision: model}. Raises UserError where the page cannot use one, or where two do not belong together."""
+    models, first = {}, None
+    for path in paths:
+        model, shown = OnnxModel(path), printable(path)
+        if model.output != "labels" or model.metadata["size"]:
+            raise UserError(f"{shown}: the page needs labels at any size; export it with --output labels and without --size")
+        if model.metadata["precision"] in models:
+            raise UserError(f"{shown}: is the second file in {model.metadata['precision']}; give one per precision")
+        first = first or model
+        if any(model.metadata[key] != first.metadata[key] for key in ("classes", "palette", "image_scale")):
+            raise UserError(f"{shown}: has other classes than {first.path}, or another image scale; give one network")
+        models[model.metadata["precision"]] = model
     return models
 
 
-def build_page(models: dict[str, pathlib.Path], archive: pathlib.Path, out: pathlib.Path):
-    """Write the page of exported models {precision: path}, which are moved to `out`."""
+def build_page(paths: list[pathlib.Path], archive: pathlib.Path, out: pathlib.Path):
+    """Write the page of exported models into `out`. Raises UserError."""
+    models = open_models(paths)
+    contents = {precision: pathlib.Path(model.path).read_bytes() for precision, model in models.items()}
     for old in out.glob("model-*.onnx"):
         old.unlink()
-    moved = {precision: out / f"model-{precision}.onnx" for precision in models}
-    for precision, path in models.items():
-        os.replace(path, moved[precision])
+    for precision, content in contents.items():
+        write_bytes(out / f"model-{precision}.onnx", content)
     (out / "ort").mkdir(exist_ok=True)
     copy_runtime(archive, out, [*models])
     write_text(out / "index.html", page())
-    write_text(out / "model.json", json.dumps(describe(moved), indent=1, ensure_ascii=False) + "\n")
+    about = describe(models, {precision: len(content) for precision, content in contents.items()})
+    write_text(out / "model.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
 # ---- the command line ----
@@ -170,34 +182,40 @@ def build_page(models: dict[str, pathlib.Path], archive: pathlib.Path, out: path
 
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__, usage="python -m web.build --ckpt FILE [options]")
+    path = {"type": pathlib.Path}
+    parser.add_argument("--ckpt", nargs="+", metavar="FILE", required=True, help="a checkpoint, or exported models", **path)
+    parser.add_argument("--out", metavar="DIR", help="folder of the page (default: web, beside the first FILE)", **path)
     parser.add_argument(
-        "--ckpt", type=pathlib.Path, metavar="FILE", required=True, help="checkpoint of train_teacher.py or distill.py"
+        "--precision", nargs="+", choices=PRECISIONS, help="of the export: int8 for CPUs, fp32 for WebGPU (default: both)"
     )
-    parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="folder of the page (default: web, beside the checkpoint)")
-    parser.add_argument(
-        "--precision",
-        nargs="+",
-        choices=("int8", "fp32"),
-        default=["int8", "fp32"],
-        help="int8 for CPUs, fp32 for WebGPU (default: both)",
-    )
-    parser.add_argument("--data", metavar="DIR", help="folder of the data set, whose training images calibrate int8 (default: as trained)")
-    parser.add_argument("--images", type=pathlib.Path, metavar="DIR", help="folder of images that calibrate int8 instead")
+    parser.add_argument("--data", metavar="DIR", help="folder of the data set, for the export (default: as in training)", **path)
+    parser.add_argument("--images", metavar="DIR", help="images to export with, where there is no data set", **path)
     args = parser.parse_args(argv)
-    args.out = args.out or args.ckpt.parent / "web"
-    args.precision = sorted({*args.precision}, reverse=True)  # int8 first
+    args.out = args.out or args.ckpt[0].parent / "web"
+    args.exported = is_exported(args.ckpt[0])
+    if args.exported:
+        for flag in ("precision", "data", "images"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag}: is for a checkpoint, and {printable(args.ckpt[0])} is exported; leave it out")
+    elif len(args.ckpt) > 1:
+        raise UserError(f"--ckpt {printable(args.ckpt[1])}: give one checkpoint, or exported models alone")
+    args.precision = [precision for precision in PRECISIONS if precision in (args.precision or PRECISIONS)]
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.exported:
+        open_models(args.ckpt)  # before anything is downloaded or made
+    else:
+        load_checkpoint(args.ckpt[0])
     check_out(args.out)
     archive = runtime_archive()
-    with tempfile.TemporaryDirectory(dir=args.out) as folder:
-        build_page(export_models(args, pathlib.Path(folder)), archive, args.out)
+    with tempfile.TemporaryDirectory() as folder:
+        build_page(args.ckpt if args.exported else export_models(args, pathlib.Path(folder)), archive, args.out)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
-    print(f"{printable(args.out)}: the page, {size / 1e6:.0f} MB; serve it with:")
-    print(f"  python -m web.serve {shlex.quote(printable(args.out))}")
+    print(f"{printable(args.out)}: the page, {size / 1e6:.0f} MB. To open it:")
+    print(f"    python -m web.serve {shlex.quote(printable(args.out))}")
 
 
 if __name__ == "__main__":
