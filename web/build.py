@@ -61,7 +61,16 @@ def runtime_archive() -> pathlib.Path:
         make_folder("the cache", archive.parent)
         print(f"downloading {RUNTIME} {VERSION} (33 MB) into {printable(archive.parent)}", flush=True)
         with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
-            command = [npm, "pack", f"{RUNTIME}@{VERSION}", "--loglevel", "error", "--ignore-scripts", "--pack-destination", folder]
+            command = [
+                npm,
+                "pack",
+                f"{RUNTIME}@{VERSION}",
+                "--loglevel",
+                "error",
+                "--ignore-scripts",
+                "--pack-destination",
+                folder,
+            ]
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
             found = pathlib.Path(folder, ARCHIVE)
             if done.returncode or not found.exists():
@@ -131,13 +140,13 @@ def is_page(out: pathlib.Path) -> bool:
 def check_out(out: pathlib.Path):
     """Make the folder. Raises UserError where it holds anything but a page of this project."""
     make_folder("--out", out)
-    if any(out.iterdir()) and not is_page(out):
+    if not is_page(out) and any(not re.fullmatch(r"model-\w+\.(onnx|json)", path.name) for path in out.iterdir()):
         raise UserError(f"--out {printable(out)}: holds other files; give a new or an empty folder")
 
 
-def export_models(args, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Export the checkpoint in each precision into `folder`, as export.py does. Raises UserError."""
-    paths = [folder / f"{precision}.onnx" for precision in args.precision]
+def export_models(args) -> list[pathlib.Path]:
+    """Export the checkpoint in each precision into the page's folder, as export.py does. Raises UserError."""
+    paths = [args.out / f"model-{precision}.onnx" for precision in args.precision]
     for precision, path in zip(args.precision, paths, strict=True):
         words = ["--ckpt", *args.ckpt, "--out", path, "--precision", precision, "--output", "labels"]
         words += ["--images", args.images] if args.images else []
@@ -166,8 +175,9 @@ def build_page(paths: list[pathlib.Path], archive: pathlib.Path, out: pathlib.Pa
     """Write the page of exported models into `out`. Raises UserError."""
     models = open_models(paths)
     contents = {precision: pathlib.Path(model.path).read_bytes() for precision, model in models.items()}
-    for old in out.glob("model-*.onnx"):
-        old.unlink()
+    for old in out.glob("model-*"):
+        if old.stem.removeprefix("model-") not in models:
+            old.unlink()
     for precision, content in contents.items():
         write_bytes(out / f"model-{precision}.onnx", content)
     (out / "ort").mkdir(exist_ok=True)
@@ -188,7 +198,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, help="of the export: int8 for CPUs, fp32 for WebGPU (default: both)"
     )
-    parser.add_argument("--data", metavar="DIR", help="folder of the data set, for the export (default: as in training)", **path)
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of the data set, for the export (default: as in training)", **path
+    )
     parser.add_argument("--images", metavar="DIR", help="images to export with, where there is no data set", **path)
     args = parser.parse_args(argv)
     args.out = args.out or args.ckpt[0].parent / "web"
@@ -211,8 +223,7 @@ def main(argv=None):
         load_checkpoint(args.ckpt[0])
     check_out(args.out)
     archive = runtime_archive()
-    with tempfile.TemporaryDirectory() as folder:
-        build_page(args.ckpt if args.exported else export_models(args, pathlib.Path(folder)), archive, args.out)
+    build_page(args.ckpt if args.exported else export_models(args), archive, args.out)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{printable(args.out)}: the page, {size / 1e6:.0f} MB. To open it:")
     print(f"    python -m web.serve {shlex.quote(printable(args.out))}")
