@@ -330,7 +330,7 @@ def test_a_command_that_does_not_work_or_that_no_rule_covers_fails(reader, text,
         reader.follow(text)
 
 
-@pytest.mark.parametrize("name", [*STAGES, "models", "kernels", "paper.matrix", "paper.report"])
+@pytest.mark.parametrize("name", [*STAGES, "models", "kernels", "paper.matrix", "paper.report", "web.build", "web.serve"])
 def test_the_commands_in_the_help_of_a_script_parse(reader, name):
     reader.only_parse = True
     assert reader.follow(importlib.import_module(name).__doc__)
@@ -346,7 +346,7 @@ def spans(text: str) -> list[str]:
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
 
 
-SCRIPTS = (*STAGES, "models", "kernels", "paper.matrix", "paper.report")
+SCRIPTS = (*STAGES, "models", "kernels", "paper.matrix", "paper.report", "web.build", "web.serve")
 OTHERS = {"--shm-size"}  # of docker
 OTHERS_OF = {"results/README.md": {"--compare"}, "CONTRIBUTING.md": {"--lambda-edge"}}  # an old name; the example of a new loss
 
