@@ -18,7 +18,7 @@ import tiny
 from conftest import errors
 from PIL import Image
 
-import evaluate
+import inference
 import models
 from common import UserError
 
@@ -342,7 +342,7 @@ def test_a_photo_is_shown_with_its_mask_and_the_classes_that_are_in_it(open_page
     show(page, "<b>bold</b>.png", png(image))
     assert "1280×768, seen by the network at 512×307" in page.inner_text("#sizes")
     assert page.inner_text("#sizes").count("<b>bold</b>.png") == 1  # as text
-    small = evaluate.resize(image, (307, 512))
+    small = inference.resize(image, (307, 512))
     (labels,) = start_session(page_folder / "model-int8.onnx").run(None, {"image": small[None]})[0]
     about = json.loads((page_folder / "model.json").read_text())
     height, width, text = page.evaluate(CANVAS, "mask")
