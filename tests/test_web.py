@@ -334,7 +334,9 @@ def show(page, name, content, result="ms per frame"):
 @pytest.mark.slow
 def test_a_photo_is_shown_with_its_mask_and_the_classes_that_are_in_it(open_page, page_folder, few):
     page = open_page()
-    image = np.asarray(Image.open(few / "images" / "val0.png")).repeat(24, 0).repeat(40, 1)  # 768 x 1280
+    squares = np.asarray(Image.open(few / "images" / "val0.png")).repeat(24, 0).repeat(40, 1)  # 768 x 1280
+    noise = np.random.default_rng(0).integers(-80, 80, squares.shape)  # which shows how the page resizes
+    image = np.clip(squares + noise, 0, 255).astype(np.uint8)
     show(page, "<b>bold</b>.png", png(image))
     assert "1280×768, seen by the network at 512×307" in page.inner_text("#sizes")
     assert page.inner_text("#sizes").count("<b>bold</b>.png") == 1  # as text
@@ -345,7 +347,9 @@ def test_a_photo_is_shown_with_its_mask_and_the_classes_that_are_in_it(open_page
     assert mask.shape == image.shape
     rows, columns = (np.arange(768) + 0.5) * 307 // 768, (np.arange(1280) + 0.5) * 512 // 1280
     nearest = labels[rows.astype(int)][:, columns.astype(int)]
-    assert (mask == np.array(about["palette"], np.uint8)[nearest]).all(-1).mean() > 0.98
+    palette = np.array(about["palette"], np.uint8)
+    assert (mask == palette[nearest]).all(-1).mean() > 0.998
+    assert {*map(tuple, mask.reshape(-1, 3))} == {*map(tuple, palette[np.unique(labels)])}  # no colours between two
     found = page.locator("#legend li").all_inner_texts()
     assert {re.split(r"\s", entry)[0] for entry in found} == {about["classes"][label] for label in np.unique(labels)}
     page.close()
