@@ -30,7 +30,7 @@ KD_ARGS =##
 CWD_ARGS =##
 VENV = .venv##	virtual environment; VENV= uses PYTHON as it is
 PYTHON = python3##	the interpreter
-EXTRAS = voc,test,lint,web##	optional dependencies to install
+EXTRAS = voc,export,test,lint,web##	optional dependencies to install
 
 # ---- guards: what the scripts, which check all else, would notice too late ----
 NAMES := DATASET DATA PART STUDENT DEEP WIDE DEEP_CKPT WIDE_CKPT TEACHER_PART TEACHER_SEED RUN NPROC
