@@ -18,6 +18,7 @@ RUN =##	another folder for the students, as runs/mine/short
 REPORT =##	what compare and matrix write, without .json and .png (in RUN)
 TABLES = 1##	of matrix: tables 1 2 3 4 5 5a 5b 6 of the paper, or heads
 DRY =##	DRY=1: matrix prints its plan and the time it takes
+CKPT =##	of web: a checkpoint (the student of make distill)
 NPROC = 1##	processes (GPUs) per training
 ARGS =##	flags for every training, as ARGS="--lr 0.02 --steps 500"
 TEACHER_ARGS =##	flags for the teachers
@@ -29,12 +30,12 @@ KD_ARGS =##
 CWD_ARGS =##
 VENV = .venv##	virtual environment; VENV= uses PYTHON as it is
 PYTHON = python3##	the interpreter
-EXTRAS = voc,tensorboard,test,lint##	optional dependencies to install
+EXTRAS = voc,export,tensorboard,web,test,lint##	optional dependencies to install
 
 # ---- guards: what the scripts, which check all else, would notice too late ----
 NAMES := DATASET DATA PART STUDENT DEEP WIDE DEEP_CKPT WIDE_CKPT TEACHER_PART TEACHER_SEED RUN NPROC
 FLAGS := ARGS TEACHER_ARGS STUDENT_ARGS MT_ARGS CPS_ARGS KD_ARGS CWD_ARGS MGD_ARGS
-KNOWN := $(NAMES) REPORT DRY VENV PYTHON EXTRAS $(FLAGS) SEEDS TABLES
+KNOWN := $(NAMES) CKPT REPORT DRY VENV PYTHON EXTRAS $(FLAGS) SEEDS TABLES
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command,$(origin $(v))),$(v)))
 $(if $(filter-out $(KNOWN),$(GIVEN)),$(error $(filter-out $(KNOWN),$(GIVEN)): no such variable; there are $(KNOWN)))
 
@@ -42,7 +43,7 @@ META := ; & | < > ( ) { } [ ] * ? ! ~ ^ ' " ` % \ \# $$
 refuse = $(error $(1)=$(value $(1)): $(2))
 $(foreach v,$(GIVEN),$(foreach c,$(META),$(if $(findstring $(c),$(value $(v))),$(call refuse,$(v),leave $(c) out))))
 $(foreach v,$(GIVEN),$(eval override $(v) := $(strip $(value $(v)))))
-$(foreach v,$(NAMES) REPORT VENV PYTHON EXTRAS,$(if $(word 2,$($(v))),$(call refuse,$(v),leave the spaces out)))
+$(foreach v,$(NAMES) CKPT REPORT VENV PYTHON EXTRAS,$(if $(word 2,$($(v))),$(call refuse,$(v),leave the spaces out)))
 $(foreach v,DATASET PART STUDENT SEEDS TEACHER_PART NPROC,$(if $($(v)),,$(call refuse,$(v),is empty; leave it out)))
 # $(call match,VARIABLES,REGEX,FIX) refuses words that do not match.
 match = $(foreach v,$(filter $(1),$(GIVEN)),$(foreach w,$($(v)),\
@@ -96,7 +97,7 @@ $(MGD): $(STUDENTS)/mgd-$(STUDENT)$(OF)%last.pt: | $(BOTH) $(INSTALLED)
 	    --wide $(or $(WIDE_CKPT),$(call teacher,wide)) $(ARGS) $(STUDENT_ARGS) $(MGD_ARGS)
 
 # ---- targets ----
-.PHONY: help demo teachers distill sup compare matrix tables install test test-fast lint ext bench clean
+.PHONY: help demo teachers distill sup compare matrix tables web install test test-fast lint ext bench clean
 .DEFAULT_GOAL := help
 COMPARED := $(or $(REPORT),$(STUDENTS)/compare-$(STUDENT))
 finished = @$(foreach f,$(wildcard $^),echo "$(f): finished, never retrained; delete it to repeat the run$(1)";)
@@ -122,6 +123,8 @@ matrix: | $(INSTALLED) ## all runs of the paper's TABLES, then one result file
 	    $(if $(REPORT),--json $(REPORT).json) $(if $(DRY),--dry-run)
 tables: | $(INSTALLED) ## results/*.json as the paper's tables and figures, in results/tables
 	$(PY) -m paper.report results/*.json --out results/tables
+web: | $(if $(CKPT),,$(firstword $(MGD))) $(INSTALLED) ## a page in the browser for a checkpoint, beside it in web/
+	$(PY) -m web.build --ckpt $(or $(CKPT),$(firstword $(MGD)))
 install: | $(INSTALLED) ## set up VENV
 test: | $(INSTALLED) ## all tests
 	$(PY) -m pytest -q tests

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import evaluate
+import inference
 from common import UserError, rank_and_size
 from run_folder import check_folder
 
@@ -61,8 +61,8 @@ class Events:
 
         was_training = model.training
         model.eval()
-        protocol, images = evaluate.protocol_of(vars(self.args)), map(self.dataset.image, self.names)
-        masks = [evaluate.predict(model, image, self.device, self.args.precision, protocol).cpu().numpy() for image in images]
+        protocol, images = inference.protocol_of(vars(self.args)), map(self.dataset.image, self.names)
+        masks = [inference.predict(model, image, self.device, self.args.precision, protocol).cpu().numpy() for image in images]
         model.train(was_training)
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder, "panels.png")

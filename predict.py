@@ -1,4 +1,4 @@
-r"""Predict images with a checkpoint: masks of class indices, overlays, and a sheet
+r"""Predict images with a checkpoint or an exported model: masks of class indices, overlays, and a sheet
 to look at. No masks are needed.
 
     python predict.py --ckpt A/last.pt --images photos --out predictions
@@ -16,24 +16,21 @@ predicted, and the exit code is 1. With sliding windows (--window SIDE), one
 scale and no --flip, large images need little memory.
 """
 
-import copy
 import os
 import pathlib
 import sys
 import traceback
-import weakref
 from collections import Counter
 
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image, UnidentifiedImageError
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import readers
 from common import ArgumentParser, UserError, cli, free_memory, pick_device, printable
-from evaluate import Protocol, add_protocol_arguments, check_protocol_arguments, open_model, predict
+from inference import Protocol, add_protocol_arguments, bytes_per_pixel, check_protocol_arguments, open_model, predict
 from pictures import add_legend, drawable, save_figure
 from result_files import refuse_foreign, save_png
 from run_folder import check_folder
@@ -100,38 +97,6 @@ def output_names(paths: list[pathlib.Path]) -> list[str]:
     ]
 
 
-class PeakBytes(TorchDispatchMode):
-    """Counts the most bytes that the tensors made under this mode hold at once; on the meta device nothing is computed."""
-
-    def __init__(self):
-        super().__init__()
-        self.held = self.peak = 0
-        self.known = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage not in self.known:
-                self.known[storage] = True
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return out
-
-    def add(self, size: int):
-        self.held += size
-        self.peak = max(self.peak, self.held)
-
-
-def bytes_per_pixel(model, precision: str) -> float:
-    """Memory of one forward pass over a whole image, per pixel, counted on the meta device; an estimate on the low side."""
-    side = 512
-    meta = copy.deepcopy(model).to("meta")
-    with torch.no_grad(), PeakBytes() as mode:
-        meta(torch.empty(1, 3, side, side, device="meta"))
-    return mode.peak / side**2 / (2 if precision == "bf16" else 1)
-
-
 def check_memory(path: pathlib.Path, size: tuple[int, int], classes: int, whole: float, device, protocol: Protocol):
     """Raises UserError where the prediction of an image of `size` (H, W) does not fit into the free memory. `whole` is the
     network's memory per pixel. With sliding windows, one scale and no mirroring, little grows with the image."""
@@ -150,10 +115,10 @@ def check_memory(path: pathlib.Path, size: tuple[int, int], classes: int, whole:
 def reason_of(error: Exception, path: pathlib.Path, protocol: Protocol) -> str:
     """One line with the reason why a file failed."""
     kind, text = type(error).__name__, " ".join(str(error).split())
-    if isinstance(error, UserError):  # names the file
-        return text.split("; replace it")[0]
-    # a CPU has no exception of its own for a lack of memory
-    signs = ("not enough memory: you tried to allocate", "DefaultCPUAllocator")
+    if isinstance(error, UserError):  # names the file, or the model
+        return text.split("; replace it")[0] if str(path) in text else f"{path}: {text}"
+    # a CPU has no exception of its own for a lack of memory; the last is ONNX Runtime's
+    signs = ("not enough memory: you tried to allocate", "DefaultCPUAllocator", "Failed to allocate memory")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text for sign in signs):
         fix = "--window 512" if protocol.window is None else "a smaller --window, and no --tta-scales or --flip"
         return f"{path}: out of memory ({kind}); give {fix}"
@@ -239,7 +204,11 @@ def check_outputs(paths: list[pathlib.Path], images: pathlib.Path, out: pathlib.
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__, usage="%(prog)s --ckpt FILE --images DIR --out DIR [options]")
     parser.add_argument(
-        "--ckpt", type=pathlib.Path, metavar="FILE", required=True, help="checkpoint of train_teacher.py or distill.py"
+        "--ckpt",
+        type=pathlib.Path,
+        metavar="FILE",
+        required=True,
+        help="checkpoint of train_teacher.py or distill.py, or .onnx file of export.py",
     )
     parser.add_argument("--images", type=pathlib.Path, metavar="DIR", required=True, help="folder of images, or one image")
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", required=True, help="folder of the predictions")

@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from common import UserError, line_of, printable
+from onnx_model import MARK
 from readers import opened
 from recipes import FLAGS, METHODS
 from run_folder import atomic_write, check_folder, is_log, load_checkpoint, without_nan
@@ -32,7 +33,7 @@ MAIN = ("steps", "head_width", "crop", "weights", "teachers", "teacher_labels", 
 RECORDED = {name: flag.column or name for name, flag in FLAGS.items() if flag.column is not None}  # flag -> key
 OPTIONAL = (
     *(key for key in dict.fromkeys(RECORDED.values()) if key not in (*DATA, *NETWORK, *MAIN, "seed")),
-    *("teacher_backbones", "teacher_methods", "teacher_steps", "scales", "flip"),
+    *("teacher_backbones", "teacher_methods", "teacher_steps", "scales", "flip", "export"),
 )
 SETTINGS = (*MAIN, *OPTIONAL)
 GROUP_BY = (*DATA, *NETWORK, *SETTINGS)
@@ -104,7 +105,7 @@ def is_ours(path: pathlib.Path) -> bool:
     """Whether a file may be replaced without asking: this project wrote it, or it is empty.
 
     A PNG is recognized by its text chunk, a JSON file by its keys, a log.jsonl by its first entry, a .pt as a checkpoint, a
-    table by its first line. Any other file belongs to the user.
+    .onnx by its metadata, a table by its first line. Any other file belongs to the user.
     """
     try:
         if not path.is_file():
@@ -119,6 +120,8 @@ def is_ours(path: pathlib.Path) -> bool:
                 return isinstance(content, dict) and {"what", "command", "created", "rows"} <= content.keys()
             case ".pt":
                 return bool(load_checkpoint(path))  # or it raises UserError
+            case ".onnx":
+                return MARK in path.read_bytes()
             case ".jsonl":
                 return is_log(path)
             case ".md" | ".csv" as suffix:

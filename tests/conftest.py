@@ -17,6 +17,7 @@ import common
 import datasets
 import kernels
 import models
+import onnx_model
 import prepare
 import run_folder
 import train_teacher
@@ -191,6 +192,27 @@ def learned_teachers(tmp_path_factory, few):
             monkeypatch.setattr("sys.argv", ["train_teacher.py", *argv])
             train_teacher.main()
     return out / "0" / "last.pt", out / "1" / "last.pt"
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory, few, learned_teachers) -> pathlib.Path:
+    """A folder with a checkpoint that has learned `few`, last.pt, and its exports: fp32.onnx as export.py writes it with
+    fp32.json, int8.onnx, and labels.onnx."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import export
+
+    out = tmp_path_factory.mktemp("exports")
+    shutil.copy(learned_teachers[0], out / "last.pt")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
+        monkeypatch.setattr("sys.argv", ["export.py", "--ckpt", str(out / "last.pt"), "--out", str(out / "fp32.onnx")])
+        export.main()
+    metadata = onnx_model.OnnxModel(out / "fp32.onnx").metadata
+    seen = [datasets.Folder(few).image(f"train{i}")[None] for i in range(8)]
+    export.quantize(out / "fp32.onnx", out / "int8.onnx", seen, metadata={**metadata, "precision": "int8"})
+    export.add_labels(out / "fp32.onnx", out / "labels.onnx", {**metadata, "output": "labels"})
+    return out
 
 
 def assert_it_learns(out, terms, falls_to, miou):

@@ -29,7 +29,7 @@ import readers
 import result_files
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "results/README.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
-STAGES = ("prepare", "train_teacher", "distill", "evaluate", "predict")
+STAGES = ("prepare", "train_teacher", "distill", "evaluate", "predict", "export")
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 # Training is shortened by flags that go last. The networks are tiny (`tiny_networks`).
 SHORT = "--steps 2 --steps-factor 1 --batch 4 --crop 32 --head-width 16 --weights none --workers 0 --precision fp32"
@@ -94,7 +94,7 @@ class Reader:
         for language, source in blocks(text):
             assert language in ("bash", "python", "text", "bibtex"), f"```{language}: is it a command?\n{source}"
             if language == "python":
-                self.camvid(source)
+                (self.camvid if "camvid" in source else self.example)(source)
             if language == "bash":
                 found = commands(source, self.folder)
                 assert found, f"holds no command:\n{source}"
@@ -286,6 +286,13 @@ class Reader:
         assert len(data.classes) == 11 and set(np.unique(data.mask("val"))) == {*range(11), 255}
         shutil.rmtree("data/camvid")
 
+    def example(self, source: str):
+        """The program that runs an exported model, on a photo."""
+        Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(self.folder / "photo.jpg")
+        found = {}
+        exec(compile(source, "a document's program", "exec"), found)
+        assert found["labels"].shape == (30, 40) and found["labels"].max() < len(found["about"]["classes"])
+
 
 def save_outlines(source: pathlib.Path, names: list[str]):
     """A file of COCO, or a folder of LabelMe's files beside the images: a road and a car in each image of 56x40."""
@@ -362,7 +369,7 @@ def test_a_command_that_does_not_work_or_that_no_rule_covers_fails(reader, text,
         reader.follow(text)
 
 
-@pytest.mark.parametrize("name", [*STAGES, "models", "kernels", "paper.matrix", "paper.report"])
+@pytest.mark.parametrize("name", [*STAGES, "models", "kernels", "paper.matrix", "paper.report", "web.build", "web.serve"])
 def test_the_commands_in_the_help_of_a_script_parse(reader, name):
     reader.only_parse = True
     assert reader.follow(importlib.import_module(name).__doc__)
@@ -378,7 +385,7 @@ def spans(text: str) -> list[str]:
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
 
 
-SCRIPTS = (*STAGES, "models", "kernels", "paper.matrix", "paper.report")
+SCRIPTS = (*STAGES, "models", "kernels", "paper.matrix", "paper.report", "web.build", "web.serve")
 OTHERS = {"--shm-size", "--logdir"}  # of docker and tensorboard
 OTHERS_OF = {"results/README.md": {"--compare"}, "CONTRIBUTING.md": {"--lambda-edge"}}  # an old name; the example of a new loss
 

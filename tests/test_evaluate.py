@@ -1,22 +1,18 @@
 import json
-import math
 import os
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from bench_region_loss import peak_mb
-from conftest import NO_GPU, ROOT, python
+from conftest import NO_GPU, ROOT
 from PIL import Image
 
-import batches
 import datasets
 import evaluate
 import models
-from evaluate import Protocol
+from inference import Protocol, predict
 
 CPU = torch.device("cpu")
 
@@ -59,7 +55,7 @@ class Paints(torch.nn.Module):
 
     def forward(self, images):
         logits = torch.stack([-images[:, 0], images[:, 0]], 1)
-        return evaluate.models.Output(logits, logits)
+        return models.Output(logits, logits)
 
 
 class RedData(datasets.Shapes):
@@ -83,188 +79,13 @@ def test_evaluate_of_a_perfect_model_is_100_and_keeps_its_mode():
 
 def test_predictions_are_compared_at_the_size_of_the_mask():
     model, data = Paints(), RedData()
-    prediction = evaluate.predict(model, data.image("val-0000"), torch.device("cpu"), "fp32", evaluate.Protocol(0.5))
+    prediction = predict(model, data.image("val-0000"), torch.device("cpu"), "fp32", Protocol(0.5))
     assert prediction.shape == (64, 64)
-    confusion = evaluate.evaluate(model, data, data.val[:5], torch.device("cpu"), "fp32", evaluate.Protocol(0.5))
+    confusion = evaluate.evaluate(model, data, data.val[:5], torch.device("cpu"), "fp32", Protocol(0.5))
     assert int(confusion.sum()) == 5 * 64 * 64 and 80 < evaluate.iou(confusion)[0] < 100
 
 
-class Blurs(torch.nn.Module):
-    """Two classes of logits that depend on the whole window, so that it matters where windows lie."""
-
-    def forward(self, images):
-        logits = images[:, :2] - images[:, 1:].mean((2, 3), keepdim=True) * torch.linspace(0, 1, images.shape[-1])
-        return evaluate.models.Output(logits, logits)
-
-
-@pytest.mark.parametrize("size,window", [((50, 70), (24, 32)), ((24, 32), (24, 32)), ((20, 90), (32, 32)), ((5, 7), (9, 8))])
-def test_sliding_windows_equal_a_plain_reimplementation(size, window):
-    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    model, (h, w) = Blurs(), window
-    padded = torch.zeros(1, 3, max(size[0], h), max(size[1], w))
-    padded[..., : size[0], : size[1]] = x
-    expected, seen = torch.zeros(1, 2, *padded.shape[2:]), torch.zeros(padded.shape[2:])
-    top = 0
-    while True:  # as one moves a window by hand
-        left = 0
-        while True:
-            y0, x0 = min(top, padded.shape[2] - h), min(left, padded.shape[3] - w)
-            expected[:, :, y0 : y0 + h, x0 : x0 + w] += model(padded[:, :, y0 : y0 + h, x0 : x0 + w]).logits
-            seen[y0 : y0 + h, x0 : x0 + w] += 1
-            if left + w >= padded.shape[3]:
-                break
-            left += math.ceil(w * 2 / 3)
-        if top + h >= padded.shape[2]:
-            break
-        top += math.ceil(h * 2 / 3)
-    strips = evaluate.window_strips(lambda x: model(x).logits, lambda top, bottom: x[:, :, top:bottom], size, window)
-    torch.testing.assert_close(torch.cat(list(strips), 2), (expected / seen)[..., : size[0], : size[1]])
-
-
-def test_scales_and_mirroring_average_probabilities():
-    image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
-    model, cpu = Blurs(), torch.device("cpu")
-    total = 0
-    for scale in (1.0, 2.0):
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-        x = evaluate.v2.functional.resize(pixels, [round(12 * scale), round(16 * scale)], antialias=True)
-        x = batches.normalize(x, cpu)
-        for mirror in (lambda t: t, lambda t: t.flip(-1)):
-            logits = mirror(model(mirror(x)).logits)
-            total += torch.nn.functional.interpolate(logits, (12, 16), mode="bilinear", align_corners=True).softmax(1)
-    got = evaluate.predict(model, image, cpu, "fp32", evaluate.Protocol(scales=(1.0, 2.0), flip=True))
-    assert torch.equal(got, total[0].argmax(0).to(torch.uint8))
-    assert not torch.equal(got, evaluate.predict(model, image, cpu, "fp32"))
-
-
-# ---- strips: the labels of a whole image in little memory ----
-
-
-class Convolves(torch.nn.Module):
-    """Five classes; every logit depends on the pixels around it, and on the whole window."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = torch.nn.Conv2d(3, 5, 5, padding=2)
-
-    def forward(self, images):
-        logits = self.layer(images)
-        return models.Output(logits - images.mean((2, 3), keepdim=True)[:, :1] * torch.linspace(0, 1, images.shape[-1]), logits)
-
-
-def labels_of_the_whole(model, image, protocol):
-    """All logits of the image are held: what strips must equal."""
-    size, total, views = image.shape[:2], 0, len(protocol.scales) * (1 + protocol.flip)
-    for scale in protocol.scales:
-        scaled = [max(1, round(side * protocol.image_scale * scale)) for side in size]
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-        if scaled != list(size):
-            pixels = evaluate.v2.functional.resize(pixels, scaled, antialias=True)
-        for mirrored in (False, True)[: 1 + protocol.flip]:
-            x = batches.normalize(pixels, CPU)
-            x = x.flip(-1) if mirrored else x
-            logits = windows_of_the_whole(model, x, protocol.window) if protocol.window else model(x).logits
-            logits = logits.flip(-1) if mirrored else logits
-            if list(size) != scaled:
-                logits = torch.nn.functional.interpolate(logits, size, mode="bilinear", align_corners=True)
-            total = logits if views == 1 else total + logits.softmax(1)
-    return total[0].argmax(0)
-
-
-def windows_of_the_whole(model, x, window):
-    (height, width), (h, w) = x.shape[2:], window
-    x = torch.nn.functional.pad(x, (0, max(0, w - width), 0, max(0, h - height)))
-    total, count = torch.zeros(1, 5, *x.shape[2:]), torch.zeros(x.shape[2:])
-    for top in range(0, x.shape[2], math.ceil(h * 2 / 3)):
-        for left in range(0, x.shape[3], math.ceil(w * 2 / 3)):
-            y0, x0 = min(top, x.shape[2] - h), min(left, x.shape[3] - w)
-            total[..., y0 : y0 + h, x0 : x0 + w] += model(x[..., y0 : y0 + h, x0 : x0 + w]).logits
-            count[y0 : y0 + h, x0 : x0 + w] += 1
-            if left + w >= x.shape[3]:
-                break
-        if top + h >= x.shape[2]:
-            break
-    return (total / count)[..., :height, :width]
-
-
-SLOW_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in ((131, 40), (50, 70), (90, 20))]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [*SLOW_SIZES, (24, 32), (5, 7), (1, 45), (45, 1), (1, 1)])
-@pytest.mark.parametrize("window", [(24, 32), (9, 11), (7, 50), None])
-@pytest.mark.parametrize("image_scale", [1.0, 0.5, 0.37, 1.6, 2.0])
-def test_strips_give_the_labels_of_the_whole(monkeypatch, size, window, image_scale):
-    image, model = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8), Convolves()
-    for more in ({}, {"flip": True}, {"scales": (0.75, 1.3)}):
-        if more and window and min(window) < 9:
-            continue  # many windows
-        protocol = Protocol(image_scale, window, **more)
-        with torch.inference_mode():
-            expected = labels_of_the_whole(model, image, protocol)
-        for strip_bytes in (0, 20_000, evaluate.STRIP_BYTES):
-            monkeypatch.setattr(evaluate, "STRIP_BYTES", strip_bytes)
-            labels = evaluate.predict(model, image, CPU, "fp32", protocol)
-            assert labels.dtype == torch.uint8 and np.array_equal(labels, expected), (more, strip_bytes)
-
-
-def test_windows_come_in_strips(monkeypatch):
-    """Without this the test above could compare the whole with the whole."""
-    monkeypatch.setattr(evaluate, "STRIP_BYTES", 0)
-    x = torch.zeros(1, 3, 100, 20)
-    strips = list(evaluate.window_strips(lambda x: x, lambda top, bottom: x[:, :, top:bottom], (100, 20), (30, 20)))
-    assert [s.shape[2] for s in strips] == [20, 20, 20, 10, 30]
-    rows = [s.shape[2] for s in evaluate.upsampled_strips(iter(strips), (100, 20), (250, 30))]
-    assert sum(rows) == 250 and max(rows) == 1
-
-
-def test_strips_of_bfloat16_windows_too():
-    image, model = (
-        np.random.default_rng(0).integers(0, 256, (80, 40, 3), np.uint8),
-        models.build_model("mbv2", 4, head_width=16).eval(),
-    )
-    whole = evaluate.predict(model, image, CPU, "bf16", Protocol(window=(32, 32)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "STRIP_BYTES", 0)
-        assert torch.equal(evaluate.predict(model, image, CPU, "bf16", Protocol(window=(32, 32))), whole)
-
-
-PEAK = """
-import sys
-import numpy as np, torch
-import evaluate, models
-class Model(torch.nn.Module):
-    def forward(self, images):
-        logits = images[:, :1] * torch.arange(64.).view(-1, 1, 1)
-        return models.Output(logits, logits)
-image = np.zeros((int(sys.argv[1]), 1000, 3), np.uint8)
-evaluate.predict(Model(), image, torch.device("cpu"), "fp32", evaluate.Protocol(float(sys.argv[2]), (128, 128)))
-(line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]  # ru_maxrss begins with the parent's
-print(int(line.split()[1]) // 1024)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="the peak of the memory is read from /proc")
-def test_resident_memory_does_not_grow_with_the_height():
-    """64 classes: the logits of 4000x1000 pixels are 1 GB, those of a strip 33 MB; STRIP_BYTES are collected."""
-    peaks = [int(python(PEAK, rows, "1", MGD_OPS="torch").stdout) for rows in ("1000", "4000")]
-    assert peaks[1] - peaks[0] < 150, peaks  # the image and its labels grow by 12 MB
-
-
-@pytest.mark.parametrize("image_scale", [1.0, 0.4, 1.5])
-def test_strips_need_no_more_memory_for_taller_images(monkeypatch, image_scale):
-    monkeypatch.setattr(evaluate, "STRIP_BYTES", 2**16)
-    model, peaks = Convolves(), []
-    for height in (200, 800):
-        image, protocol = np.zeros((height, 100, 3), np.uint8), Protocol(image_scale, (32, 32))
-        peaks.append(peak_mb(lambda _: evaluate.predict(model, image, CPU, "fp32", protocol), "cpu"))  # noqa: B023
-    grown = 600 * 100 * (1 + (3 + 3 * image_scale**2 if image_scale != 1 else 0))  # the labels, and the resized image
-    assert peaks[1] - peaks[0] < 1.05 * grown / 1e6 + 0.02, peaks  # all logits would take 1.2 MB more at image scale 1
-
-
-# ---- the command line ----
+# ---- prediction and pictures ----
 
 
 def test_only_runs_of_the_same_settings_are_averaged_over_seeds(capsys):
@@ -368,3 +189,21 @@ def test_any_number_of_ranks_counts_the_same(script, ckpt, tmp_path, ranks):
     assert done.returncode == 0, done.stderr
     one, many = (json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("one", "many"))
     assert one == many and done.stdout.count("mIoU") == 1
+
+
+@pytest.mark.slow
+def test_checkpoints_and_exports_stand_in_one_table(script, exports, few, tmp_path, tiny_networks):
+    files = [exports / name for name in ("fp32.onnx", "int8.onnx", "labels.onnx", "last.pt")]
+    panels = ("--panels", tmp_path / "p.png", "--confusion", tmp_path / "c.png")
+    code, out, err = script(evaluate, "--ckpt", *files, "--data", few, *panels, "--panel-rows", "1")
+    assert code == 0 and "over seeds" not in out and Image.open(tmp_path / "p.png").width > 100, err
+    assert out.count("Sup resnet18 ONNX fp32") == 2 and out.count("Sup resnet18 ONNX int8") == 1
+
+
+def test_exports_are_not_averaged_with_checkpoints(capsys):
+    def row(export, seed, miou):
+        keys = {"method": "sup", "role": "student", "backbone": "resnet18", "partition": "1/8", "steps": 10}
+        return {**keys, "seed": seed, "miou": miou, "export": export}
+
+    evaluate.print_seeds([row(None, 0, 40.0), row(None, 1, 42.0), row("int8", 2, 90.0), row("fp32", 2, 91.0)])
+    assert capsys.readouterr().out.split("steps")[1].split() == ["41.00", "±", "1.41", "(2", "seeds)"]

@@ -5,12 +5,11 @@ import os
 import numpy as np
 import pytest
 import torch
-from bench_region_loss import peak_mb
 from conftest import saved
 from PIL import Image, features
 
 import datasets
-import evaluate
+import inference
 import models
 import predict
 import readers
@@ -32,7 +31,7 @@ def test_overlays_leave_black_classes_out(script, ckpt, tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(photo).save(tmp_path / "photos" / "a.png")
     checkpoint = run_folder.load_checkpoint(ckpt)
-    labels = evaluate.predict(models.model_from_checkpoint(checkpoint), photo, torch.device("cpu"), "fp32").numpy()
+    labels = inference.predict(models.model_from_checkpoint(checkpoint), photo, torch.device("cpu"), "fp32").numpy()
     checkpoint["palette"][np.bincount(labels.ravel()).argmax()] = (0, 0, 0)
     run_folder.save_checkpoint(ckpt, checkpoint)
     assert script(predict, "--ckpt", ckpt, "--images", tmp_path / "photos", "--out", tmp_path / "out")[0] == 0
@@ -61,7 +60,7 @@ def test_prediction_of_any_images(script, ckpt, tmp_path):
         and mask.getpalette()[:18] == [v for c in datasets.Shapes().palette for v in c]
     )
     model = models.model_from_checkpoint(run_folder.load_checkpoint(ckpt))
-    expected = evaluate.predict(model, np.asarray(readers.open_image(images / "tall.webp")), torch.device("cpu"), "fp32")
+    expected = inference.predict(model, np.asarray(readers.open_image(images / "tall.webp")), torch.device("cpu"), "fp32")
     assert np.array_equal(np.asarray(mask), expected.numpy())
     assert Image.open(out / "overlays" / "wide.jpg.png").size == (90, 30) and (out / "sheet.png").exists()
 
@@ -103,7 +102,7 @@ def test_every_file_is_predicted_or_named(script, ckpt, photos, tmp_path):
     assert sorted(p.stem for p in (out / "masks").iterdir()) == list("abcdefg") and "7 masks" in text
     # the first frame of the animation
     model = models.model_from_checkpoint(run_folder.load_checkpoint(ckpt))
-    first = evaluate.predict(model, np.asarray(Image.open(photos / "g.gif").convert("RGB")), CPU, "fp32")
+    first = inference.predict(model, np.asarray(Image.open(photos / "g.gif").convert("RGB")), CPU, "fp32")
     assert np.array_equal(np.asarray(Image.open(out / "masks" / "g.png")), first)
     no_images, folders = lines(err)
     assert no_images.endswith("no images, left out: clip.mpg, notes.txt, pipe, table.csv") and folders.endswith(
@@ -179,7 +178,7 @@ def test_an_exception_belongs_to_its_file(script, ckpt, photos, tmp_path, monkey
             raise ERRORS["bcdefg"[image.shape[1] - 1]][0]
         return run_model(model, image, *more)
 
-    open_image, run_model = readers.open_image, evaluate.predict
+    open_image, run_model = readers.open_image, inference.predict
     monkeypatch.setattr(readers, "open_image", read)
     monkeypatch.setattr(predict, "predict", run)
     code, text, err = script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")
@@ -210,16 +209,6 @@ def test_an_image_too_large_as_a_whole_is_refused(script, ckpt, photos, tmp_path
     monkeypatch.setattr(predict, "free_memory", lambda device: 1e6)
     code, text, err = script(predict, *arguments, "--window", "64", "--flip")
     assert code == 1 and "leave out --tta-scales and --flip" in err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["r18", "mbv2"])
-def test_the_estimate_of_the_memory_is_about_right(backbone):
-    model = models.build_model(backbone, 11, head_width=64).eval()
-    x = torch.zeros(1, 3, 320, 480).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        true = peak_mb(lambda _: model(x), "cpu") + x.nbytes / 1e6
-    assert 0.7 < predict.bytes_per_pixel(model, "fp32") * 320 * 480 / 1e6 / true < 1.1
 
 
 @pytest.mark.slow
@@ -313,3 +302,37 @@ def test_the_legend_shows_the_classes_that_occur(script, ckpt, photos, tmp_path,
     monkeypatch.setattr(predict, "add_legend", lambda figure, classes, palette, shown: legends.append(list(shown)))
     assert script(predict, "--ckpt", ckpt, "--images", photos, "--out", tmp_path / "out")[0] == 0
     assert legends == [np.unique(np.asarray(Image.open(tmp_path / "out" / "masks" / "a.png"))).tolist()]
+
+
+# ---- exported models ----
+
+
+@pytest.mark.slow
+def test_an_exported_model_predicts_as_its_checkpoint(script, exports, few, tmp_path, tiny_networks):
+    masks = {}
+    for name in ("last.pt", "fp32.onnx", "labels.onnx"):
+        out = tmp_path / name
+        code, text, err = script(predict, "--ckpt", exports / name, "--images", few / "images", "--out", out)
+        assert code == 0 and "16 masks and overlays, sheet.png" in text, err
+        masks[name] = [np.asarray(Image.open(path)) for path in sorted((out / "masks").iterdir())]
+    for mask, fp32, labels in zip(*masks.values(), strict=True):
+        assert (mask == fp32).mean() > 0.999 and np.array_equal(fp32, labels)
+    assert (
+        Image.open(out / "masks" / "val0.png").getpalette()
+        == Image.open(tmp_path / "last.pt" / "masks" / "val0.png").getpalette()
+    )
+
+
+@pytest.mark.slow
+def test_an_exported_model_too_refuses_an_image_too_large(script, exports, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "free_memory", lambda device: 1e4)
+    arguments = ("--ckpt", exports / "fp32.onnx", "--images", few / "images", "--out", tmp_path / "out")
+    code, _, err = script(predict, *arguments)
+    assert code == 1 and "train0.png: needs " in err and "give --window 512" in err
+
+
+def test_a_model_of_others_is_one_line_and_leaves_no_folders(script, photos, tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"junk")
+    code, _, err = script(predict, "--ckpt", tmp_path / "a.onnx", "--images", photos, "--out", tmp_path / "out")
+    assert code == 2 and f"{tmp_path / 'a.onnx'}: was not written by export.py" in err and len(lines(err)) == 1
+    assert not (tmp_path / "out").exists()

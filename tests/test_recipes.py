@@ -84,14 +84,16 @@ LAYERS = [
     ["common"],
     ["models", "recipes"],
     ["run_folder", "readers"],
-    ["checks", "kernels", "result_files"],
+    ["checks", "kernels", "onnx_model"],
+    ["result_files"],
     ["datasets"],
     ["convert", "splits"],
     ["polygons"],
     ["batches", "mgd_ops", "pictures"],
-    ["evaluate"],  # a stage, whose public functions the other stages need
+    ["inference"],
     ["events"],
-    ["prepare", "predict", "train_teacher", "distill"],
+    ["evaluate"],  # a stage, whose public functions the other stages need
+    ["prepare", "predict", "export", "train_teacher", "distill"],
 ]
 
 

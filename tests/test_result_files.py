@@ -85,6 +85,7 @@ FOREIGN = {
     "log.jsonl": lambda path: path.write_text('{"step": 1, "lr": 0.1, "loss": 2.0}\n'),
     "list.jsonl": lambda path: path.write_text("[1]\n"),
     "last.pt": lambda path: torch.save({"weight": torch.zeros(2)}, path),
+    "model.onnx": lambda path: path.write_bytes(b"\x08\x0a:\x20\n\x04mgd2\x12\x02{}"),
     "table.md": lambda path: path.write_text("# My notes\n"),
     "table.csv": lambda path: path.write_text("source,dataset\nme,mine\n"),
     "bytes.csv": lambda path: path.write_bytes(b"\xff\xfe\x00"),

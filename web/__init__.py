@@ -1,0 +1,1 @@
+"""The page that segments photos in a browser: `build` writes its folder, and `serve` serves it."""
