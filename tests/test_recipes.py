@@ -92,8 +92,8 @@ LAYERS = [
     ["batches", "mgd_ops", "pictures"],
     ["inference"],
     ["events"],
-    ["evaluate"],  # a stage, whose public functions the other stages need
-    ["prepare", "predict", "export", "train_teacher", "distill"],
+    ["evaluate", "predict"],  # stages whose public functions the other stages need
+    ["prepare", "export", "train_teacher", "distill"],
 ]
 
 
