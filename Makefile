@@ -78,7 +78,9 @@ MGD := $(TAGS:%=$(STUDENTS)/mgd-$(STUDENT)$(OF)%last.pt)
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 INSTALLED := $(if $(VENV),$(VENV)/.installed-$(EXTRAS))
-LAUNCH := $(PY)$(if $(filter-out 1,$(NPROC)), -m torch.distributed.run --standalone --nproc-per-node $(NPROC))
+SIGNALS := SIGHUP,SIGTERM,SIGINT,SIGUSR1
+LAUNCH := $(PY)$(if $(filter-out 1,$(NPROC)), -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
+    --signals-to-handle $(SIGNALS))
 # $(call train,SCRIPT,PARTITION); $(call teacher,deep) is the teacher of the same seed as the student, or of TEACHER_SEED.
 train = $(LAUNCH) $(1) --out $(@D) --seed $(or $(patsubst -s%/,%,$(filter-out /,$*)),0) \
     --dataset $(DATASET) $(addprefix --data ,$(DATA)) --part $(2) --resume

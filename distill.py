@@ -54,9 +54,9 @@ from common import (
     print0,
     print_plan,
     set_lr,
-    sync_buffers,
 )
-from run_folder import Progress, load_checkpoint, load_for_resume, plain_args, restore, save_checkpoint, states
+from run_folder import Progress, load_checkpoint, load_for_resume, plain_args, restore, save_checkpoint, save_or_stop, states
+from stop_signals import StopSignals
 
 LOSSES = ("sup", "pixel", "pixel:labeled", "pixel:unlabeled", "image:T_D", "image:T_W", "region:T_D", "region:T_W")
 # Each term of a method's loss, and the flag that weights it (Eq. 7); None: 1.
@@ -331,7 +331,7 @@ def main(argv=None):
     kernels.load_kernels()
     on_views = uses_views(args.losses)
     dataset, partition = datasets.open_training_data(args, unlabeled=on_views)
-    resumed = load_for_resume(args, partition)
+    resumed = load_for_resume(args, dataset, partition)
 
     teachers, teacher_rows = {}, {}
     for role, path in (("T_D", args.deep), ("T_W", args.wide)):
@@ -420,7 +420,11 @@ def main(argv=None):
     next_labeled = functools.partial(progress.next_batch, labeled)
     next_unlabeled = functools.partial(progress.next_batch, unlabeled) if on_views else None
     began = time.perf_counter()
+    signals = StopSignals()
     for step in range(start, args.steps):
+        if step and due(step - 1, args.val_every, args.steps):
+            board.panels(step, student)
+            evaluate.validate_step(args, step, student, dataset, device, progress, signals)
         lr = poly_lr(step, args.steps, args.lr)
         set_lr([optimizer], lr)
 
@@ -456,13 +460,8 @@ def main(argv=None):
         optimizer.step()
 
         progress.step(step, args.batch * (1 + views), lr, losses)
-        if due(step, args.save_every, args.steps):
-            save(step + 1, args.out / "resume.pt")
-        if due(step, args.val_every, args.steps):
-            sync_buffers(student)
-            board.panels(step + 1, student)
-            progress.validated(step + 1, evaluate.validate(student, dataset, device, args))
-    evaluate.finish_run(args, student, dataset, device, row, save, progress)
+        save_or_stop(args, step, save, signals)
+    evaluate.finish_run(args, student, dataset, device, row, save, progress, signals)
     board.panels(args.steps, student)
     board.close()
 

@@ -48,6 +48,7 @@ from inference import (
 )
 from onnx_model import is_exported
 from result_files import GROUP_BY, git_commit, refuse_outputs, setting_values, settings_of, write_result
+from run_folder import PREVIOUS, RESUME
 
 
 def confusion_matrix(prediction: torch.Tensor, mask: torch.Tensor, classes: int) -> torch.Tensor:
@@ -103,17 +104,27 @@ def validate(model, dataset, device, args) -> float:
     return iou(evaluate(model, dataset, dataset.val, device, args.precision, protocol_of(vars(args))))[0]
 
 
-def finish_run(args, model, dataset, device, row: dict, save, progress):
-    """End a training: save, validate, write OUT/last.pt with its mIoU, and remove OUT/resume.pt. `save(step, path)` writes a
-    checkpoint of `model` with its `row`."""
+def validate_step(args, step: int, model, dataset, device, progress, signals):
+    """Validate before step `step` begins, so that a run that was stopped in the middle of it repeats it."""
     sync_buffers(model)
-    save(args.steps, args.out / "resume.pt")  # so that nothing is lost if the validation fails
-    row["miou"] = validate(model, dataset, device, args)
+    with signals.may_interrupt():
+        miou = validate(model, dataset, device, args)
+    progress.validated(step, miou)
+
+
+def finish_run(args, model, dataset, device, row: dict, save, progress, signals):
+    """End a training: save, validate, write OUT/last.pt with its mIoU, and remove the resume points. `save(step, path)` writes
+    a checkpoint of `model` with its `row`."""
+    sync_buffers(model)
+    save(args.steps, args.out / RESUME)  # so that nothing is lost if the validation fails
+    with signals.may_interrupt():
+        row["miou"] = validate(model, dataset, device, args)
     save(args.steps, args.out / "last.pt")
-    if rank_and_size()[0] == 0:
-        (args.out / "resume.pt").unlink(missing_ok=True)
     progress.write(step=args.steps, miou=row["miou"])
     progress.close()
+    if rank_and_size()[0] == 0:
+        for name in (PREVIOUS, RESUME):  # the newest one last: without one, the run counts as finished
+            (args.out / name).unlink(missing_ok=True)
     print0(f"{args.out}/last.pt: {row['miou']:.2f} mIoU after {args.steps} steps, {row['seconds']:.0f} s")
 
 

@@ -12,13 +12,15 @@ import tempfile
 import threading
 import time
 import warnings
+import zipfile
 
 import torch
 import torchvision
 from tqdm import tqdm
 
-from common import UserError, mean_over_ranks, print0, printable, rank_and_size
+from common import UserError, due, mean_over_ranks, print0, printable, rank_and_size
 from recipes import FLAGS
+from run_owner import own_run, refuse_lost
 
 # ---- files ----
 
@@ -68,18 +70,47 @@ def without_nan(value):
 
 # ---- checkpoints ----
 
+RESUME, PREVIOUS = "resume.pt", "resume-previous.pt"  # the last two resume points of a run
+
 
 def save_checkpoint(path: pathlib.Path, checkpoint: dict):
-    """Write `checkpoint` on the first rank, so that `path` is always the old file or the complete new one. Raises UserError if
-    it cannot be written."""
+    """Write `checkpoint` on the first rank, flushed to the disk, so that `path` is always the old file or the complete new one.
+    The resume.pt before it stays as resume-previous.pt. Raises UserError if it cannot be written, or if another process has
+    taken over the folder."""
     if rank_and_size()[0] > 0:
         return
+    refuse_lost(path.parent)
     checkpoint["rng"] = torch.get_rng_state()
+    checkpoint["ranks"] = rank_and_size()[1]
     checkpoint["versions"] = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_write(path) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == RESUME and path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: pathlib.Path):
+    """Write the names of a folder's files to the disk, where the system can, so that a rename survives a loss of power."""
+    with contextlib.suppress(OSError):  # some network disks refuse it; they write names at once
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_or_stop(args: argparse.Namespace, step: int, save, signals):
+    """After step `step` (from 0), write a resume point where one is due, before a validation, and where a signal asks to stop,
+    which then ends the process. `save(step, path)` writes a checkpoint after `step` steps."""
+    stop = signals.requested()
+    if stop or due(step, args.save_every, args.steps) or due(step, args.val_every, args.steps):
+        save(step + 1, args.out / RESUME)
+    if stop:
+        signals.exit()
 
 
 def states(path: pathlib.Path, networks: dict[str, torch.nn.Module], optimizers: list) -> dict:
@@ -113,6 +144,9 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
     try:
         with warnings.catch_warnings():  # about files that are not checkpoints; the error below reports them
             warnings.simplefilter("ignore")
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load does not compare the checksums
+                    raise zipfile.BadZipFile(damaged)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train it first, or give the path of a last.pt") from None
@@ -125,47 +159,83 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
     return checkpoint
 
 
-def load_for_resume(args: argparse.Namespace, partition) -> dict | None:
-    """OUT/resume.pt where --resume is given and it exists.
+def load_for_resume(args: argparse.Namespace, dataset, partition) -> dict | None:
+    """Make OUT and become its owner, and return the newest whole resume point where --resume is given and there is one.
 
-    Raises UserError if it was written with other arguments or images, if OUT holds a run and --resume is not given, so that no
-    run is lost, if OUT is the folder of the data, lies among its images or masks, or holds files of others, or if OUT cannot be
-    written to. Ends the script if the run is finished.
+    Raises UserError if it was written with other arguments, classes or images, with all differences in one line; if OUT holds a
+    run and --resume is not given, so that no run is lost; if another process trains into OUT; if OUT is the folder of the data,
+    lies among its images or masks, or holds files of others; or if OUT cannot be written to. Ends the script if the run is
+    finished.
     """
-    path, last, log = args.out / "resume.pt", args.out / "last.pt", args.out / "log.jsonl"
+    points, last, log = [args.out / RESUME, args.out / PREVIOUS], args.out / "last.pt", args.out / "log.jsonl"
     out, data = args.out.resolve(), pathlib.Path(args.data or "").resolve()
     if args.data and (out == data or {data / "images", data / "masks"} & {out, *out.parents}):
         raise UserError(f"--out {args.out}: is the folder of the data, or lies among its images or masks; give another")
     check_folder("--out", args.out)
     if log.exists() and not is_log(log):
         raise UserError(f"{log}: was not written by this project; choose another --out, or remove it")
-    found = [file for file in (path, last) if file.exists()]
-    if not found:
-        return None
-    if not args.resume:
+    found = [file for file in (*points, last) if file.exists()]
+    if found and not args.resume:
         raise UserError(
             f"{found[0]}: belongs to an earlier run; pass --resume to continue it, choose another --out, or delete it"
         )
-    checkpoint, *_ = [load_checkpoint(file) for file in found]  # raises for a last.pt of another program
+    args.out.mkdir(parents=True, exist_ok=True)
+    own_run(args.out)
+    if last.exists():
+        load_checkpoint(last)  # raises for one of another program
     if found == [last]:
         print0(f"{last}: this run is finished; delete the file to train it again")
         sys.exit(0)
-    # Arguments without influence on the result may change, and so may the number of micro-batches,
-    # each of which batch norm sees by itself.
-    for key, value in sorted(plain_args(args).items(), key=lambda item: item[0] == "window"):  # which follows the crop
-        may_change = FLAGS[key].column is None or key in ("data", "grad_accum")
-        if not may_change and checkpoint["args"].get(key) != value:
-            raise UserError(
-                f"{path}: was trained with --{key.replace('_', '-')} {checkpoint['args'].get(key)}, not {value}; give the same "
-                "arguments or another --out, or delete it to start again"
-            )
-    if checkpoint["partition"]["hash"] != partition.hash:
-        raise UserError(
-            f"{path}: was trained on partition {checkpoint['partition']['hash']}, which is now {partition.hash}; the lists or "
-            "masks have changed, so give another --out, or delete it to start again"
-        )
+    path, checkpoint = newest_whole([file for file in points if file.exists()])
+    if checkpoint is None:
+        return None
+    refuse_differences(path, checkpoint, args, dataset, partition)
     print0(f"{path}: continuing after step {checkpoint['step']}")
     return checkpoint
+
+
+def newest_whole(points: list[pathlib.Path]) -> tuple[pathlib.Path | None, dict | None]:
+    """The first of `points` that can be read, and what it holds. A damaged resume.pt is kept under another name, so that it
+    does not replace the resume point before it. Raises UserError if there are some and all are damaged."""
+    for path in points:
+        try:
+            return path, load_checkpoint(path)
+        except UserError as error:
+            if path is points[-1]:
+                raise
+            print0(f"{error}; going back to {points[-1].name}")
+            if rank_and_size()[0] == 0:
+                os.replace(path, path.with_name("resume-damaged.pt"))
+    return None, None
+
+
+def refuse_differences(path: pathlib.Path, checkpoint: dict, args: argparse.Namespace, dataset, partition):
+    """Raise UserError with all differences between a checkpoint and the run that is to continue it. What changes no result may
+    change, and is printed, and so may the number of micro-batches or processes, each of which batch norm sees by itself."""
+    differences, changes = [], []
+    for key, value in plain_args(args).items():
+        before = checkpoint["args"].get(key)
+        follows = key == "window" and value == plain_args(args)["crop"]  # its default
+        if before != value and not (follows and before == checkpoint["args"].get("crop")):
+            may_change = FLAGS[key].column is None or key in ("data", "grad_accum")
+            (changes if may_change else differences).append(f"--{key.replace('_', '-')} {before}, not {value}")
+    if checkpoint["classes"] != dataset.classes:
+        differences.append(f"the classes {', '.join(checkpoint['classes'])}, not {', '.join(dataset.classes)}")
+    if checkpoint["partition"]["hash"] != partition.hash:
+        differences.append(
+            f"partition {checkpoint['partition']['hash']}, not {partition.hash} (the lists or masks have changed)"
+        )
+    if differences:
+        raise UserError(
+            f"{path}: was trained with {'; '.join(differences)}: give the same again or another --out, or delete it to start "
+            "again"
+        )
+    ranks = rank_and_size()[1]
+    if checkpoint.get("ranks", ranks) != ranks:
+        changes.append(f"{checkpoint['ranks']} process(es), not {ranks}")
+    changed = [change for change in changes if not change.startswith("--resume ")]
+    if changed:
+        print0(f"{path}: was written with {'; '.join(changed)}")
 
 
 def plain_args(args: argparse.Namespace) -> dict:
@@ -191,12 +261,14 @@ def is_log(path: pathlib.Path) -> bool:
     return keys == {"step", "miou"} or "grad_loss" in keys or {"step", "lr", "images_per_s", "data_wait"} <= keys
 
 
-def logged_step(line: bytes) -> float:
-    """The step of a line of a log; infinite where the line was cut off."""
+def belongs_before(line: bytes, start: int) -> bool:
+    """Whether a line of a log was written before a run saved its checkpoint after `start` steps. The validation after a step
+    comes after its checkpoint. A line that was cut off does not count."""
     try:
-        return json.loads(line)["step"]
+        entry = json.loads(line)
+        return entry["step"] < start or (entry["step"] == start and "miou" not in entry)
     except (ValueError, TypeError, KeyError):
-        return math.inf
+        return False
 
 
 class Progress:
@@ -206,10 +278,10 @@ class Progress:
         path, quiet = args.out / "log.jsonl", None  # None: the bar is for terminals
         if rank_and_size()[0] > 0:
             path, quiet = os.devnull, True
-        else:  # a resumed run keeps the lines up to its checkpoint, and logs the later ones again
+        else:  # a resumed run keeps the lines up to its checkpoint, and logs the later ones and its validation again
             lines = path.read_bytes().splitlines() if start and path.exists() else []
             with atomic_write(path) as temporary:
-                temporary.write_bytes(b"".join(line + b"\n" for line in lines if logged_step(line) <= start))
+                temporary.write_bytes(b"".join(line + b"\n" for line in lines if belongs_before(line, start)))
         self.file, self.events = open(path, "a"), events  # noqa: SIM115
         self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
         self.terms, self.first, self.began = 0, start, None  # the steps that the duration is measured over

@@ -50,7 +50,8 @@ from common import (
     set_lr,
     sync_buffers,
 )
-from run_folder import Progress, load_for_resume, plain_args, restore, save_checkpoint, states
+from run_folder import Progress, load_for_resume, plain_args, restore, save_checkpoint, save_or_stop, states
+from stop_signals import StopSignals
 
 
 def parse_args(argv=None):
@@ -134,7 +135,7 @@ def main(argv=None):
     args.precision = pick_precision(args.precision, device)
     kernels.load_kernels()
     dataset, partition = datasets.open_training_data(args, unlabeled=args.method != "sup")
-    resumed = load_for_resume(args, partition)
+    resumed = load_for_resume(args, dataset, partition)
 
     nets = []
     for i in range(2 if args.method == "cps" else 1):
@@ -197,7 +198,11 @@ def main(argv=None):
     board = events.Events(args, dataset, device, start)
     progress = Progress(args, start, board)
     began = time.perf_counter()
+    signals = StopSignals()
     for step in range(start, args.steps):
+        if step and due(step - 1, args.val_every, args.steps):
+            board.panels(step, eval_model)
+            evaluate.validate_step(args, step, eval_model, dataset, device, progress, signals)
         lr = poly_lr(step, args.steps, args.lr)
         set_lr(optimizers, lr)
         weight = full_weight * ramp_up(step, args.steps, args.sup_only, args.ramp_up)
@@ -240,13 +245,8 @@ def main(argv=None):
                 sync_buffers(eval_model)
 
         progress.step(step, args.batch * (1 + views if weight > 0 else 1), lr, losses)
-        if due(step, args.save_every, args.steps):
-            save(step + 1, args.out / "resume.pt")
-        if due(step, args.val_every, args.steps):
-            sync_buffers(eval_model)
-            board.panels(step + 1, eval_model)
-            progress.validated(step + 1, evaluate.validate(eval_model, dataset, device, args))
-    evaluate.finish_run(args, eval_model, dataset, device, row, save, progress)
+        save_or_stop(args, step, save, signals)
+    evaluate.finish_run(args, eval_model, dataset, device, row, save, progress, signals)
     board.panels(args.steps, eval_model)
     board.close()
 

@@ -22,6 +22,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ import recipes
 import train_teacher
 from common import ArgumentParser, UserError, autocast, cli, pick_device, pick_precision
 from run_folder import load_checkpoint
+from stop_signals import EXIT_CODE, SIGNALS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_teacher.py": train_teacher, "distill.py": distill}
@@ -365,16 +367,23 @@ def main(argv=None):
     if args.dry_run:
         return print_plan(trainings)
 
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)] if args.nproc > 1 else []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
+    launch += ["--signals-to-handle", ",".join(["SIGHUP", *(number.name for number in SIGNALS)])]
+    several = launch if args.nproc > 1 else []
     failed = []
 
     def start(command: list[str]) -> int:
         words = [sys.executable, *several, str(ROOT / command[0]), *command[1:]]
-        return subprocess.run(words, stdin=subprocess.DEVNULL).returncode
+        child = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+        for number in SIGNALS:  # the training stops after its step, and then this script does
+            signal.signal(number, lambda number, frame: child.send_signal(number))
+        return child.wait()
 
     for i, (out, command) in enumerate(runs.items(), 1):
         print(f"[{i}/{len(runs)}] {shlex.join(command)}", flush=True)
-        if start(command):
+        if (code := start(command)) == EXIT_CODE:
+            sys.exit(code)
+        if code:
             failed.append(str(out))
     found = to_evaluate(args)
     if found and (code := start(["evaluate.py", "--ckpt", *found, "--json", str(args.json)])):

@@ -4,6 +4,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ import models
 import onnx_model
 import prepare
 import run_folder
+import stop_signals
 import train_teacher
 
 ROOT = pathlib.Path(common.__file__).parent
@@ -31,6 +33,15 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and NVCC else [])]  # 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # environment of processes whose results are those of the CPU
 EMULATED = os.environ.get("MGD_EMULATED")  # by test_cuda_on_cpu.py: the CUDA kernels, compiled for the CPU
 LAYOUTS = ["contiguous", "channels_last", "sliced", "channel slice"]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Trainings in this process catch signals, which are pytest's again afterwards."""
+    handlers = {number: signal.getsignal(number) for number in stop_signals.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import common
 import distill
 import run_folder
 from paper import matrix
+from stop_signals import EXIT_CODE
 
 STEPS = ["--steps", "2", "--save-every", "1", "--sup-only", "0", "--ramp-up", "0"]
 SMALL = [
@@ -37,6 +38,16 @@ def arguments(*options) -> dict:
     return {pathlib.Path(out).name: matrix.arguments_of(command) for out, command in plan(*options).items()}
 
 
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, command, code: int):
+        self.code = code
+
+    def wait(self) -> int:
+        return self.code
+
+
 class Processes:
     """Stands for `subprocess`: runs a training in this process, or none, and writes down what was started."""
 
@@ -46,24 +57,24 @@ class Processes:
         self.trained, self.evaluated = [], None
         self.code_of, self.evaluation = code_of, evaluation
 
-    def run(self, command, stdin):
+    def Popen(self, command, stdin):
         index = next(i for i, word in enumerate(command) if word.endswith(".py"))
         script, arguments = pathlib.Path(command[index]).name, command[index + 1 :]
         if script == "evaluate.py":
             self.evaluated = arguments
-            return subprocess.CompletedProcess(command, self.evaluation)
+            return Ended(command, self.evaluation)
         out = pathlib.Path(arguments[arguments.index("--out") + 1])
         self.trained.append(out.name)
         if self.code_of is not None:
-            return subprocess.CompletedProcess(command, self.code_of(out))
+            return Ended(command, self.code_of(out))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", [script, *arguments])
             try:
                 matrix.SCRIPTS[script].main()
             except common.UserError as error:
                 print(error)
-                return subprocess.CompletedProcess(command, 2)
-        return subprocess.CompletedProcess(command, 0)
+                return Ended(command, 2)
+        return Ended(command, 0)
 
 
 def run_matrix(monkeypatch, *options, **processes) -> Processes:
@@ -344,6 +355,12 @@ def test_what_is_finished_is_evaluated_and_exit_codes_tell_what_failed(monkeypat
     assert files == [f"{run}/kd-r18/last.pt", f"{run}/teacher-deep/last.pt", f"{run}/matrix-1-r18.json"]
 
 
+def test_a_run_that_a_signal_stopped_stops_the_others(monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        run_matrix(monkeypatch, code_of=lambda out: EXIT_CODE)
+    assert stopped.value.code == EXIT_CODE and len(run_matrix.last.trained) == 1
+
+
 def test_nothing_finished_is_not_evaluated(monkeypatch):
     with pytest.raises(SystemExit):
         run_matrix(monkeypatch, code_of=lambda out: 1)
@@ -355,11 +372,9 @@ def test_several_processes_run_under_torchrun(monkeypatch):
 
     def keep(command, stdin):
         commands.append(command)
-        return subprocess.CompletedProcess(
-            command, finished(pathlib.Path(command[command.index("--out") + 1])) if "--out" in command else 0
-        )
+        return Ended(command, finished(pathlib.Path(command[command.index("--out") + 1])) if "--out" in command else 0)
 
-    monkeypatch.setattr(matrix.subprocess, "run", keep)
+    monkeypatch.setattr(matrix.subprocess, "Popen", keep)
     matrix.main(["--rows", "sup", "--nproc", "4"])
     assert [command[1:6] for command in commands] == [
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]

@@ -1,6 +1,7 @@
 """What a training writes: checkpoints, the log and its folder."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -135,7 +136,8 @@ def test_what_is_no_checkpoint_is_one_clear_line(tmp_path, recwarn):
 
 
 def resumes(out, resume=False, data=None):
-    return run_folder.load_for_resume(argparse.Namespace(out=out, resume=resume, data=data), types.SimpleNamespace(hash="aaa"))
+    args = argparse.Namespace(out=out, resume=resume, data=data)
+    return run_folder.load_for_resume(args, types.SimpleNamespace(classes=[]), types.SimpleNamespace(hash="aaa"))
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "last.pt", "resume.pt"])
@@ -175,3 +177,108 @@ def test_no_log_holds_nan(tmp_path):
     progress.close()
     entry = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse_constant)
     assert entry["step"] == 1 and entry["sup"] is None
+
+
+# ---- resume points ----
+
+CHECKPOINT = {"model": {"w": torch.arange(1000.0)}, "args": {}, "classes": ["a"], "row": {}, "partition": {"hash": "aaa"}}
+
+
+def resume(out, **more):
+    """What a run continues from."""
+    args = argparse.Namespace(out=out, resume=True, data=None, **more)
+    return run_folder.load_for_resume(args, types.SimpleNamespace(classes=["a"]), types.SimpleNamespace(hash="aaa"))
+
+
+def save(out, step, **more):
+    run_folder.save_checkpoint(
+        out / "resume.pt", {**CHECKPOINT, "args": {"out": str(out), "resume": False}, "step": step, **more}
+    )
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "cut off":
+        content = content[: len(content) // 2]
+    elif how == "one bit of the weights":
+        content[content.index(torch.arange(1000.0).numpy().tobytes()) + 2000] ^= 1
+    elif how == "zeros":
+        content = bytes(len(content))
+    path.write_bytes(b"" if how == "empty" else content)
+
+
+@pytest.mark.parametrize("how", ["cut off", "one bit of the weights", "zeros", "empty", "missing"])
+def test_a_damaged_resume_point_falls_back_to_the_one_before_it(tmp_path, capsys, how):
+    save(tmp_path, 3)
+    save(tmp_path, 6)
+    if how == "missing":
+        (tmp_path / "resume.pt").unlink()
+    else:
+        damage(tmp_path / "resume.pt", how)
+    assert resume(tmp_path)["step"] == 3
+    assert "resume-previous.pt: continuing after step 3" in capsys.readouterr().out
+    save(tmp_path, 9)  # does not displace the whole point by the damaged one before its own is written
+    assert run_folder.load_checkpoint(tmp_path / "resume.pt")["step"] == 9
+    damage(tmp_path / "resume.pt", "zeros")
+    assert resume(tmp_path)["step"] == 3
+
+
+def test_where_all_resume_points_are_damaged_nothing_is_lost(tmp_path):
+    save(tmp_path, 3)
+    save(tmp_path, 6)
+    for name in ("resume.pt", "resume-previous.pt"):
+        damage(tmp_path / name, "cut off")
+    with pytest.raises(UserError, match=r"resume-previous.pt: cannot be read"):
+        resume(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"resume-damaged.pt", "resume-previous.pt"}
+
+
+def test_all_differences_to_the_run_that_is_continued_are_listed(tmp_path, capsys):
+    more = {"lr": 0.1, "crop": [64, 64], "window": [64, 64], "workers": 2}
+    args = {"out": str(tmp_path), "resume": False, "data": None, **more}
+    run_folder.save_checkpoint(tmp_path / "resume.pt", {**CHECKPOINT, "args": args, "step": 3, "classes": ["b"]})
+    with pytest.raises(UserError) as refused:
+        resume(tmp_path, **more | {"lr": 0.2, "crop": (32, 32), "window": (32, 32)})
+    for part in ("--lr 0.1, not 0.2", "--crop [64, 64], not [32, 32]", "the classes b, not a", str(tmp_path / "resume.pt")):
+        assert part in str(refused.value)
+    assert "--window" not in str(refused.value)  # it follows the crop
+    run_folder.save_checkpoint(tmp_path / "resume.pt", {**CHECKPOINT, "args": args, "step": 3})
+    capsys.readouterr()
+    assert resume(tmp_path, **more | {"workers": 0})["step"] == 3
+    assert "resume.pt: was written with --workers 2, not 0\n" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_fails_to_be_written_leaves_a_whole_one(tmp_path, monkeypatch):
+    """Each write, flush and rename of the third checkpoint fails once."""
+    save(tmp_path, 3)
+    save(tmp_path, 6)
+    failures = 0
+    for name in ("fsync", "replace"):
+        for when in range(4):
+            calls, original = iter(range(9)), getattr(os, name)
+
+            def fail(*args, calls=calls, original=original, when=when):
+                if next(calls) == when:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return original(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, fail)
+                try:
+                    save(tmp_path, 9)
+                except UserError as error:
+                    failures += 1
+                    assert str(tmp_path / "resume.pt") in str(error) and "No space left" in str(error)
+                    assert resume(tmp_path)["step"] in (3, 6, 9)
+                    assert not list(tmp_path.glob(".mgd-*"))
+            assert resume(tmp_path)["step"] >= 6
+    assert failures >= 3
+
+
+def test_no_process_writes_into_a_folder_that_another_one_owns(tmp_path):
+    save(tmp_path, 3)
+    resume(tmp_path)
+    (tmp_path / "owner.json").write_text("{}")
+    with pytest.raises(UserError, match="taken it over"):
+        save(tmp_path, 6)
+    assert run_folder.load_checkpoint(tmp_path / "resume.pt")["step"] == 3
