@@ -386,7 +386,7 @@ def spans(text: str) -> list[str]:
 
 
 SCRIPTS = (*STAGES, "models", "kernels", "paper.matrix", "paper.report", "web.build", "web.serve")
-OTHERS = {"--shm-size", "--logdir"}  # of docker and tensorboard
+OTHERS = {"--shm-size", "--logdir", "--signals-to-handle"}  # of docker, tensorboard and torchrun
 OTHERS_OF = {"results/README.md": {"--compare"}, "CONTRIBUTING.md": {"--lambda-edge"}}  # an old name; the example of a new loss
 
 
