@@ -79,13 +79,15 @@ def test_values_outside_their_range_are_refused(script, tmp_path, flags, said):
 
 LAYERS = [
     ["common"],
-    ["models", "recipes"],
+    ["models", "onnx_model", "recipes"],
     ["run_folder", "readers"],
     ["checks", "kernels", "result_files"],
     ["datasets"],
     ["batches", "mgd_ops", "pictures"],
+    ["inference"],
     ["evaluate"],  # a stage, whose public functions the other stages need
     ["prepare", "predict", "train_teacher", "distill"],
+    ["export"],  # which finds images as predict.py does
 ]
 
 
