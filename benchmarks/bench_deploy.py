@@ -293,6 +293,7 @@ def measure(cells: list[Cell], folder: pathlib.Path, calls: int, seconds: float)
                     "gmacs_model": facts[cell.name]["gmacs_model"],
                     "equal_labels": 100 * facts[cell.name]["equal"][cell.precision] if cell.runtime == "onnxruntime" else None,
                     "miou": None,
+                    "miou_on": None,
                 }
                 rows.append(row)
                 print(f"{cell.name:30} {row['impl']:17} {threads} {shape} {p50:8.1f} ms, p95 {p95:8.1f} ms", flush=True)
@@ -307,14 +308,17 @@ def cell_of(row: dict) -> Cell:
 
 
 def add_miou(rows: list[dict], paths: list[pathlib.Path]):
-    """Give the rows the mIoU of the same network, runtime and precision in the result files `paths`, and None where these have
-    none; without `paths` all stays. A row of `export.py` also has its checkpoint's mIoU in PyTorch. Raises UserError."""
-    found = {}
+    """Give the rows the mIoU of the same network, runtime and precision in the result files `paths`, with the data set and its
+    image scale as `miou_on`, and None where these have none; without `paths` all stays. A row of `export.py` also has its
+    checkpoint's mIoU in PyTorch. Raises UserError."""
+    found, scenes = {}, {}
     for path in paths:
         for row in read_rows(path):
             if not {"miou", "role", "backbone", "head_width"} <= row.keys():
                 raise UserError(f"--evaluations {path}: is no evaluation; give what export.py or evaluate.py --json wrote")
             case = tuple(row.get(key) or False for key in Case._fields)
+            scale = row.get("image_scale", 1)
+            scenes[case] = row.get("dataset", "") + (f" at {scale} of its size" if scale != 1 else "")
             runtime = ("onnxruntime", row["export"]) if row.get("export") else ("pytorch", "fp32")
             for key, miou in [(runtime, row["miou"]), (("pytorch", "fp32"), row.get("miou_torch"))]:
                 if miou is not None and found.setdefault((*case, *key), miou) != miou:
@@ -323,7 +327,9 @@ def add_miou(rows: list[dict], paths: list[pathlib.Path]):
                     )
     for row in rows if paths else []:
         runtime = "pytorch" if row["runtime"] == "compile" else row["runtime"]
-        row["miou"] = found.get((*(row[key] or False for key in Case._fields), runtime, row["precision"]))
+        case = tuple(row[key] or False for key in Case._fields)
+        row["miou"] = found.get((*case, runtime, row["precision"]))
+        row["miou_on"] = None if row["miou"] is None else scenes[case]
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
@@ -360,6 +366,10 @@ def title_of(row: dict) -> str:
     return ", ".join([TITLES[row["backbone"]], *head, *["separable"] * row["separable_head"]])
 
 
+def miou_label(rows: list[dict]) -> str:
+    return f"mIoU on {', '.join(sorted({row['miou_on'] for row in rows if row['miou'] is not None}))}"
+
+
 def markdown(rows: list[dict]) -> str:
     """One line per model and implementation, with p50 and p95 for each size and number of threads."""
     columns = sorted({(row["threads"], *row["shape"][1:3]) for row in rows}, key=lambda c: (-c[1] * c[2], c[0]))
@@ -375,7 +385,9 @@ def markdown(rows: list[dict]) -> str:
         line += [f"{row['gmacs_model']:.1f}", "–" if row["miou"] is None else f"{row['miou']:.1f}"]
         lines.append(line + [f"{cells[c]['p50_ms']:.1f} ({cells[c]['p95_ms']:.1f})" if c in cells else "–" for c in columns])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    note = "Milliseconds: p50 (p95). Peak MB at the largest size. GMACs at 512×512."
+    note = f"Milliseconds: p50 (p95). Peak MB at the largest size. GMACs at 512×512. {miou_label(rows)}".removesuffix(
+        " mIoU on "
+    )
     return f"{TABLE_MARK}\n\n**Deployment**\n\n{table}\n\n{note}\n"
 
 
@@ -399,6 +411,7 @@ def draw(path: pathlib.Path, rows: list[dict], shape: tuple[int, int]):
         entries, names = {}, list(dict.fromkeys(row["case"] for row in shown if row["miou"] is not None))
         for axis, count in zip(axes.flat, threads, strict=True):
             axis.set(title=f"{count} thread{'s' * (count > 1)}", xscale="log")
+            axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.set_xlabel(f"milliseconds per image of {shape[0]}×{shape[1]} (median)")
             for i, name in enumerate(names):
                 line = [row for row in shown if (row["case"], row["threads"]) == (name, count)]
@@ -410,19 +423,11 @@ def draw(path: pathlib.Path, rows: list[dict], shape: tuple[int, int]):
                 entries[title_of(line[0])] = Line2D([], [], color=look["color"])
             for row in (row for row in shown if row["miou"] is None and row["threads"] == count):
                 axis.axvline(row["p50_ms"], color="0.6", linestyle=":", linewidth=1)
+                look = {"rotation": 90, "va": "top", "ha": "right", "fontsize": 7, "color": "0.4"}
                 text = f"{TITLES[row['backbone']]}, int8, not trained"
-                axis.text(
-                    row["p50_ms"],
-                    0.02,
-                    text,
-                    rotation=90,
-                    ha="right",
-                    fontsize=7,
-                    color="0.4",
-                    transform=axis.get_xaxis_transform(),
-                )
-        axes[0, 0].set_ylabel("mIoU, %")
-        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)
+                axis.text(row["p50_ms"], 0.99, text, transform=axis.get_xaxis_transform(), **look)
+        axes[0, 0].set_ylabel(f"{miou_label(shown)}, %")
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, fontsize=8)
         save_figure(path, figure)
     print(path)
 

@@ -79,7 +79,7 @@ DEPLOYED = {"case": "a", "p50_ms": 8.0, "p95_ms": 9.0, "size_mb": 2.0, "peak_mb"
 def deployed_rows(**changes):
     """Rows of one student in each runtime, without mIoU."""
     row = {**DEPLOYED, "case": "mobilenetv2 separable 64", "role": "student", "backbone": "mobilenetv2", "head_width": 64}
-    row |= {"separable_head": True, "threads": 1, "shape": [1, 360, 480, 3], "miou": None, **changes}
+    row |= {"separable_head": True, "threads": 1, "shape": [1, 360, 480, 3], "miou": None, "miou_on": None, **changes}
     kinds = [tuple(impl.split()) for impl in bench_deploy.IMPLS]
     return [{**row, "runtime": name, "precision": precision, "impl": f"{name} {precision}"} for name, precision in kinds]
 
