@@ -190,20 +190,17 @@ def start(case: Case, runtime: str, file: pathlib.Path, threads: int) -> Callabl
 # ---- measurements ----
 
 
-def check(case: Case, files: dict[str, pathlib.Path]) -> dict[str, float]:
-    """The fraction of equal labels of each precision in ONNX Runtime and PyTorch in float32. Raises UserError where the float32
-    export differs. Networks with random weights have many pixels near a border of classes."""
+def check(case: Case, files: dict[str, pathlib.Path]):
+    """Raises UserError where an export does not give labels, or where one in float32 gives others than PyTorch. Those of int8
+    say nothing: random weights leave the classes close together."""
     image = draw_image(SHAPES[-1])
     expected = start(case, "pytorch", files["pytorch"], 1)(image)
-    equal = {}
     for precision in ("fp32", "int8"):
         labels = start(case, "onnxruntime", files[precision], 1)(image)
         if labels.shape != expected.shape or labels.dtype != np.uint8:
             raise UserError(f"{name_of(case)}: the export gives {labels.dtype} labels of {labels.shape}, not {expected.shape}")
-        equal[precision] = float((labels == expected).mean())
-    if equal["fp32"] < 0.999:
-        raise UserError(f"{name_of(case)}: only {equal['fp32']:.2%} of the export's labels are PyTorch's; nothing is timed")
-    return equal
+        if precision == "fp32" and (equal := float((labels == expected).mean())) < 0.999:
+            raise UserError(f"{name_of(case)}: only {equal:.2%} of the export's labels are PyTorch's; nothing is timed")
 
 
 def resident_mb(field: str) -> float:
@@ -255,9 +252,8 @@ def measure(cells: list[Cell], folder: pathlib.Path, calls: int, seconds: float)
     facts, files = {}, {}
     for name in dict.fromkeys(cell.name for cell in cells):
         facts[name], files[name] = export_case(CASES[name], folder)
-        facts[name]["equal"] = check(CASES[name], files[name])
-        shares = ", ".join(f"{precision} {share:.2%}" for precision, share in facts[name]["equal"].items())
-        print(f"{name}: exported; labels equal to PyTorch's: {shares}", flush=True)
+        check(CASES[name], files[name])
+        print(f"{name}: exported; the labels are PyTorch's", flush=True)
     file_of = {cell: files[cell.name][cell.precision if cell.runtime == "onnxruntime" else "pytorch"] for cell in cells}
     once = {(CASES[cell.name], cell.runtime, str(file_of[cell]), cell.shape) for cell in cells if cell.runtime != "compile"}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # memory does not mind neighbours
@@ -291,7 +287,6 @@ def measure(cells: list[Cell], folder: pathlib.Path, calls: int, seconds: float)
                     "peak_mb": peaks.get((CASES[cell.name], cell.runtime, str(file_of[cell]), shape)),
                     "params_m": facts[cell.name]["params_m"],
                     "gmacs_model": facts[cell.name]["gmacs_model"],
-                    "equal_labels": 100 * facts[cell.name]["equal"][cell.precision] if cell.runtime == "onnxruntime" else None,
                     "miou": None,
                     "miou_on": None,
                 }
