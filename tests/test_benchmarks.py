@@ -133,10 +133,14 @@ def test_a_deployment_is_measured_and_resumed(script, monkeypatch, tmp_path):
         assert row["calls"] == 3 and 0 < row["p50_ms"] <= row["p95_ms"] and row["peak_mb"] > row["size_mb"] / 2
         assert row["miou"] is None and row["gmacs_model"] > 0.1 and row["shape"] == [1, 96, 64, 3]
     monkeypatch.setattr(bench_deploy, "export_case", None)  # nothing is measured again
-    evaluation = write_evaluation(tmp_path / "evaluation.json", export="int8", head_width=8)
+    evaluation = write_evaluation(tmp_path / "evaluation.json", export="int8", head_width=8, dataset="camvid", image_scale=0.5)
     code, _, err = script(bench_deploy, *arguments, "--resume", "--evaluations", evaluation)
     assert code == 0, err
-    assert json.loads(result.read_text())["rows"] == [torch_row, fp32, {**int8, "miou": 60.0}]
+    assert json.loads(result.read_text())["rows"] == [
+        torch_row,
+        fp32,
+        {**int8, "miou": 60.0, "miou_on": "camvid at 0.5 of its size"},
+    ]
     assert (tmp_path / "deploy.png").exists() and (tmp_path / "tables" / "deploy.md").exists()
 
 
