@@ -108,7 +108,8 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path}: holds no rows; give result files of evaluate.py --json")
         # without the rows of benchmarks and of the paper
-        rows = [{**dict.fromkeys(OPTIONAL), **row, "file": path.name} for row in rows if "miou" in row and "table" not in row]
+        rows = [row for row in rows if "miou" in row and not {"case", "table"} & row.keys()]
+        rows = [{**dict.fromkeys(OPTIONAL), **row, "file": path.name} for row in rows]
         for row in rows:
             if absent := [key for key in (*GROUP_BY, "seed", *GMACS) if key not in row]:
                 raise UserError(f"{path}: a row lacks '{absent[0]}'; write the file again with evaluate.py --json")

@@ -428,7 +428,7 @@ def test_wrong_input_is_one_line(script, tmp_path, monkeypatch, arguments, expec
         "empty": '{"rows": []}',
         "lacks": '{"rows": [{"miou": 1, "dataset": "voc"}]}',
         "nan": json.dumps({"rows": [row(miou=float("nan"))]}),
-        "bench": '{"rows": [{"case": "x"}]}',
+        "bench": '{"rows": [{"case": "x", "miou": 1.0}]}',
         "paper": json.dumps(PAPER),
         "step": '{"step": 1}',
         "good": json.dumps({"rows": [row()]}),
