@@ -35,7 +35,7 @@ import kernels
 import mgd_ops
 import models
 import recipes
-from batches import Batch, micro_batches, seed_of, step_batches, train_batches, valid_pixels
+from batches import Batch, images_of_step, micro_batches, seed_of, step_batches, train_batches, valid_pixels
 from common import (
     IGNORE_INDEX,
     ArgumentParser,
@@ -55,6 +55,7 @@ from common import (
     set_lr,
     sync_buffers,
 )
+from finite_steps import FiniteSteps
 from run_folder import Progress, load_checkpoint, load_for_resume, plain_args, restore, save_checkpoint, states
 
 LOSSES = ("sup", "pixel", "pixel:labeled", "pixel:unlabeled", "image:T_D", "image:T_W", "region:T_D", "region:T_W")
@@ -413,13 +414,15 @@ def main(argv=None):
         row["seconds"] = round(seconds + time.perf_counter() - began, 1)
         save_checkpoint(path, {**checkpoint, **states(path, {"model": student}, [optimizer]), "step": step})
 
-    progress = Progress(args, start)
+    finite_steps = FiniteSteps([student], [optimizer])
+    progress = Progress(args, start, functools.partial(images_of_step, args, partition))
     next_labeled = functools.partial(progress.next_batch, labeled)
     next_unlabeled = functools.partial(progress.next_batch, unlabeled) if on_views else None
     began = time.perf_counter()
     for step in range(start, args.steps):
         lr = poly_lr(step, args.steps, args.lr)
         set_lr([optimizer], lr)
+        finite_steps.begin()
 
         # All teachers come first, since cross entropies are divided by the valid pixels of the whole batch.
         batches = step_batches(args, step, device, next_labeled, next_unlabeled)
@@ -450,9 +453,10 @@ def main(argv=None):
                 (loss / len(batches)).backward()
             for name, term in {**terms, "loss": loss}.items():
                 losses[name] += term.detach() / len(batches)
+        losses = finite_steps.check(losses)
         optimizer.step()
 
-        progress.step(step, args.batch * (1 + views), lr, losses)
+        progress.step(step, args.batch * (1 + views), lr, losses, finite_steps.skipped)
         if due(step, args.save_every, args.steps):
             save(step + 1, args.out / "resume.pt")
         if due(step, args.val_every, args.steps):

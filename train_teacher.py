@@ -22,7 +22,7 @@ import functools
 import time
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import datasets
 import evaluate
@@ -30,7 +30,7 @@ import kernels
 import mgd_ops
 import models
 import recipes
-from batches import micro_batches, seed_of, step_batches, train_batches, valid_pixels
+from batches import images_of_step, micro_batches, seed_of, step_batches, train_batches, valid_pixels
 from common import (
     IGNORE_INDEX,
     ArgumentParser,
@@ -49,6 +49,7 @@ from common import (
     set_lr,
     sync_buffers,
 )
+from finite_steps import FiniteSteps
 from run_folder import Progress, load_for_resume, plain_args, restore, save_checkpoint, states
 
 
@@ -142,9 +143,10 @@ def main(argv=None):
     optimizers = [
         torch.optim.SGD(parameter_groups(net, args.weight_decay), lr=args.lr, momentum=0.9, fused=True) for net in nets
     ]
+    finite_steps = FiniteSteps(nets, optimizers)
     average = None
     if args.method == "mt":  # of weights and batch norm's statistics: at first the weights after the first step
-        average = AveragedModel(nets[0], multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
+        average = AveragedModel(nets[0], multi_avg_fn=finite_steps.moving_average(args.ema_decay), use_buffers=True)
         average.requires_grad_(False).eval()
     eval_model = average.module if average else nets[0]  # what is validated and kept
     saved = {"model": eval_model} if args.method == "sup" else {"model": eval_model, "second": nets[0] if average else nets[1]}
@@ -192,11 +194,12 @@ def main(argv=None):
         row["seconds"] = round(seconds + time.perf_counter() - began, 1)
         save_checkpoint(path, {**checkpoint, **states(path, saved, optimizers), "step": step})
 
-    progress = Progress(args, start)
+    progress = Progress(args, start, functools.partial(images_of_step, args, partition))
     began = time.perf_counter()
     for step in range(start, args.steps):
         lr = poly_lr(step, args.steps, args.lr)
         set_lr(optimizers, lr)
+        finite_steps.begin()
         weight = full_weight * ramp_up(step, args.steps, args.sup_only, args.ramp_up)
         if weight > 0 and unlabeled is None:
             unlabeled = train_batches(dataset, partition.unlabeled, args, views, step, labeled=False)
@@ -229,6 +232,7 @@ def main(argv=None):
                     (loss / len(batches)).backward()
                 for name, term in terms.items():
                     losses[name] += term.detach() / (len(batches) * len(nets))
+        losses = finite_steps.check(losses)
         for optimizer in optimizers:
             optimizer.step()
         if average:
@@ -236,7 +240,7 @@ def main(argv=None):
             if device.type == "cpu":  # where batch norm is not synchronised
                 sync_buffers(eval_model)
 
-        progress.step(step, args.batch * (1 + views if weight > 0 else 1), lr, losses)
+        progress.step(step, args.batch * (1 + views if weight > 0 else 1), lr, losses, finite_steps.skipped)
         if due(step, args.save_every, args.steps):
             save(step + 1, args.out / "resume.pt")
         if due(step, args.val_every, args.steps):
