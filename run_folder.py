@@ -288,9 +288,9 @@ class Progress:
             if self.in_a_row > MAX_SKIPPED:
                 some = ", ".join([name for group in names.values() for name in group][:3])
                 raise UserError(
-                    f"{self.args.out}: {bad} was not finite in {self.in_a_row} steps in a row, the last one step {step + 1}; none "
-                    f"of them changed the network. Start again with a lower --lr than {self.args.lr} (and delete resume.pt "
-                    f"there), or look at the images that log.jsonl names{f' ({some}, ...)' if some else ''}"
+                    f"{self.args.out}: {bad} was not finite in {self.in_a_row} steps in a row, the last one step {step + 1}; "
+                    f"none of them changed the network. Start again with a lower --lr than {self.args.lr} (and delete "
+                    f"resume.pt there), or look at the images that log.jsonl names{f' ({some}, ...)' if some else ''}"
                 )
 
     def validated(self, step: int, miou: float):

@@ -255,7 +255,9 @@ def test_steps_in_a_row_are_counted_over_a_resume(script, tmp_path, with_bad_ste
     assert code == 130, err
     interrupted.step = None
     module, options = METHODS["sup"]
-    assert "step 6," in errors(script, module, "--out", tmp_path / "x", *TINY, *options, "--steps", "9", "--resume")
+    assert "the last one step 6;" in errors(
+        script, module, "--out", tmp_path / "x", *TINY, *options, "--steps", "9", "--resume"
+    )
     assert [entry["step"] for entry in log(tmp_path / "x") if "skipped" in entry] == [3, 4, 5, 6]
 
 
