@@ -134,10 +134,26 @@ def train_batches(dataset, names, args, views: int, start: int, labeled: bool):
     """An iterator over this rank's micro-batches of steps `start` to `args.steps`: images (views · m, 3, h, w) uint8, masks
     (views · m, h, w) uint8, m images of each view."""
     train_set = TrainSet(dataset, names, args.crop, args.scales, args.image_scale, labeled)
-    seed, (parts, size) = seed_of(args.seed, int(labeled)), micro_batches(args)
-    sampler = StepSampler(len(names), args.batch, seed, start, args.steps, views, parts, size)
+    parts, size = micro_batches(args)
+    sampler = StepSampler(len(names), args.batch, loader_seed(args, labeled), start, args.steps, views, parts, size)
     workers = {"num_workers": args.workers, "persistent_workers": True, "prefetch_factor": 4} if args.workers else {}
     return start_workers(DataLoader(train_set, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), **workers))
+
+
+def loader_seed(args, labeled: bool) -> int:
+    """The seed of the labeled images, or of the unlabeled ones."""
+    return seed_of(args.seed, int(labeled))
+
+
+def images_of_step(args, partition, step: int, images: int) -> dict[str, list[str]]:
+    """The names of the images that step `step` saw on all ranks, `images` in number, of which `args.batch` are labeled."""
+    found = {}
+    for key, names, views in (("labeled", partition.labeled, 1), ("unlabeled", partition.unlabeled, images // args.batch - 1)):
+        if views:
+            seed = loader_seed(args, key == "labeled")
+            (items,) = StepSampler(len(names), args.batch, seed, step, step + 1, views)
+            found[key] = [names[index] for index, _ in items]
+    return found
 
 
 # ---- CutMix ----

@@ -3,13 +3,17 @@
 import argparse
 import atexit
 import contextlib
+import datetime
 import errno
 import functools
 import inspect
+import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import sys
+import time
 import traceback
 
 import torch
@@ -45,16 +49,15 @@ def cli(main):
         # A DataLoader worker hands its exception over with the traceback inside the message; what follows the name is ours.
         stop(str(error).rpartition("common.UserError: ")[2])
     except RuntimeError as error:
-        reason = lost_worker(f"{error} {error.__cause__ or ''}")
+        reason = lost_worker(f"{error} {error.__cause__ or ''}") or lost_rank(error)
         if reason is None:
             raise
-        workers = torch.multiprocessing.active_children()
-        for worker in workers:  # the others would write tracebacks when this process ends
-            worker.kill()
         try:
             stop(reason)
         finally:
-            if workers:  # and so would what is left of them here
+            end_workers()
+            if torch.multiprocessing.active_children() or rank_and_size()[1] > 1:  # Python and PyTorch would wait for them
+                sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(2)
     except OSError as error:
@@ -67,11 +70,15 @@ def cli(main):
 
 
 def stop(reason: str):
-    """End the script with one line, whatever lines `reason` has, and exit code 2."""
+    """End the script with one line, whatever lines `reason` has, or none if it is empty, and exit code 2."""
     if os.environ.get("MGD_DEBUG") == "1":
         traceback.print_exc()
     line = " ".join(part.strip() for part in reason.splitlines() if part.strip())
-    print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    if line:
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    if rank_and_size()[1] > 1:
+        with contextlib.suppress(RuntimeError):
+            report_end("said")
     sys.exit(2)
 
 
@@ -83,26 +90,85 @@ def lost_worker(message: str) -> str | None:
         return "the data workers need more open files; raise the limit (ulimit -n 65536), or add --workers 0"
     if memory or "killed by signal: Bus error" in message:
         return "a data worker ran out of shared memory; add --workers 0, or give the container more (docker run --shm-size 8g)"
+    if late := re.search(r"DataLoader timed out after (\d+) seconds", message):
+        files = files_being_read() or "no file"
+        return f"the data workers gave nothing for {late[1]} s while they read {files}; see whether its disk still answers"
     if worker := re.search(r"DataLoader worker \(pid[^)]*\)+ (is killed by signal: [\w ]+)", message):
-        how = worker[1].replace("is", "was", 1)
-    elif re.search(r"DataLoader worker \(pid.*\) exited unexpectedly", message):
+        how = worker[1].replace("is", "was", 1).strip()
+    elif worker := re.search(r"DataLoader worker \(pid.*\) exited unexpectedly", message):
         how = "ended unexpectedly"
     else:
         return None
-    return f"a data worker {how}; if memory ran out, lower --workers or --batch, or add --workers 0"
+    files = files_being_read(re.findall(r"\d+", worker[0]))
+    reading = f" while it read {files}" if files else ""
+    return f"a data worker {how}{reading}; if memory ran out, lower --workers or --batch, or add --workers 0"
+
+
+WORKER_TIMEOUT = 300  # seconds without a batch after which a run ends; a slow network disk reads some large images in less
+ROW = 4096 + 32  # bytes for a process id and a path, which Linux and macOS limit to 4,096 bytes
+ROWS: list = []  # in the main process: for each of its loaders, the rows that its workers write
+own_row = None  # in a worker: its row
 
 
 def start_workers(loader: torch.utils.data.DataLoader):
     """iter(loader). Raises UserError where its processes cannot be started."""
     try:
-        if loader.num_workers:  # after a failure in the loader itself, PyTorch's clean-up writes a traceback
-            torch.multiprocessing.Lock()
-        return iter(loader)
+        if loader.num_workers:
+            torch.multiprocessing.Lock()  # after a failure in the loader itself, PyTorch's clean-up writes a traceback
+            rows = multiprocessing.RawArray("c", ROW * loader.num_workers)
+            ROWS.append(rows)
+            loader.worker_init_fn, loader.timeout = functools.partial(begin_worker, rows), WORKER_TIMEOUT
+        batches = iter(loader)
     except OSError as error:
         raise UserError(
             f"the {loader.num_workers} data workers cannot be started ({error.strerror or error}); add --workers 0, or give "
             "the container shared memory (docker run --shm-size 8g)"
         ) from None
+    atexit.register(end_workers)
+    return batches
+
+
+def begin_worker(rows, worker: int):
+    """In a new data worker: a signal to all processes of a training must not end the workers before the step."""
+    global own_row
+    own_row = memoryview(rows).cast("B")[worker * ROW : (worker + 1) * ROW]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """Kill the data workers that are left; they ignore PyTorch's SIGTERM, and one may hang."""
+    workers = torch.multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error for each
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(1)  # one that waits for a disk does not end
+
+
+@contextlib.contextmanager
+def being_read(path: pathlib.Path | str):
+    """A block that reads a file. If a data worker ends or hangs in it, the main process names the file."""
+    if own_row is not None:
+        note = f"{os.getpid()} ".encode() + os.fsencode(path)[: ROW - 32]
+        own_row[: len(note) + 1] = note + b"\0"
+    try:
+        yield
+    finally:
+        if own_row is not None:
+            own_row[0] = 0
+
+
+def files_being_read(workers: list[str] | None = None) -> str:
+    """The files that the data workers with these process ids are reading, or all of them; empty where there is none."""
+    found = []
+    for rows in ROWS:
+        for start in range(0, len(rows), ROW):
+            pid, _, path = rows[start : start + ROW].partition(b"\0")[0].partition(b" ")
+            if path and (workers is None or pid.decode() in workers):
+                found.append(printable(os.fsdecode(path)))
+    return " and ".join(dict.fromkeys(found))
 
 
 # ---- devices and processes ----
@@ -128,9 +194,49 @@ def init_distributed(name: str | None) -> torch.device:
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=RANK_TIMEOUT))
     atexit.register(torch.distributed.destroy_process_group)
     return device
+
+
+# Seconds that a rank waits for another one, after which the run ends. Building the kernels, compiling a network, and what is
+# left of another rank's validation take less. It is longer than WORKER_TIMEOUT, so that a file that hangs is named first.
+RANK_TIMEOUT = 600
+REPORT_SECONDS = 3.0  # a rank that lives notices within this time that another one has ended
+
+
+def report_end(how: str) -> torch.distributed.Store:
+    """Tell the other ranks that this one ends: `how` is "said" if it has said why, or "lost" if it lost another one. The first
+    report counts. Returns the store through which the ranks met, which torchrun holds, or else the first rank."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=2))
+    store.compare_set(f"mgd/ended/{rank_and_size()[0]}", "", how)
+    return store
+
+
+def lost_rank(error: RuntimeError) -> str | None:
+    """What to say about a RuntimeError of a rank that waited for another one in vain; empty where another rank says it, and
+    None for any other error. Every rank that lives gets such an error and reports it, so the lost ones are the silent ones."""
+    rank, size = rank_and_size()
+    if size == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+        return None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, as soon as one rank has ended
+    try:
+        store = report_end("lost")
+        time.sleep(REPORT_SECONDS)
+        keys = [f"mgd/ended/{other}" for other in range(size)]
+        reports = [store.get(key).decode() if store.check([key]) else "" for key in keys]
+    except RuntimeError:
+        reports = ["", *["lost"] * (size - 1)]  # the first rank held the store
+    if reports.index("lost") != rank or ("" not in reports and "said" in reports):
+        return ""
+    lost = " and ".join(str(other) for other, report in enumerate(reports) if not report)
+    who = f"rank {lost} hangs or has ended" if lost else f"the ranks lost each other ({str(error).splitlines()[0]})"
+    return (
+        f"{who}; another rank waited at most {RANK_TIMEOUT} s for it. See its last lines and its machine, and run the same "
+        "command again"
+    )
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from checks import refuse_faults
-from common import IGNORE_INDEX, UserError, rank_and_size
+from common import IGNORE_INDEX, UserError, being_read, rank_and_size
 from readers import (
     CITYSCAPES_PALETTE,
     MOST_UNNAMED,
@@ -176,13 +176,15 @@ class Files:
 
     def image(self, name: str) -> np.ndarray:
         """(H, W, 3) uint8, RGB, upright."""
-        return self.decoded(self.images[name], lambda path: np.asarray(open_image(path)))
+        with being_read(self.images[name]):
+            return self.decoded(self.images[name], lambda path: np.asarray(open_image(path)))
 
     def mask(self, name: str) -> np.ndarray:
         """(H, W) uint8, class indices and 255. Raises UserError for any other value."""
         if name not in self.masks:
             raise UserError(f"{self.root}: '{name}' has no mask")
-        return self.decoded(self.masks[name], self.read_mask)
+        with being_read(self.masks[name]):
+            return self.decoded(self.masks[name], self.read_mask)
 
     def read_mask(self, path: pathlib.Path) -> np.ndarray:
         mask = self.to_classes(open_mask(path), path)

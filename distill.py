@@ -36,7 +36,7 @@ import kernels
 import mgd_ops
 import models
 import recipes
-from batches import Batch, micro_batches, seed_of, step_batches, train_batches, valid_pixels
+from batches import Batch, images_of_step, micro_batches, seed_of, step_batches, train_batches, valid_pixels
 from common import (
     IGNORE_INDEX,
     ArgumentParser,
@@ -55,6 +55,7 @@ from common import (
     print_plan,
     set_lr,
 )
+from finite_steps import FiniteSteps
 from run_folder import Progress, load_checkpoint, load_for_resume, plain_args, restore, save_checkpoint, save_or_stop, states
 from stop_signals import StopSignals
 
@@ -415,8 +416,9 @@ def main(argv=None):
         row["seconds"] = round(seconds + time.perf_counter() - began, 1)
         save_checkpoint(path, {**checkpoint, **states(path, {"model": student}, [optimizer]), "step": step})
 
+    finite_steps = FiniteSteps([student], [optimizer])
     board = events.Events(args, dataset, device, start)
-    progress = Progress(args, start, board)
+    progress = Progress(args, start, functools.partial(images_of_step, args, partition), board)
     next_labeled = functools.partial(progress.next_batch, labeled)
     next_unlabeled = functools.partial(progress.next_batch, unlabeled) if on_views else None
     began = time.perf_counter()
@@ -427,6 +429,7 @@ def main(argv=None):
             evaluate.validate_step(args, step, student, dataset, device, progress, signals)
         lr = poly_lr(step, args.steps, args.lr)
         set_lr([optimizer], lr)
+        finite_steps.begin()
 
         # All teachers come first, since cross entropies are divided by the valid pixels of the whole batch.
         batches = step_batches(args, step, device, next_labeled, next_unlabeled)
@@ -457,10 +460,11 @@ def main(argv=None):
                 (loss / len(batches)).backward()
             for name, term in {**terms, "loss": loss}.items():
                 losses[name] += term.detach() / len(batches)
+        losses = finite_steps.check(losses)
         optimizer.step()
 
-        progress.step(step, args.batch * (1 + views), lr, losses)
-        save_or_stop(args, step, save, signals)
+        progress.step(step, args.batch * (1 + views), lr, losses, finite_steps.skipped)
+        save_or_stop(args, step, save, progress, signals)
     evaluate.finish_run(args, student, dataset, device, row, save, progress, signals)
     board.panels(args.steps, student)
     board.close()

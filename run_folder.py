@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from common import UserError, due, mean_over_ranks, print0, printable, rank_and_size
+from common import UserError, due, print0, printable, rank_and_size
 from recipes import FLAGS
 from run_owner import own_run, refuse_lost
 
@@ -103,11 +104,12 @@ def flush_folder(folder: pathlib.Path):
             os.close(descriptor)
 
 
-def save_or_stop(args: argparse.Namespace, step: int, save, signals):
+def save_or_stop(args: argparse.Namespace, step: int, save, progress, signals):
     """After step `step` (from 0), write a resume point where one is due, before a validation, and where a signal asks to stop,
     which then ends the process. `save(step, path)` writes a checkpoint after `step` steps."""
     stop = signals.requested()
     if stop or due(step, args.save_every, args.steps) or due(step, args.val_every, args.steps):
+        progress.write_skipped()
         save(step + 1, args.out / RESUME)
     if stop:
         signals.exit()
@@ -249,6 +251,8 @@ def plain_args(args: argparse.Namespace) -> dict:
 
 # ---- the log ----
 
+MAX_SKIPPED = 20  # steps in a row: broken images are in a few steps of an epoch, but weights that have diverged never recover
+
 
 def is_log(path: pathlib.Path) -> bool:
     """Whether a file is empty or was written by `Progress`, by its first line."""
@@ -258,7 +262,7 @@ def is_log(path: pathlib.Path) -> bool:
         keys = json.loads(first).keys() if first else {"step", "miou"}
     except (OSError, ValueError, AttributeError):
         return False
-    return keys == {"step", "miou"} or "grad_loss" in keys or {"step", "lr", "images_per_s", "data_wait"} <= keys
+    return keys in ({"step", "miou"}, {"step", "skipped"}) or "grad_loss" in keys or {"step", "lr", "data_wait"} <= keys
 
 
 def belongs_before(line: bytes, start: int) -> bool:
@@ -271,20 +275,29 @@ def belongs_before(line: bytes, start: int) -> bool:
         return False
 
 
-class Progress:
-    """One progress bar and OUT/log.jsonl, whose entries `events` gets too. Metrics stay on the device until they are logged."""
+def skipped_before(lines: list[bytes], step: int) -> int:
+    """How many steps in a row, the last of them step number `step`, the lines of a log call skipped."""
+    skipped = {entry["step"] for entry in map(json.loads, lines) if "skipped" in entry}
+    return next(n for n in itertools.count() if step - n not in skipped)
 
-    def __init__(self, args: argparse.Namespace, start: int, events=None):
-        path, quiet = args.out / "log.jsonl", None  # None: the bar is for terminals
+
+class Progress:
+    """One progress bar and OUT/log.jsonl, whose entries `events` gets too. Metrics stay on the device until they are logged.
+    `images_of(step, images)` names the images of a step for the log."""
+
+    def __init__(self, args: argparse.Namespace, start: int, images_of=lambda step, images: {}, events=None):
+        path, quiet, lines = args.out / "log.jsonl", None, []  # None: the bar is for terminals
         if rank_and_size()[0] > 0:
             path, quiet = os.devnull, True
         else:  # a resumed run keeps the lines up to its checkpoint, and logs the later ones and its validation again
             lines = path.read_bytes().splitlines() if start and path.exists() else []
+            lines = [line for line in lines if belongs_before(line, start)]
             with atomic_write(path) as temporary:
-                temporary.write_bytes(b"".join(line + b"\n" for line in lines if belongs_before(line, start)))
+                temporary.write_bytes(b"".join(line + b"\n" for line in lines))
         self.file, self.events = open(path, "a"), events  # noqa: SIM115
         self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
         self.terms, self.first, self.began = 0, start, None  # the steps that the duration is measured over
+        self.images_of, self.unread, self.in_a_row = images_of, [], skipped_before(lines, start)
         self.bar = tqdm(total=args.steps, initial=start, desc=args.out.name, disable=quiet, dynamic_ncols=True)
 
     def next_batch(self, batches):
@@ -294,10 +307,12 @@ class Progress:
         self.waited += time.perf_counter() - before
         return item
 
-    def step(self, step: int, images: int, lr: float, losses: dict[str, torch.Tensor]):
-        """Count step `step` (from 0), which saw `images` images. The losses are read and logged every `log_every` steps, and
-        before a checkpoint is saved. Raises UserError if a loss is not finite, so that no checkpoint of it is written."""
+    def step(self, step: int, images: int, lr: float, losses: dict[str, torch.Tensor], skipped: torch.Tensor):
+        """Count step `step` (from 0), which saw `images` images. The losses, means over the ranks, and whether the step was
+        `skipped` (see `finite_steps`) are read and logged every `log_every` steps, and before a checkpoint is saved. Raises
+        UserError if more than MAX_SKIPPED steps in a row were skipped, before a checkpoint of the last one is written."""
         self.steps += 1
+        self.unread.append((step, images, losses, skipped))
         self.bar.update()
         done = step + 1
         if len(losses) != self.terms:  # at the first step, and where pseudo labels begin
@@ -312,25 +327,44 @@ class Progress:
             self.began = now
         if done % self.args.log_every and done % self.args.save_every and done != self.args.steps:
             return
-        means = mean_over_ranks(torch.stack([torch.as_tensor(loss).float() for loss in losses.values()]))
-        means = dict(zip(losses, means.tolist(), strict=True))
+        self.write_skipped()
+        means = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
         now = time.perf_counter()
         elapsed, self.since = now - self.since, now
         speed = self.steps * images / elapsed
         data, self.steps, self.waited = self.waited / elapsed, 0, 0.0
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
         self.write(step=done, lr=lr, images_per_s=speed, data_wait=data, **means)
-        if bad:
-            raise UserError(
-                f"{self.args.out}: loss '{bad[0]}' is not finite at step {done}; start again with a lower --lr than "
-                f"{self.args.lr} (and delete resume.pt there)"
-            )
         terms = " ".join(f"{name} {value:.3f}" for name, value in means.items())
         text = f"{terms} lr {lr:.2g} {speed:.1f} img/s data {data:.0%}"
         if self.bar.disable:  # not a terminal: lines instead of a bar
             eta = datetime.timedelta(seconds=round((self.args.steps - done) * images / speed))
             print0(f"{self.args.out.name} {done}/{self.args.steps} {text} eta {eta}")
         self.bar.set_postfix_str(text)
+
+    def write_skipped(self):
+        """Read which of the steps since the last call were skipped, and log each with its images and losses. Called before a
+        checkpoint is written, since a resumed run counts the steps in a row by the log."""
+        steps, self.unread = self.unread, []
+        flags = torch.stack([skipped for *_, skipped in steps]).tolist() if steps else []
+        for i, (step, images, losses, _) in enumerate(steps):
+            self.in_a_row = self.in_a_row + 1 if flags[i] else 0
+            if not flags[i]:
+                continue
+            values, names = {name: float(value) for name, value in losses.items()}, self.images_of(step, images)
+            self.write(step=step + 1, skipped={"losses": values, **names})
+            bad = next((f"loss '{name}'" for name, value in values.items() if not math.isfinite(value)), "the gradient")
+            if not any(flags[:i]):
+                print0(
+                    f"{self.args.out.name}: {sum(flags):.0f} of the last {len(flags)} steps were skipped, the first at step "
+                    f"{step + 1}, where {bad} was not finite; log.jsonl names their images"
+                )
+            if self.in_a_row > MAX_SKIPPED:
+                some = ", ".join([name for group in names.values() for name in group][:3])
+                raise UserError(
+                    f"{self.args.out}: {bad} was not finite in {self.in_a_row} steps in a row, the last one step {step + 1}; "
+                    f"none of them changed the network. Start again with a lower --lr than {self.args.lr} (and delete "
+                    f"resume.pt there), or look at the images that log.jsonl names{f' ({some}, ...)' if some else ''}"
+                )
 
     def validated(self, step: int, miou: float):
         """Log a validation after `step` steps. Its time does not count for the speed of the next steps."""

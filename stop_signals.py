@@ -66,9 +66,3 @@ class StopSignals:
         self.interruptible = False
         print0("stopped; the same command with --resume (or the same make command) continues from here")
         sys.exit(EXIT_CODE)
-
-
-def ignore_in_worker(worker: int):
-    """`worker_init_fn` of data loaders: a signal to all processes of a training must not end the workers before the step."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -22,7 +22,7 @@ import functools
 import time
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import datasets
 import evaluate
@@ -31,7 +31,7 @@ import kernels
 import mgd_ops
 import models
 import recipes
-from batches import micro_batches, seed_of, step_batches, train_batches, valid_pixels
+from batches import images_of_step, micro_batches, seed_of, step_batches, train_batches, valid_pixels
 from common import (
     IGNORE_INDEX,
     ArgumentParser,
@@ -50,6 +50,7 @@ from common import (
     set_lr,
     sync_buffers,
 )
+from finite_steps import FiniteSteps
 from run_folder import Progress, load_for_resume, plain_args, restore, save_checkpoint, save_or_stop, states
 from stop_signals import StopSignals
 
@@ -145,9 +146,10 @@ def main(argv=None):
     optimizers = [
         torch.optim.SGD(parameter_groups(net, args.weight_decay), lr=args.lr, momentum=0.9, fused=True) for net in nets
     ]
+    finite_steps = FiniteSteps(nets, optimizers)
     average = None
     if args.method == "mt":  # of weights and batch norm's statistics: at first the weights after the first step
-        average = AveragedModel(nets[0], multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
+        average = AveragedModel(nets[0], multi_avg_fn=finite_steps.moving_average(args.ema_decay), use_buffers=True)
         average.requires_grad_(False).eval()
     eval_model = average.module if average else nets[0]  # what is validated and kept
     saved = {"model": eval_model} if args.method == "sup" else {"model": eval_model, "second": nets[0] if average else nets[1]}
@@ -196,7 +198,7 @@ def main(argv=None):
         save_checkpoint(path, {**checkpoint, **states(path, saved, optimizers), "step": step})
 
     board = events.Events(args, dataset, device, start)
-    progress = Progress(args, start, board)
+    progress = Progress(args, start, functools.partial(images_of_step, args, partition), board)
     began = time.perf_counter()
     signals = StopSignals()
     for step in range(start, args.steps):
@@ -205,6 +207,7 @@ def main(argv=None):
             evaluate.validate_step(args, step, eval_model, dataset, device, progress, signals)
         lr = poly_lr(step, args.steps, args.lr)
         set_lr(optimizers, lr)
+        finite_steps.begin()
         weight = full_weight * ramp_up(step, args.steps, args.sup_only, args.ramp_up)
         if weight > 0 and unlabeled is None:
             unlabeled = train_batches(dataset, partition.unlabeled, args, views, step, labeled=False)
@@ -237,6 +240,7 @@ def main(argv=None):
                     (loss / len(batches)).backward()
                 for name, term in terms.items():
                     losses[name] += term.detach() / (len(batches) * len(nets))
+        losses = finite_steps.check(losses)
         for optimizer in optimizers:
             optimizer.step()
         if average:
@@ -244,8 +248,8 @@ def main(argv=None):
             if device.type == "cpu":  # where batch norm is not synchronised
                 sync_buffers(eval_model)
 
-        progress.step(step, args.batch * (1 + views if weight > 0 else 1), lr, losses)
-        save_or_stop(args, step, save, signals)
+        progress.step(step, args.batch * (1 + views if weight > 0 else 1), lr, losses, finite_steps.skipped)
+        save_or_stop(args, step, save, progress, signals)
     evaluate.finish_run(args, eval_model, dataset, device, row, save, progress, signals)
     board.panels(args.steps, eval_model)
     board.close()

@@ -442,7 +442,7 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
                 f"--curves {path}: cannot be read as a log ({getattr(error, 'strerror', error)}); give the log.jsonl of a run"
             ) from None
     keys = dict.fromkeys(key for log in logs.values() for entry in log for key in entry)
-    terms = [key for key in keys if key not in ("step", "lr", "images_per_s", "data_wait")]
+    terms = [key for key in keys if key not in ("step", "lr", "images_per_s", "data_wait", "skipped")]
     if not terms:
         raise UserError(f"--curves {paths[0]}: holds no step yet; wait for the run's first --log-every steps")
     rows, columns = -(-len(terms) // 3), min(3, len(terms))

@@ -5,6 +5,7 @@ import pathlib
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -343,6 +344,32 @@ def python(code, *arguments, **environment):
     """Run code in a Python of its own."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def start_ranks(tmp_path):
+    """Start a program as two ranks without torchrun, which takes long to start and to end: start_ranks(program) -> processes.
+    The first rank holds the store."""
+    processes = []
+
+    def start(program, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        (tmp_path / "ranks.py").write_text(program)
+        for rank in range(2):
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+            environment = {**os.environ, **NO_GPU, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
+            environment |= {key: str(value) for key, value in numbers.items()}
+            command = [sys.executable, tmp_path / "ranks.py", *arguments]
+            pipe = subprocess.PIPE
+            processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+        return processes
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def save_jpeg(path, rng):

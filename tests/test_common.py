@@ -3,6 +3,7 @@ import errno
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -94,7 +95,6 @@ def ended(main, capsys):
             "common.UserError: a.png: is odd\nfor two reasons\n",
             "a.png: is odd for two reasons",
         ),
-        ("", ""),
     ],
 )
 def test_any_message_is_one_line(capsys, message, line):
@@ -163,7 +163,7 @@ def test_lack_of_shared_memory_names_both_ways_out(capsys, message):
 
 
 LOADS = """
-import os, signal, sys, time, types
+import multiprocessing, os, signal, sys, time, types
 import torch
 import common, run_folder
 
@@ -172,20 +172,27 @@ class Images(torch.utils.data.Dataset):
         return 64
 
     def __getitem__(self, i):
-        if sys.argv[1] == "dies" and i == 9:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with common.being_read(f"images/{i}.png"):
+            if i == 9 and sys.argv[1] == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
         return torch.ones(3, 512, 512, dtype=torch.uint8)
 
 def main():
     args = types.SimpleNamespace(out=common.pathlib.Path("run"), steps=8)
     run_folder.check_folder("--out", args.out)
-    batches = common.start_workers(torch.utils.data.DataLoader(Images(), batch_size=8, num_workers=2))
+    workers = {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 4}
+    batches = common.start_workers(torch.utils.data.DataLoader(Images(), batch_size=8, **workers))
     progress = run_folder.Progress(args, 0)
-    for _ in range(8):
+    for i in range(8):
         progress.next_batch(batches)
-        time.sleep(0.2)  # a step, in which the signal of a lost worker arrives
+        time.sleep(0.1)  # a step, in which the signal of a lost worker arrives
+        if i == 4 and sys.argv[1] == "stops":
+            sys.exit(75)
 
 if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[2])
     common.cli(main)
 """
 
@@ -207,11 +214,49 @@ def loads(tmp_path, how, *before):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_one_line(tmp_path):
-    code, lines = loads(tmp_path, "dies")
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_lost_worker_is_one_line_that_names_the_file(tmp_path, start_method):
+    code, lines = loads(tmp_path, f"dies {start_method}")
     assert code == 2 and len(lines) == 1, lines
-    assert re.match("loads.py: error: a data worker (was killed by signal: Killed|ended unexpectedly);", lines[0]), lines
+    ended = "(was killed by signal: Killed|ended unexpectedly)"
+    assert re.match(f"loads.py: error: a data worker {ended} while it read images/9.png;", lines[0]), lines
     assert "--workers 0" in lines[0]
+
+
+@pytest.mark.slow
+def test_workers_ignore_signals_and_end_with_the_script(tmp_path):
+    began = time.monotonic()
+    code, lines = loads(tmp_path, "stops fork")
+    assert code == 75 and not lines, lines
+    assert time.monotonic() - began < 40  # most of it for importing PyTorch on a busy machine; it would wait for ever
+
+
+class Hangs(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        with common.being_read(f"images/{i}.png"):
+            if i == 5:
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return i
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_ends_the_run_with_the_file_named(capsys, monkeypatch):
+    monkeypatch.setattr(common, "WORKER_TIMEOUT", 2)
+
+    def main():
+        for _ in common.start_workers(torch.utils.data.DataLoader(Hangs(), num_workers=2)):
+            pass
+
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        code, lines = ended(main, capsys)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    assert code == 2 and len(lines) == 1 and "gave nothing for 2 s while they read images/5.png;" in lines[0], lines
+    assert not torch.multiprocessing.active_children()
 
 
 @pytest.mark.slow
@@ -220,7 +265,7 @@ def test_a_container_with_little_or_no_shared_memory_is_one_line(tmp_path, optio
     mount = f"mount -t tmpfs -o {options} tmpfs /dev/shm"
     if subprocess.run(["sh", "-c", f"unshare -m {mount}"], capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount")
-    code, lines = loads(tmp_path, "lives", mount)
+    code, lines = loads(tmp_path, "lives fork", mount)
     assert code == 2 and len(lines) == 1, lines
     assert "shared memory" in lines[0] and "--workers 0" in lines[0] and "--shm-size" in lines[0]
 
@@ -240,6 +285,44 @@ def test_error_of_a_data_worker_is_one_line_in_a_real_process(folder):
         and ".png: cannot be read as an image" in done.stderr
         and "Traceback" not in done.stderr
     )
+
+
+RANKS = """
+import os, signal, sys, time
+import torch
+import common
+
+def main():
+    common.RANK_TIMEOUT, common.REPORT_SECONDS = 4, 1
+    common.init_distributed("cpu")
+    for step in range(3):
+        if os.environ["RANK"] == "1" and step == 2:
+            time.sleep(0.5)  # the other rank waits
+            if sys.argv[1] == "fails":
+                raise common.UserError("it fails")
+            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        common.mean_over_ranks(torch.ones(1))
+
+common.cli(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_a_rank_that_dies_or_hangs_ends_the_others_and_is_named(start_ranks, how):
+    first, _ = start_ranks(RANKS, how)
+    _, err = first.communicate(timeout=100)
+    lines = [line for line in err.splitlines() if line.startswith("ranks.py")]
+    assert first.returncode == 2 and len(lines) == 1 and "rank 1 hangs or has ended" in lines[0], err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_rank_that_says_why_it_ends_is_the_only_one_to_say_so(start_ranks):
+    first, second = start_ranks(RANKS, "fails")
+    errors = [process.communicate(timeout=100)[1] for process in (first, second)]
+    assert first.returncode == second.returncode == 2 and "it fails" in errors[1], errors
+    assert "error:" not in errors[0] and "Traceback" not in errors[0], errors
 
 
 # ---- help and terminals ----

@@ -229,7 +229,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
     assert "--regions 0" in errors(script, distill, *distill_args(tmp_path / "x", teachers, "--regions", "0"))
     assert "no such checkpoint" in errors(script, evaluate, "--ckpt", tmp_path / "absent.pt")
     assert "not finite" in errors(
-        script, train_teacher, "--out", tmp_path / "x", "--method", "sup", *TINY, "--steps", "9", "--lr", "1e30"
+        script, train_teacher, "--out", tmp_path / "x", "--method", "sup", *TINY, "--steps", "30", "--lr", "1e30"
     )
     assert not (tmp_path / "x" / "last.pt").exists() and not (tmp_path / "x" / "resume.pt").exists()
     (tmp_path / "file").write_text("words, not weights")

@@ -42,7 +42,7 @@ def write_figure(path):
 
 def write_log(path):
     progress = run_folder.Progress(types.SimpleNamespace(out=path.parent, steps=2, log_every=1, save_every=9, lr=0.1), 0)
-    progress.step(0, 1, 0.1, {"sup": torch.tensor(1.0)})
+    progress.step(0, 1, 0.1, {"sup": torch.tensor(1.0)}, torch.tensor(0.0))
     progress.close()
 
 
