@@ -18,7 +18,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from common import UserError, print0, printable, rank_and_size
+from common import UserError, print0, printable, rank_and_size, worker_timeout
 from recipes import FLAGS
 
 # ---- files ----
@@ -230,7 +230,8 @@ class Progress:
     def next_batch(self, batches):
         """The next item of the iterator `batches`; the time it takes counts as waiting for data."""
         before = time.perf_counter()
-        item = next(batches)
+        with worker_timeout():
+            item = next(batches)
         self.waited += time.perf_counter() - before
         return item
 
