@@ -53,7 +53,7 @@ def cli(main):
         if reason is None:
             raise
         try:
-            stop(reason)
+            stop(reason or None)
         finally:
             end_workers()
             if torch.multiprocessing.active_children() or rank_and_size()[1] > 1:  # Python and PyTorch would wait for them
@@ -69,12 +69,12 @@ def cli(main):
         sys.exit(130)
 
 
-def stop(reason: str):
-    """End the script with one line, whatever lines `reason` has, or none if it is empty, and exit code 2."""
+def stop(reason: str | None):
+    """End the script with one line, whatever lines `reason` has, or none without a reason, and exit code 2."""
     if os.environ.get("MGD_DEBUG") == "1":
         traceback.print_exc()
-    line = " ".join(part.strip() for part in reason.splitlines() if part.strip())
-    if line:
+    if reason is not None:
+        line = " ".join(part.strip() for part in reason.splitlines() if part.strip())
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     if rank_and_size()[1] > 1:
         with contextlib.suppress(RuntimeError):
@@ -90,9 +90,9 @@ def lost_worker(message: str) -> str | None:
         return "the data workers need more open files; raise the limit (ulimit -n 65536), or add --workers 0"
     if memory or "killed by signal: Bus error" in message:
         return "a data worker ran out of shared memory; add --workers 0, or give the container more (docker run --shm-size 8g)"
-    if late := re.search(r"DataLoader timed out after (\d+) seconds", message):
+    if LATE in message:
         files = files_being_read() or "no file"
-        return f"the data workers gave nothing for {late[1]} s while they read {files}; see whether its disk still answers"
+        return f"{LATE} for {WORKER_TIMEOUT} s while they read {files}; see whether its disk still answers"
     if worker := re.search(r"DataLoader worker \(pid[^)]*\)+ (is killed by signal: [\w ]+)", message):
         how = worker[1].replace("is", "was", 1).strip()
     elif worker := re.search(r"DataLoader worker \(pid.*\) exited unexpectedly", message):
@@ -105,6 +105,7 @@ def lost_worker(message: str) -> str | None:
 
 
 WORKER_TIMEOUT = 300  # seconds without a batch after which a run ends; a slow network disk reads some large images in less
+LATE = "the data workers gave nothing"
 ROW = 4096 + 32  # bytes for a process id and a path, which Linux and macOS limit to 4,096 bytes
 ROWS: list = []  # in the main process: for each of its loaders, the rows that its workers write
 own_row = None  # in a worker: its row
@@ -117,7 +118,7 @@ def start_workers(loader: torch.utils.data.DataLoader):
             torch.multiprocessing.Lock()  # after a failure in the loader itself, PyTorch's clean-up writes a traceback
             rows = multiprocessing.RawArray("c", ROW * loader.num_workers)
             ROWS.append(rows)
-            loader.worker_init_fn, loader.timeout = functools.partial(begin_worker, rows), WORKER_TIMEOUT
+            loader.worker_init_fn = functools.partial(begin_worker, rows)
         batches = iter(loader)
     except OSError as error:
         raise UserError(
@@ -126,6 +127,25 @@ def start_workers(loader: torch.utils.data.DataLoader):
         ) from None
     atexit.register(end_workers)
     return batches
+
+
+@contextlib.contextmanager
+def worker_timeout():
+    """A block that waits for data workers. It ends with a RuntimeError after WORKER_TIMEOUT seconds, even where DataLoader's
+    own would wait on: for a memory handle of a worker that has been stopped altogether."""
+
+    def end(*_):
+        raise RuntimeError(LATE)
+
+    if not ROWS:
+        yield
+        return
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, WORKER_TIMEOUT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def begin_worker(rows, worker: int):

@@ -19,7 +19,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from common import UserError, due, print0, printable, rank_and_size
+from common import UserError, due, print0, printable, rank_and_size, worker_timeout
 from recipes import FLAGS
 from run_owner import own_run, refuse_lost
 
@@ -303,7 +303,8 @@ class Progress:
     def next_batch(self, batches):
         """The next item of the iterator `batches`; the time it takes counts as waiting for data."""
         before = time.perf_counter()
-        item = next(batches)
+        with worker_timeout():
+            item = next(batches)
         self.waited += time.perf_counter() - before
         return item
 

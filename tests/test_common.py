@@ -247,8 +247,10 @@ def test_a_worker_that_hangs_ends_the_run_with_the_file_named(capsys, monkeypatc
     monkeypatch.setattr(common, "WORKER_TIMEOUT", 2)
 
     def main():
-        for _ in common.start_workers(torch.utils.data.DataLoader(Hangs(), num_workers=2)):
-            pass
+        batches = common.start_workers(torch.utils.data.DataLoader(Hangs(), num_workers=2))
+        for _ in range(8):
+            with common.worker_timeout():
+                next(batches)
 
     handler = signal.getsignal(signal.SIGCHLD)
     try:
