@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from recipes import METHODS
-from soak.trainings import Ended, Training, descendants, difference, resumed_after
+from soak.trainings import Ended, Training, descendants, difference
 
 KILLS = 17  # of each of twelve runs: 204
 IN_A_ROW = 3  # so many kills hit one run, before it may end
@@ -41,6 +41,10 @@ def cases(folder: pathlib.Path) -> dict[str, Callable[[], dict]]:
         for method in METHODS
         for processes in (1, 2)
     }
+
+
+def quick(folder: pathlib.Path) -> dict[str, Callable[[], dict]]:
+    return {"kill: sup, 1 process": functools.partial(killed_and_resumed, folder, "sup", 1, IN_A_ROW)}
 
 
 def killed_and_resumed(folder: pathlib.Path, method: str, processes: int = 1, kills: int = KILLS) -> dict:
@@ -89,7 +93,7 @@ def hit_in_turn(training: Training, kills: list[Kill], whole: Training, counts: 
         training.start(command=planned is not None and planned.command)
         sent = planned is not None and send(training, planned)
         ended = training.wait()
-        resumed = resumed_after(ended.output)
+        resumed = training.resumed_after(ended.output)
         if resumed < saved and (training.lines() or ended.code == 0):
             counts["lost"] += 1
             problems.append(f"continued after step {resumed}, but step {saved} was saved")

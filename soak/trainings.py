@@ -31,10 +31,8 @@ import train_teacher  # noqa: F401
 from soak import small
 
 ROOT = pathlib.Path(common.__file__).parent
-STEPS, SAVE_EVERY, VAL_EVERY = 24, 3, 7  # seven resume points; step 21 has a resume point and a validation
-SETTINGS = (
-    f"--steps {STEPS} --save-every {SAVE_EVERY} --val-every {VAL_EVERY} --log-every 1 --batch 8 --crop 32 --head-width 16 --resume"
-)
+# Seven resume points and three validations; step 21 has both.
+SETTINGS = "--steps 24 --save-every 3 --val-every 7 --log-every 1 --batch 8 --crop 32 --head-width 16 --resume"
 OPTIONS = {  # each of micro-batches and loader workers with some methods
     "sup": "--workers 0",
     "mt": "--workers 2 --grad-accum 2 --sup-only 0.2 --ramp-up 0.5",
@@ -63,6 +61,8 @@ class Training:
         if self.script == "distill":
             words += ["--deep", str(teacher(out.parent, "deep")), "--wide", str(teacher(out.parent, "wide"))]
         self.arguments, self.said = words, out.with_suffix(".txt")
+        given = settings.split()
+        self.steps, self.save_every = (int(given[given.index(f"--{flag}") + 1]) for flag in ("steps", "save-every"))
         self.pid, self.status, self.log_before = 0, None, None
 
     # ---- the process ----
@@ -149,12 +149,17 @@ class Training:
                 entries.append({k: v for k, v in json.loads(line).items() if k not in ("images_per_s", "data_wait")})
         return entries
 
+    def resumed_after(self, output: str) -> int:
+        """The step that an attempt continued after; 0 where it began anew, the last step where the run was finished."""
+        found = re.search(r"continuing after step (\d+)", output)
+        return int(found[1]) if found else self.steps if "this run is finished" in output else 0
+
     def saved_step(self) -> int:
         """The step of the newest checkpoint that must be there: the one that a file has, or that the log implies, since the
         step after it has begun."""
         logged = max((entry["step"] for entry in self.log() if "lr" in entry), default=0)
-        found = [(logged - 1) // SAVE_EVERY * SAVE_EVERY if logged > SAVE_EVERY else 0]
-        for name in ("resume.pt", "last.pt"):
+        found = [max(0, logged - 1) // self.save_every * self.save_every]
+        for name in ("resume.pt", "resume-previous.pt", "last.pt"):
             with contextlib.suppress(Exception):
                 found.append(torch.load(self.out / name, weights_only=True)["step"])
         return max(found)
@@ -232,7 +237,7 @@ def teacher(folder: pathlib.Path, role: str) -> pathlib.Path:
     """The checkpoint of a teacher below `folder`, trained if it is missing."""
     path = folder / f"teacher-{role}" / "last.pt"
     if not path.exists():
-        training = Training("sup", path.parent, settings=f"--role teacher_{role} --steps 4 --batch 8 --crop 32 --head-width 16")
+        training = Training("sup", path.parent, settings=f"--role teacher_{role} --steps 4 --save-every 4 --batch 8 --crop 32 --head-width 16")
         training.start()
         ended = training.wait()
         assert ended.code == 0, ended.output
@@ -265,9 +270,3 @@ def same(a, b) -> bool:
 
 def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def resumed_after(output: str) -> int:
-    """The step that an attempt continued after; 0 where it began anew, the last step where the run was finished."""
-    found = re.search(r"continuing after step (\d+)", output)
-    return int(found[1]) if found else STEPS if "this run is finished" in output else 0
