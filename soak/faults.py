@@ -1,8 +1,8 @@
 """Faults of the disk: every operation on the files of a run fails once, and a small file system runs full.
 
-A clean run counts its operations: opening a file to write, writing, flushing to the disk, renaming. Then one run for each of them
-has that one fail. It must go on, or end with one line; the same command then continues it from the last checkpoint to the same
-result. In further runs the process is killed just before each operation.
+A clean run counts its operations: opening a file to write, writing, flushing to the disk, renaming. Then one run for each of
+them has that one fail. It must go on, or end with one line; the same command then continues it from the last checkpoint to the
+same result. In further runs the process is killed just before each operation.
 """
 
 import builtins
@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 
 from soak.trainings import Ended, Training, difference
@@ -31,8 +32,8 @@ CLONE_NEWNS = 0x00020000  # from Linux's sched.h
 
 
 class Disk:
-    """The operations of this process on files below `folder`, which are counted from 0. The one with the number `fails` fails with
-    `fault`. Each is a line in the file `record`, if there is one."""
+    """The operations of this process on files below `folder`, which are counted from 0. The one with the number `fails` fails
+    with `fault`. Each is a line in the file `record`, if there is one."""
 
     def __init__(self, folder: pathlib.Path, record: pathlib.Path | None = None, fails: int = -1, fault: str = ""):
         self.folder, self.record, self.fails, self.fault = str(folder), record, fails, fault
@@ -117,7 +118,7 @@ def quick(folder: pathlib.Path) -> dict[str, Callable[[], dict]]:
 
 
 def each_fails_once(folder: pathlib.Path, operation: str, fault: str, at_most: int | None = None) -> dict:
-    """Let each operation of one kind fail once, or `at_most` of them, spread evenly: {"tried", "survived", "differing", "lost"}."""
+    """Let each operation of one kind fail once, or `at_most` of them, spread evenly. Returns a row's counts."""
     whole, operations = counted(folder)
     numbers = [i for i, name in enumerate(operations) if name == operation]
     if at_most is not None and len(numbers) > at_most:
@@ -142,7 +143,8 @@ def counted(folder: pathlib.Path) -> tuple[Training, list[str]]:
 
 
 def one_fault(training: Training, whole: Training, before, counts: dict, what: str, killed: bool = False, after=lambda: None):
-    """Run a training with a fault, repair it with `after`, and run its command again. A disk that did not run full is no fault."""
+    """Run a training with a fault, repair it with `after`, and run its command again. A disk that did not run full is no
+    fault."""
     training.start(before)
     first = training.wait()
     saved = training.saved_step()
@@ -180,8 +182,8 @@ def ended_with_one_line(ended: Ended) -> bool:
 
 
 def full_file_system(folder: pathlib.Path, sizes: int = SIZES) -> dict | None:
-    """Let trainings run into a file system with more and more free space, then free the rest and run them again. None where this
-    process may not mount one. It is mounted in a namespace of a process of its own, so that no other process sees it."""
+    """Let trainings run into a file system with more and more free space, then free the rest and run them again. None where
+    this process may not mount one. It is mounted in a namespace of a process of its own, so that no other process sees it."""
     result = folder / "full.json"
     result.unlink(missing_ok=True)
     whole = Training("sup", folder / "full-whole", settings=LARGE)
@@ -193,16 +195,17 @@ def full_file_system(folder: pathlib.Path, sizes: int = SIZES) -> dict | None:
         pid = os.fork()
         if pid == 0:
             try:
-                if mount(place):
-                    result.write_text(json.dumps(fill(pathlib.Path(place), whole, sizes)))
+                result.write_text(json.dumps(fill(pathlib.Path(place), whole, sizes) if mount(place) else None))
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(0)
         os.waitpid(pid, 0)
-    if result.exists():
-        return json.loads(result.read_text())
-    print("fault: file system full: not run, since this process may not mount one (that needs root)", flush=True)
-    return None
+    counts = json.loads(result.read_text())
+    if counts is None:
+        print("fault: file system full: not run, since this process may not mount one (that needs root)", flush=True)
+    return counts
 
 
 def mount(place: str) -> bool:

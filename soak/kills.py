@@ -1,8 +1,8 @@
-"""Kills: trainings of every method, in one process and in two, that are killed at moments spread evenly over the run and resumed
-with the same command, and must end as a run that was left alone.
+"""Kills: trainings of every method, in one process and in two, that are killed at moments spread evenly over the run and
+resumed with the same command, and must end as a run that was left alone.
 
-Half of the kills are SIGKILL, of all processes as when a machine is taken away, or of one of them. The others are SIGTERM, SIGINT
-and SIGUSR1, to all processes as from a terminal, or to the first one as from a scheduler.
+Half of the kills are SIGKILL, of all processes as when a machine is taken away, or of one of them. The others are SIGTERM,
+SIGINT and SIGUSR1, to all processes as from a terminal, or to the first one as from a scheduler.
 """
 
 import functools
@@ -76,11 +76,13 @@ def undisturbed(training: Training) -> tuple[list[float], float]:
 
 
 def kill(i: int, timeline: list[float], end: float) -> Kill:
-    """Kill `i` of a run whose log grew along `timeline`."""
-    seconds = GOLDEN * (i + 1) % 1 * end
+    """Kill `i` of a run whose log grew along `timeline`. One in six comes while the process starts; the others are spread over
+    the time from the first step to the end."""
+    fraction = GOLDEN * (i + 1) % 1
+    at_start = i % 6 == 4
+    seconds = fraction * timeline[1] if at_start else timeline[1] + fraction * (end - timeline[1])
     lines = max(k for k, when in enumerate(timeline) if when <= seconds)
-    hard = i % 2 == 0 or lines == 0  # at its start a process does not catch signals yet
-    number = signal.SIGKILL if hard else SIGNALS[i // 2 % len(SIGNALS)]
+    number = signal.SIGKILL if i % 2 == 0 else SIGNALS[i // 2 % len(SIGNALS)]
     return Kill(lines, seconds - timeline[lines], number, i % 4 < 2, i in COMMANDS)
 
 

@@ -64,9 +64,7 @@ def judged(samples: list[tuple], log: list[dict]) -> dict:
     last = max(step for step, *_ in samples) // EVERY
     last = last if last * EVERY < log[-1]["step"] else last - 1  # the last step begins no window
     of_memory = [statistics.median(memory for memory, *_ in windows[w]) for w in range(1, last + 1) if w in windows]
-    files, processes = (
-        max(values[k] for values in windows[last]) - max(values[k] for values in windows[1]) for k in (1, 2)
-    )
+    files, processes = (max(values[k] for values in windows[last]) - max(values[k] for values in windows[1]) for k in (1, 2))
     rates = [(entry["step"], entry["images_per_s"]) for entry in log if "lr" in entry]
     before = statistics.median(rate for step, rate in rates if EVERY < step <= 2 * EVERY)
     after = statistics.harmonic_mean([rate for step, rate in rates if step > log[-1]["step"] - EVERY])

@@ -1,6 +1,6 @@
 """A training script with a tiny network and eight validation images, so that a training of 24 steps takes a second.
 
-    python -m soak.small train_teacher --out runs/x --method sup
+python -m soak.small train_teacher --out runs/x --method sup
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Trainings that can be killed and compared.
 
-A training is a fork of this process, which has imported PyTorch already, so that it starts in a fraction of a second; or a command
-as a user gives it. Two processes are started by torchrun's own agent. Linux only: it reads /proc.
+A training is a fork of this process, which has imported PyTorch already, so that it starts in a fraction of a second; or a
+command as a user gives it. Two processes are started by torchrun's own agent. Linux only: it reads /proc.
 """
 
 import atexit
@@ -99,7 +99,9 @@ class Training:
             small.install()
             if before:
                 before()
-            code = run(self.script, self.arguments) if self.processes == 1 else launch(self.processes, self.script, self.arguments)
+            code = (
+                run(self.script, self.arguments) if self.processes == 1 else launch(self.processes, self.script, self.arguments)
+            )
         except BaseException:
             traceback.print_exc()
         finally:
@@ -215,6 +217,7 @@ def launch(processes: int, script: str, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         start_method="fork",
         signals_to_handle=FORWARDED,
+        max_restarts=0,
         monitor_interval=0.1,
     )
     elastic_launch(config, rank)(script, arguments)
@@ -237,7 +240,9 @@ def teacher(folder: pathlib.Path, role: str) -> pathlib.Path:
     """The checkpoint of a teacher below `folder`, trained if it is missing."""
     path = folder / f"teacher-{role}" / "last.pt"
     if not path.exists():
-        training = Training("sup", path.parent, settings=f"--role teacher_{role} --steps 4 --save-every 4 --batch 8 --crop 32 --head-width 16")
+        training = Training(
+            "sup", path.parent, settings=f"--role teacher_{role} --steps 4 --save-every 4 --batch 8 --crop 32 --head-width 16"
+        )
         training.start()
         ended = training.wait()
         assert ended.code == 0, ended.output
