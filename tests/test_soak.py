@@ -37,23 +37,17 @@ def test_a_training_survives_kills_and_faults_of_the_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "file, right, wrong, what",
-    [
-        ("batches.py", "for step in range(self.start, self.steps)", "for step in range(0, self.steps)", "differing"),
-        ("run_folder.py", "optimizer.load_state_dict(state)", "pass", "differing"),
-    ],
-)
-def test_a_resume_that_is_not_exact_is_noticed(tmp_path, file, right, wrong, what):
+def test_a_resume_that_is_not_exact_is_noticed(tmp_path):
+    """In a copy of the code whose sampler ignores the step that it is to start at."""
     for source in ROOT.glob("*.py"):
         shutil.copy(source, tmp_path)
     shutil.copytree(ROOT / "soak", tmp_path / "soak")
-    text = (tmp_path / file).read_text()
+    text, right = (tmp_path / "batches.py").read_text(), "for step in range(self.start, self.steps)"
     assert right in text
-    (tmp_path / file).write_text(text.replace(right, wrong))
+    (tmp_path / "batches.py").write_text(text.replace(right, "for step in range(0, self.steps)"))
     code, said, rows = run_soak(tmp_path, tmp_path / "work", "--parts", "kills")
     row = rows["kill: sup, 1 process"]
-    assert code == 1 and row[what] == row["tried"], said
+    assert code == 1 and row["differing"] == row["tried"] > 0, said
 
 
 def test_values_of_checkpoints_are_compared_bit_by_bit():
