@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from recipes import METHODS
-from soak.trainings import Ended, Training, descendants, difference
+from soak.trainings import TIMEOUT, Ended, Training, descendants, difference
 
 KILLS = 17  # of each of twelve runs: 204
 IN_A_ROW = 3  # so many kills hit one run, before it may end
@@ -122,8 +122,9 @@ def hit_in_turn(training: Training, kills: list[Kill], whole: Training, counts: 
 
 def send(training: Training, planned: Kill) -> bool:
     """Wait for the moment of a kill and send its signal; False if the run ends before."""
+    until = time.monotonic() + TIMEOUT
     while training.lines() < planned.lines:
-        if training.ended():
+        if training.ended() or time.monotonic() > until:
             return False
         time.sleep(0.001)
     time.sleep(planned.delay)

@@ -16,7 +16,9 @@ from soak.trainings import Training, descendants
 STEPS = 10_000
 EVERY = 1_000  # steps of a window; the first one is left out
 IMAGES = 8 * 3  # of a step: labeled ones, and two views of unlabeled ones
-SETTINGS = "--save-every 500 --val-every 500 --log-every 50 --batch 8 --crop 64 --head-width 16 --resume"
+SETTINGS = (
+    "--workers 1 --grad-accum 1 --save-every 500 --val-every 500 --log-every 50 --batch 8 --crop 48 --head-width 16 --resume"
+)
 MEMORY, SPEED = 2.0, 5.0  # percent that they may differ by
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -6,6 +6,7 @@ command as a user gives it. Two processes are started by torchrun's own agent. L
 
 import atexit
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -42,6 +43,7 @@ OPTIONS = {  # each of micro-batches and loader workers with some methods
     "cwd": "--workers 1 --grad-accum 2",
 }
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # by torchrun to its ranks
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 TIMEOUT = 120.0  # seconds after which a training that is to end by itself counts as hung
 
 
@@ -78,7 +80,9 @@ class Training:
                     launch = ["-m", "torch.distributed.run", "--standalone", "--signals-to-handle", FORWARDED]
                     launch += ["--nproc-per-node", str(self.processes), "-m", "soak.small"]
                 words = [sys.executable, *launch, self.script, *self.arguments]
-                child = subprocess.Popen(words, cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
+                child = subprocess.Popen(
+                    words, cwd=ROOT, stdout=said, stderr=said, start_new_session=True, preexec_fn=die_with_parent
+                )
                 child.returncode = 0  # waited for below
                 self.pid = child.pid
                 return
@@ -93,6 +97,7 @@ class Training:
         code = 1
         try:
             os.setsid()
+            die_with_parent()
             for number, target in enumerate((os.open(os.devnull, os.O_RDONLY), said, said)):
                 os.dup2(target, number)
             atexit._clear()
@@ -129,6 +134,7 @@ class Training:
         return Ended(self.status, hung + self.said.read_text(errors="replace"))
 
     def kill(self, number: int, pids):
+        """Send a signal to those of `pids` that are still there."""
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -189,6 +195,11 @@ def descendants(pid: int) -> list[int]:
 
 
 # ---- in the new process ----
+
+
+def die_with_parent():
+    """Let the kernel kill this process when the one that started it ends, so that an interrupted soak leaves no training."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(script: str, arguments: list[str]) -> int:
