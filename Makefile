@@ -140,7 +140,7 @@ ext: | $(INSTALLED) ## build the native kernels ahead, and say what was built
 	$(PY) kernels.py
 bench: | $(INSTALLED) ## all benchmarks, into results/
 	for file in benchmarks/bench_*.py; do $(PY) $$file || exit; done
-soak: | $(INSTALLED) ## kill, break and watch trainings, into results/reliability.json (SOAKTIME)
+soak: | $(INSTALLED) ## kill, break and watch trainings, and feed them damaged files, into results/
 	$(PY) -m soak
 clean: ## remove caches; runs/ and data/ stay
 	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__

@@ -11,7 +11,6 @@ case that it stopped in. Needs Linux; the file system that runs full needs root.
 
 import argparse
 import importlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -27,7 +26,7 @@ import result_files
 from common import ArgumentParser, cli, printable
 
 ROOT = pathlib.Path(result_files.__file__).parent
-PARTS = tuple(part for part in ("kills", "faults", "fuzz", "long_run") if importlib.util.find_spec(f"soak.{part}"))
+PARTS = ("kills", "faults", "long_run", "fuzz")
 COUNTS = ("tried", "survived", "differing", "lost")
 BEGIN, END = "<!-- python -m soak writes this table -->", "<!-- end of the table -->"
 
@@ -90,10 +89,16 @@ def put_row(path: pathlib.Path, row: dict) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as a table in Markdown, with their sum."""
+    """The rows as a table in Markdown, with the sum of each part: of the cases that begin alike."""
+    parts: dict[str, list[dict]] = {}
+    for row in rows:
+        parts.setdefault(row["case"].partition(":")[0], []).append(row)
+    shown = []
+    for part, of_part in parts.items():
+        total = {key: sum(row[key] for row in of_part) for key in (*COUNTS, "seconds")}
+        shown += [*of_part, *([{"case": f"**{part}: all**", **total}] if len(of_part) > 1 else [])]
     lines = [f"| case | {' | '.join(COUNTS)} | seconds |", "|---" * (len(COUNTS) + 2) + "|"]
-    total = {key: sum(row[key] for row in rows) for key in (*COUNTS, "seconds")}
-    for row in (*rows, {"case": "**all**", **total}):
+    for row in shown:
         lines.append(f"| {printable(row['case'])} | {' | '.join(str(row[key]) for key in COUNTS)} | {row['seconds']:.0f} |")
     return "\n".join(lines)
 

@@ -77,13 +77,17 @@ def test_a_long_run_may_not_grow_or_slow_down():
 
 def test_a_row_replaces_the_one_of_its_case(tmp_path, monkeypatch):
     monkeypatch.setenv("MGD_OPS", "torch")
-    path, row = tmp_path / "rows.json", {"case": "a", "tried": 2, "survived": 1, "differing": 0, "lost": 0, "seconds": 1.0}
-    for each in (row, {**row, "case": "b"}, {**row, "survived": 2}):
+    path, row = (
+        tmp_path / "rows.json",
+        {"case": "kill: a", "tried": 2, "survived": 1, "differing": 0, "lost": 0, "seconds": 1.0},
+    )
+    for each in (row, {**row, "case": "kill: b"}, {**row, "survived": 2}):
         soak.put_row(path, each)
     result = json.loads(path.read_text())
-    assert [(each["case"], each["survived"]) for each in result["rows"]] == [("a", 2), ("b", 1)]
+    assert [(each["case"], each["survived"]) for each in result["rows"]] == [("kill: a", 2), ("kill: b", 1)]
     assert result["what"] == "reliability" and result["seconds"] == 2.0
-    assert "| a | 2 | 2 | 0 | 0 | 1 |" in soak.table(result["rows"])
+    table = soak.table(result["rows"])
+    assert "| kill: a | 2 | 2 | 0 | 0 | 1 |" in table and "| **kill: all** | 4 | 3 | 0 | 0 | 2 |" in table
 
 
 def test_the_document_shows_the_rows_of_the_result_file():
