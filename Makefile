@@ -99,7 +99,7 @@ $(MGD): $(STUDENTS)/mgd-$(STUDENT)$(OF)%last.pt: | $(BOTH) $(INSTALLED)
 	    --wide $(or $(WIDE_CKPT),$(call teacher,wide)) $(ARGS) $(STUDENT_ARGS) $(MGD_ARGS)
 
 # ---- targets ----
-.PHONY: help demo teachers distill sup compare matrix tables web install test test-fast lint ext bench clean
+.PHONY: help demo teachers distill sup compare matrix tables web install test test-fast lint ext bench soak clean
 .DEFAULT_GOAL := help
 COMPARED := $(or $(REPORT),$(STUDENTS)/compare-$(STUDENT))
 finished = @$(foreach f,$(wildcard $^),echo "$(f): finished, never retrained; delete it to repeat the run$(1)";)
@@ -140,6 +140,8 @@ ext: | $(INSTALLED) ## build the native kernels ahead, and say what was built
 	$(PY) kernels.py
 bench: | $(INSTALLED) ## all benchmarks, into results/
 	for file in benchmarks/bench_*.py; do $(PY) $$file || exit; done
+soak: | $(INSTALLED) ## kill, break and watch trainings, and feed them damaged files, into results/
+	$(PY) -m soak
 clean: ## remove caches; runs/ and data/ stay
 	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__
 

@@ -35,7 +35,7 @@ MODULES = {path.stem for path in ROOT.glob("*.py")}
 SHORT = "--steps 2 --steps-factor 1 --batch 4 --crop 32 --head-width 16 --weights none --workers 0 --precision fp32"
 # What nobody has here, and what takes several machines or a network: such commands are held to `make -n` and the parsers.
 ELSEWHERE = re.compile(r"(voc|voc-few|cityscapes|camvid)|(data|runs)/(voc|cityscapes|camvid)(/.*)?|HOST:\d+|--download")
-PLANNED = ("demo", "matrix", "tables", "install", "test", "test-fast", "lint", "ext", "bench", "clean", "help")
+PLANNED = ("demo", "matrix", "tables", "install", "test", "test-fast", "lint", "ext", "bench", "soak", "clean", "help")
 RECORD = r"""
 command_not_found_handle() { printf '%s\0' "MGD_OPS=$MGD_OPS" "$@" $'\n'; }
 source() { command_not_found_handle source "$@"; }
@@ -161,7 +161,7 @@ class Reader:
 
     def program(self, name: str, words: list[str], run: bool = True) -> str:
         """Parse the words as the script does; then run it, where its data is here."""
-        module = importlib.import_module(name)
+        module = importlib.import_module("soak.__main__" if name == "soak" else name)
         run = run and name in (*STAGES, "models", "paper.report") and not any(map(ELSEWHERE.fullmatch, words))
         run = run and not self.only_parse
         if name == "prepare":
