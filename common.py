@@ -61,9 +61,12 @@ def cli(main):
                 sys.stderr.flush()
                 os._exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            stop("the disk is full; free some space and run the same command again")
+        if error.errno not in (errno.EIO, errno.EROFS, errno.ESTALE):
             raise
-        stop("the disk is full; free some space and run the same command again")
+        file = f"{printable(error.filename)}: " if error.filename else ""
+        stop(f"{file}the disk fails ({error.strerror}); run the same command again when it works")
     except KeyboardInterrupt:
         print("\ninterrupted; --resume (or the same make command) continues a training from resume.pt", file=sys.stderr)
         sys.exit(130)
