@@ -155,7 +155,7 @@ def load_teacher(path, dataset, args, device):
             f"{path}: this teacher was trained with --image-scale {scale}, not {args.image_scale}; teachers and student must "
             "see images of the same size"
         )
-    return models.model_from_checkpoint(checkpoint).to(device).requires_grad_(False), checkpoint
+    return models.model_from_checkpoint(checkpoint, path).to(device).requires_grad_(False), checkpoint
 
 
 def set_batch_norm_training(teacher):

@@ -25,6 +25,8 @@ from matplotlib.lines import Line2D
 
 from common import ArgumentParser, UserError, cli, printable
 from pictures import save_figure
+from readers import read_json
+from recipes import shortened, wrong_column
 from result_files import (
     GROUP_BY,
     NETWORK,
@@ -32,6 +34,7 @@ from result_files import (
     SETTINGS,
     TABLE_MARK,
     refuse_foreign,
+    refuse_links_out,
     refuse_outputs,
     setting_values,
     write_text,
@@ -44,6 +47,7 @@ TITLES = PAPER["titles"]
 
 HEAD = ("head_width", "separable_head")
 GMACS = ("gmacs_backbone", "gmacs_model")
+NEEDED = ("dataset", "partition", "labeled", "role", "backbone", "method", "teachers", "losses", "seed", "miou", *GMACS)
 FULL = ("sup", "pixel", "image:T_D", "region:T_W")  # the losses of MGD in Tables 1 to 3
 
 # How tables and pictures call them, and in which order.
@@ -98,12 +102,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
     """The rows with an mIoU, those of older files first, with tuples for lists. Raises UserError where there is none."""
     files = []
     for path in paths:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: cannot be read as JSON ({getattr(error, 'strerror', error)}); give result files of evaluate.py --json"
-            ) from None
+        content = read_json(path, "give result files of evaluate.py --json")
         rows = content.get("rows") if isinstance(content, dict) else None
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path}: holds no rows; give result files of evaluate.py --json")
@@ -113,9 +112,10 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
         for row in rows:
             if absent := [key for key in (*GROUP_BY, "seed", *GMACS) if key not in row]:
                 raise UserError(f"{path}: a row lacks '{absent[0]}'; write the file again with evaluate.py --json")
-            if not isinstance(row["miou"], (int, float)) or not math.isfinite(row["miou"]):
-                raise UserError(f"{path}: a row's mIoU is {row['miou']}; evaluate that checkpoint again")
-        files.append((str(content.get("created")), rows))
+            empty = next((key for key in NEEDED if row[key] is None), None)
+            if wrong := wrong_column(row) or (empty and f"'{empty}' as null"):
+                raise UserError(f"{path}: a row has {wrong}; evaluate that checkpoint again")
+        files.append((shortened(content.get("created")), rows))
     rows = [row for _, rows in sorted(files, key=lambda file: file[0]) for row in rows]
     if not rows:
         raise UserError("no result file has rows with an mIoU; make some with evaluate.py --json (or make compare)")
@@ -132,7 +132,12 @@ def kinds_of(row: dict) -> list[str]:
 
 
 def tuples(row: dict) -> dict:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    """The row with tuples for lists, which can be keys, and texts as they can be printed."""
+
+    def plain(value):
+        return printable(value) if isinstance(value, str) else tuple(map(plain, value)) if isinstance(value, list) else value
+
+    return {key: plain(value) for key, value in row.items()}
 
 
 def average(rows: list[dict]) -> list[dict]:
@@ -282,10 +287,10 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
 
 
 def order(value) -> tuple:
-    """A sort key: names come in the order of NAMES, and tuples by their length first."""
+    """A sort key: names come in the order of NAMES, and tuples last, by their length first."""
     if isinstance(value, tuple):
-        return len(value), *map(order, value)
-    return (RANK.get(value, len(RANK)), value) if isinstance(value, str) else (value or 0, "")
+        return 1, len(value), *map(order, value)
+    return (0, RANK.get(value, len(RANK)), value) if isinstance(value, str) else (0, value or 0, "")
 
 
 def cell_text(key: str, value) -> str:
@@ -515,6 +520,7 @@ def main(argv=None):
         groups = average(read_rows(args.results))
         names = {dataset: re.sub(r"[^\w.]+", "-", dataset) for dataset in dict.fromkeys(g["dataset"] for g in groups)}
         for dataset, name in names.items():
+            refuse_links_out(args.out, outputs(dataset, name, args.out), "--out")
             refuse_foreign(outputs(dataset, name, args.out), args.overwrite, "--out")
         for dataset, name in names.items():
             of_dataset = [g for g in groups if g["dataset"] == dataset]

@@ -294,7 +294,7 @@ def test_the_input_is_never_the_output(script, folder, out):
         (["--values", "0=0", "255"], "--values 255: give VALUE=NAME"),
         (["--values", "0=0", "0=1"], "gives 0 two classes"),
         (["--values", "0=0", "1,1,1=1"], "either values or colours"),
-        (["--values", "0=0", "1=bike"], "classes.txt: names no class 'bike'.*--ignore 'bike'"),
+        (["--values", "0=0", "1=bike"], "classes.txt: names no class 'bike'.*--ignore bike"),
         (["--values", "0=0", "1=3"], "classes.txt: names no class '3'"),
         (["--values", "0=0", "1=1", "--palette", "voc"], "give one of the two"),
         (["--palette", "nowhere.txt"], "nowhere.txt: no such file; write one colour 'R G B' per line"),
@@ -337,7 +337,7 @@ def test_two_masks_of_one_image_are_named(script, folder):
     shutil.copy(folder / "source" / "im00.png", folder / "source" / "im00_color.png")
     arguments = ["--masks", folder / "source", "--out", folder / "new", "--images", folder / "images"]
     code, _, err = script(prepare, "masks", *arguments)
-    assert code == 2 and re.search("im00_color.png: is a mask of 'im00', and so is .*im00.png; .*--suffix '_color'", err)
+    assert code == 2 and re.search("im00_color.png: is a mask of 'im00', and so is .*im00.png; .*--suffix _color", err)
 
 
 # ---- pictures of check ----
