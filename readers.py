@@ -133,6 +133,16 @@ def read_palette(path: pathlib.Path, classes: int) -> list[tuple[int, int, int]]
     return palette
 
 
+def why_refused(file: Image.Image) -> str | None:
+    """Why an opened image must not be decoded, by its header, and the fix; None where it may be."""
+    if file.format in RUNS_PROGRAMS:
+        return f"is {file.format}, which another program would have to draw; save it as PNG"
+    if file.width * file.height > MAX_PIXELS:
+        size = f"{file.width}x{file.height}"
+        return f"has {size} pixels, more than the {MAX_PIXELS:,} that are read at once; split it or make it smaller"
+    return None
+
+
 @contextlib.contextmanager
 def opened(path, problem: str, fix: str = "replace it or remove it from the lists"):
     """`Image.open`. While the file is read, any exception, out of memory included, becomes a UserError of one line with the
@@ -141,14 +151,8 @@ def opened(path, problem: str, fix: str = "replace it or remove it from the list
     refuse_special(path)
     try:
         with Image.open(path) as file:
-            if file.format in RUNS_PROGRAMS:
-                raise UserError(f"{path}: is {file.format}, which another program would have to draw; save it as PNG")
-            width, height = file.size
-            if width * height > MAX_PIXELS:
-                raise UserError(
-                    f"{path}: has {width}x{height} pixels, more than the {MAX_PIXELS:,} that are read at once; split "
-                    "it or make it smaller"
-                )
+            if reason := why_refused(file):
+                raise UserError(f"{path}: {reason}")
             yield file
     except UserError:
         raise
@@ -332,8 +336,8 @@ def why_unreadable(path, error: Exception) -> str:
     """Why torch.load refused a file, and the fix."""
     if isinstance(error, IsADirectoryError):
         return "is a folder; give the file in it"
-    if isinstance(error, PermissionError):
-        return "cannot be opened (permission denied); give access to it"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be opened ({os.strerror(error.errno).lower()}); give access to it, or another file"
     with open(path, "rb") as file:
         begins = file.read(2)  # of a zip file of torch.save, or of a pickle
     refused = isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error)

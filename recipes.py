@@ -429,7 +429,10 @@ def fits(flag: Flag, value) -> bool:
 def wrong_argument(args: dict) -> str | None:
     """The first of a checkpoint's arguments that its script could not have left there, or None. All may be None."""
     for name, value in args.items():
-        if name in FLAGS and name not in ("out", "device") and value is not None and not fits(FLAGS[name], value):
+        if value is None or name not in FLAGS:
+            continue
+        flag = FLAGS[name]
+        if not (fits(flag, value) if flag.group else is_kind(value, ROW.get(name, str))):  # the scripts' own have no type here
             return f"the argument '{name}' as {shortened(value)}"
     return None
 

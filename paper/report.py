@@ -25,7 +25,7 @@ from matplotlib.lines import Line2D
 
 from common import ArgumentParser, UserError, cli, printable
 from pictures import save_figure
-from readers import read_json
+from readers import read_json, read_text
 from recipes import shortened, wrong_column
 from result_files import (
     GROUP_BY,
@@ -439,7 +439,7 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
     logs = {}
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_text(path).splitlines()
             whole = lines[:-1] + [line for line in lines[-1:] if line.endswith("}")]  # the last one may be cut off
             logs[path] = [{"step": int(entry["step"]), **entry} for entry in map(json.loads, whole)]
         except (OSError, ValueError, TypeError, KeyError) as error:
