@@ -26,7 +26,7 @@ from matplotlib.lines import Line2D
 from common import ArgumentParser, UserError, cli, printable
 from pictures import save_figure
 from readers import read_json, read_text
-from recipes import shortened, wrong_column
+from recipes import is_kind, shortened, wrong_column
 from result_files import (
     GROUP_BY,
     NETWORK,
@@ -374,7 +374,8 @@ def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
                 if min(costs) / 1.75 < n < max(costs) * 1.4
             }
         label = {"labeled": "labeled images", "gmacs_model": "GMACs of the model at 512×512 (at the points: head width)"}
-        axis.set(xlabel=label[x], title=NAMES.get(backbone, backbone))
+        axis.set_xlabel(label[x])
+        axis.set_title(NAMES.get(backbone, backbone), parse_math=False)
         entries |= draw_lines(axis, x, ours, paper, ticks)
         for g in ours if x == "gmacs_model" else []:  # lines rise to the right: these sides are free
             side = {"xytext": (-6, 4), "ha": "right"} if g["separable_head"] else {"xytext": (6, -11)}
@@ -394,7 +395,7 @@ def draw_lines(axis, x: str, ours: list[dict], paper: list[dict], ticks: dict[fl
     """Draw mIoU against `x`, one line per group of runs that differ only in `x`, with bars of one deviation. Returns the
     legend. The colour shows the method, the marker the schedule; open points and dashed lines are the paper's numbers."""
     axis.set_xscale("log")
-    axis.set_xticks(list(ticks), ticks.values())
+    axis.set_xticks(list(ticks), ticks.values(), parse_math=False)
     axis.minorticks_off()
     low, high = min(ticks) / 1.4, max(ticks) * 1.4
     axis.set(xlim=(low, high), ylabel="mIoU, %")
@@ -433,6 +434,17 @@ def save_with_legend(figure, entries: dict[str, Line2D], path: pathlib.Path):
     print(path)
 
 
+def log_entry(line: str) -> dict:
+    """A line of a log: its step and numbers, of which those that were not finite are None. Raises ValueError for another."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict) or not is_kind(entry.get("step"), int) or len(entry) > 100:
+        raise ValueError(f"an entry without a step: {line[:40]}")
+    for key, value in entry.items():  # those that are not finite are null, and nan in old logs
+        if not (value is None or isinstance(value, float) or is_kind(value, int)):
+            raise ValueError(f"'{key}' as {shortened(value)}")
+    return {printable(key): value for key, value in entry.items()}
+
+
 def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
     """Draw one panel per loss term and gradient norm, and one for the mIoU, with one line per run. The faint line shows the
     logged values, the strong one their mean over nine entries, if there are that many."""
@@ -441,8 +453,8 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
         try:
             lines = read_text(path).splitlines()
             whole = lines[:-1] + [line for line in lines[-1:] if line.endswith("}")]  # the last one may be cut off
-            logs[path] = [{"step": int(entry["step"]), **entry} for entry in map(json.loads, whole)]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            logs[path] = [log_entry(line) for line in whole]
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(
                 f"--curves {path}: cannot be read as a log ({getattr(error, 'strerror', error)}); give the log.jsonl of a run"
             ) from None
@@ -459,6 +471,7 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
         titles = {"miou": "mIoU on val, %", "loss": "total loss", "grad_loss": "gradient of the total loss"}
         gradient = term.startswith("grad_")  # drawn on one scale, to be compared
         axis.set(xlabel="step", title=titles.get(term, f"gradient: {term[5:]}" if gradient else f"loss: {term}"))
+        axis.title.set_parse_math(False)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.locator_params(axis="x", nbins=5, integer=True)
         for i, (path, log) in enumerate(logs.items()):

@@ -74,7 +74,17 @@ CPU = torch.device("cpu")
 NUMBERS = (0, 1, -1, 2, 7, 8, 127, 128, 255, 256, 32767, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 10**30)
 HOSTILE = (
     *("../../outside/made", "/etc/passwd", "..", ".", "", "-rf", "--out=/", "a/b", "a\\b", "a\0b", "a\nb", "a\r\nb", "\x1b[2J"),
-    *("$(touch made)", "`touch made`", "; touch made", "' ; touch made '", "| touch made", "{0} %s $x_1^2$", "<script>", "|"),
+    *(
+        "$(touch made)",
+        r"$\frac{$",
+        "`touch made`",
+        "; touch made",
+        "' ; touch made '",
+        "| touch made",
+        "{0} %s $x_1^2$",
+        "<script>",
+        "|",
+    ),
     *("\u202eabc", "e\u0301", "x" * 5000, "0" * 5000, "nan", "class 1", "None", "\u2028", "\ufeff"),
 )
 TEXTS = st.sampled_from(HOSTILE) | st.text(max_size=12)
