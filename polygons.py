@@ -240,9 +240,10 @@ def read_coco(path: pathlib.Path, content: dict, left_out: dict) -> tuple[dict[s
                 raise UserError(f"{path}: '{file}' and '{other}' have one name or number; give each image a name of its own")
             images[entry["id"]], files[name] = name, file
             found[name] = Annotated(path, checked_size((entry.get("width"), entry.get("height"))), [])
+        annotations = list(content["annotations"])
     if len(categories) < len(content["categories"]):
         raise UserError(f"{path}: two categories have one number; give each a number of its own")
-    for entry in content["annotations"]:
+    for entry in annotations:
         with reading(
             path, f"annotation {entry.get('id') if isinstance(entry, dict) else entry} cannot be read", "export it again"
         ):
