@@ -350,6 +350,8 @@ def model_from_checkpoint(checkpoint: dict, path="the checkpoint") -> DeepLabV3P
             reason = misfit(state, model_from_args(args, classes).state_dict())
     except (RuntimeError, OverflowError):
         reason = f"head width {args['head_width']:,}"
+    except UserError as error:  # an unknown backbone
+        reason = str(error)
     if reason:
         raise UserError(f"{path}: its weights do not fit its arguments ({reason}); it is damaged, give another")
     model = model_from_args(args, classes)

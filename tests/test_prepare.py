@@ -408,3 +408,15 @@ def test_a_list_that_somebody_else_made_is_kept(script, voc):
 def test_prepare_without_a_command_names_its_commands(script):
     code, _, err = script(prepare)
     assert code == 2 and "{masks,split,check,voc}" in err
+
+
+@pytest.mark.parametrize("link", ["masks/im00.png", "classes.txt", "palette.txt"])
+def test_a_conversion_writes_nothing_behind_a_link(script, folder, tmp_path, link):
+    out, outside = tmp_path / "new" / "masks", tmp_path / "outside"
+    out.mkdir(parents=True)
+    outside.mkdir()
+    (out.parent / link).symlink_to(outside / "made")
+    arguments = ["--masks", folder / "masks", "--out", out, "--values", "0=a", "1=b", "2=c", "255=ignore", "--overwrite"]
+    code, _, err = script(prepare, "masks", *arguments)
+    assert not list(outside.iterdir())
+    assert (code == 2 and "leads out of that folder by a link" in err) if link.startswith("masks") else code == 0, err
