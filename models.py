@@ -332,19 +332,10 @@ def model_from_args(args: dict, classes: int, weights: str = "none") -> DeepLabV
     return build_model(args["backbone"], classes, weights, args["stem"], args["head_width"], args["separable_head"])
 
 
-# What a checkpoint must hold to be evaluated or to teach.
-NEEDED_ARGS = ("dataset", "backbone", "stem", "head_width", "separable_head", "image_scale", "precision")
-NEEDED_COLUMNS = ("method", "role", "backbone", "partition", "labeled", "steps", "seed", "gmacs_model", "mgd_ops")
-
-
 def model_from_checkpoint(checkpoint: dict, path="the checkpoint") -> DeepLabV3Plus:
     """The trained network of a checkpoint (see `run_folder.load_checkpoint`), in evaluation mode. Raises UserError, which names
     `path`, where its weights are not those of the network that its arguments describe."""
     args, classes, state = checkpoint["args"], len(checkpoint["classes"]), checkpoint["model"]
-    absent = [f"args.{name}" for name in NEEDED_ARGS if args.get(name) is None]
-    absent += [f"row.{name}" for name in NEEDED_COLUMNS if checkpoint["row"].get(name) is None]
-    if absent or "palette" not in checkpoint or classes < 2:
-        raise UserError(f"{path}: lacks {(absent or ['palette or classes'])[0]}, so it cannot be used; give another checkpoint")
     try:
         with torch.device("meta"):  # first without memory, since the arguments may claim any size
             reason = misfit(state, model_from_args(args, classes).state_dict())

@@ -153,6 +153,22 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
     return checkpoint
 
 
+# What a checkpoint must hold to be evaluated, exported, or to teach.
+NEEDED_ARGS = ("dataset", "backbone", "stem", "head_width", "separable_head", "image_scale", "precision")
+NEEDED_COLUMNS = ("method", "role", "backbone", "partition", "labeled", "steps", "seed", "gmacs_model", "mgd_ops")
+
+
+def load_network(path: pathlib.Path | str) -> dict:
+    """`load_checkpoint` of a finished run's file, with all that the use of its network needs. Raises UserError."""
+    checkpoint = load_checkpoint(path)
+    absent = [f"args.{name}" for name in NEEDED_ARGS if checkpoint["args"].get(name) is None]
+    absent += [f"row.{name}" for name in NEEDED_COLUMNS if checkpoint["row"].get(name) is None]
+    absent += ["palette"] * ("palette" not in checkpoint) + ["classes"] * (len(checkpoint["classes"]) < 2)
+    if absent:
+        raise UserError(f"{path}: lacks {absent[0]}, so it cannot be used; give another checkpoint")
+    return checkpoint
+
+
 def wrong_part(checkpoint: dict) -> str | None:
     """The first part of a checkpoint that is not of the kind that `save_checkpoint` is given, or None."""
 

@@ -39,7 +39,7 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ import checks
 import convert
 import datasets
 import evaluate
+import inference
 import models
 import predict
 import prepare
@@ -188,25 +189,25 @@ def changed(draw, value, kinds=VALUES):
     """A copy of nested plain values in which one to three entries are replaced, removed, or moved to another key."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
-        inner = value
-        while True:
-            if not isinstance(inner, (dict, list)) or not inner:
-                break
-            key = draw(st.sampled_from(list(inner) if isinstance(inner, dict) else range(len(inner))))
-            if isinstance(inner[key], (dict, list)) and inner[key] and draw(st.integers(0, 4)):
-                inner = inner[key]
-                continue
-            change = draw(st.sampled_from(["replace", "replace", "replace", "remove", "move"]))
-            if change == "replace":
-                inner[key] = draw(kinds)
-            elif change == "remove":
-                del inner[key]
-            elif isinstance(inner, dict):
-                inner[draw(TEXTS)] = inner.pop(key)
-            else:
-                inner.append(inner[key])
-            break
+        inner, key = draw(st.sampled_from(list(entries_of(value)) or [([None], 0)]))
+        change = draw(st.sampled_from(["replace", "replace", "replace", "remove", "move"]))
+        if change == "replace":
+            inner[key] = draw(kinds)
+        elif change == "remove":
+            del inner[key]
+        elif isinstance(inner, dict):
+            inner[draw(TEXTS)] = inner.pop(key)
+        else:
+            inner.append(inner[key])
     return value
+
+
+def entries_of(value) -> Iterator[tuple]:
+    """(container, key) of every entry of nested plain values."""
+    for key in range(len(value)) if isinstance(value, list) else list(value):
+        yield value, key
+        if isinstance(value[key], (dict, list)):
+            yield from entries_of(value[key])
 
 
 def text_file(draw, lines: list[str]) -> bytes:
@@ -575,10 +576,10 @@ def checkpoint(draw, place):
 
     def call():
         found = attempt(run_folder.load_checkpoint, path)
-        opened = attempt(evaluate.open_model, path, ARGUMENTS, CPU)
+        opened = attempt(inference.open_model, path, ARGUMENTS, CPU)
         if opened is not None:
             loaded, model, precision, protocol = opened
-            attempt(evaluate.predict, model, photo, CPU, precision, protocol)
+            attempt(inference.predict, model, photo, CPU, precision, protocol)
             result_files.setting_values(loaded["row"], result_files.GROUP_BY)
             result_files.settings_of(loaded["args"])
         attempt(result_files.is_ours, path)
@@ -609,6 +610,42 @@ def weights(draw, place):
             renamed = {key.replace(".", "_"): value for key, value in found.items()}
             if models.misfit(renamed, needed) is None:
                 bare.load_state_dict(renamed)
+
+    return call
+
+
+def exported(draw, place):
+    """A model in ONNX, as export.py describes it; the image is its own logits."""
+    from onnx import TensorProto, helper
+
+    metadata = {
+        key: value for key, value in checkpoint_of(place.data / "mine").items() if key in ("args", "row", "classes", "palette")
+    }
+    metadata |= {"image_scale": 1.0, "window": None, "size": None, "precision": "fp32", "output": "logits", "params_m": 0.1}
+    metadata |= {"bytes_per_pixel": 9.0}
+    if draw(st.booleans()):
+        metadata = changed(draw, metadata)
+    nodes = [helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT)]
+    nodes.append(
+        helper.make_node("Transpose", ["float"], ["logits"], perm=draw(st.sampled_from([(0, 3, 1, 2)] * 3 + [(0, 1, 3, 2)])))
+    )
+    inputs = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["B", "H", "W", 3])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", 3, "H", "W"])]
+    model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs), opset_imports=[helper.make_opsetid("", 18)])
+    model.ir_version = 10
+    helper.set_model_props(model, {"mgd": json.dumps(metadata)})
+    path = place.data / "last.onnx"
+    path.write_bytes(damaged(draw, model.SerializeToString()))
+    whole = one_in(draw, 15)
+
+    def call():
+        opened = attempt(inference.open_model, path, ARGUMENTS, CPU)
+        if opened is not None:
+            attempt(inference.predict, opened[1], np.zeros((9, 7, 3), np.uint8), CPU, *opened[2:])
+        attempt(result_files.is_ours, path)
+        if whole:
+            script(evaluate, "--ckpt", path, "--json", place.run / "a.json", "--data", place.data / "mine")
+            script(predict, "--ckpt", path, "--images", place.data / "mine" / "images", "--out", place.run / "out")
 
     return call
 
@@ -804,6 +841,7 @@ KINDS = {
     "palette": palette,
     "checkpoint": checkpoint,
     "weights": weights,
+    "exported": exported,
     "result": result,
     "log": log,
     "outline": outline,

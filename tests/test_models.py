@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 
-import evaluate
+import inference
 import models
 from common import UserError
 
@@ -262,5 +262,5 @@ def test_a_checkpoint_that_no_run_writes_is_one_line_with_its_name(ckpt, change,
     torch.save(content, ckpt)
     args = argparse.Namespace(scales=[1.0], flip=False, window=None, precision=None)
     with pytest.raises(UserError, match=reason) as error:
-        evaluate.open_model(ckpt, args, torch.device("cpu"))
+        inference.open_model(ckpt, args, torch.device("cpu"))
     assert str(error.value).startswith(f"{ckpt}: ")
