@@ -439,6 +439,7 @@ def log_entry(line: str) -> dict:
     entry = json.loads(line)
     if not isinstance(entry, dict) or not is_kind(entry.get("step"), int) or len(entry) > 100:
         raise ValueError(f"an entry without a step: {line[:40]}")
+    entry.pop("skipped", None)  # the losses and images of a skipped step, or how many were skipped
     for key, value in entry.items():  # those that are not finite are null, and nan in old logs
         if not (value is None or isinstance(value, float) or is_kind(value, int)):
             raise ValueError(f"'{key}' as {shortened(value)}")
