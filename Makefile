@@ -58,6 +58,9 @@ $(foreach v,DEEP_CKPT WIDE_CKPT,$(if $(filter-out $(wildcard $($(v))),$($(v))),$
 
 # ---- runs: their checkpoints, once per seed; in a rule, % is / for seed 0 and -s1/ for seed 1 ----
 NAME := $(if $(filter folder,$(DATASET)),$(or $(notdir $(abspath $(DATA))),$(call refuse,DATA,give its folder)),$(DATASET))
+# The name comes from the current folder where DATA is . or .., and no guard above has seen it.
+$(foreach c,$(META) :,$(if $(findstring $(c),$(NAME)),$(call refuse,DATA,leads to a folder with $(c) in its name; rename it)))
+$(if $(word 2,$(NAME)),$(call refuse,DATA,leads to a folder with a space in its name; rename it))
 TEACHERS := runs/$(NAME)/$(subst /,-,$(TEACHER_PART))
 STUDENTS := $(or $(RUN:%/=%),runs/$(NAME)/$(subst /,-,$(PART)))
 # Students of teachers other than those of their labels and seed say so in their folder's name.

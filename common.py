@@ -22,7 +22,11 @@ IGNORE_INDEX = 255  # the label of pixels that take part neither in a loss nor i
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message is one line that names the file or flag, and the fix."""
+    """An error that the user can fix. The message is one printable line that names the file or flag, and the fix."""
+
+    def __init__(self, message: str):
+        lines = (line.strip() for line in message.splitlines())
+        super().__init__(printable(" ".join(line for line in lines if line)))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -429,5 +433,5 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def printable(text: pathlib.Path | str) -> str:
-    """File names may hold bytes that are not UTF-8; they are shown as such."""
-    return str(text).encode(errors="backslashreplace").decode()
+    """File names may hold line ends, other control characters and bytes that are not UTF-8; they are shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import os
 import pathlib
 import re
 import shlex
@@ -18,7 +19,7 @@ import datasets
 import readers
 from common import IGNORE_INDEX, UserError, printable
 from readers import VOC_BORDER, colour_table, mask_values, name_of, opened, read_lines, upright, voc_palette
-from result_files import png_text
+from result_files import png_text, refuse_links_out
 from run_folder import atomic_write, check_folder
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
@@ -135,7 +136,7 @@ def read_classes(args: argparse.Namespace, mask: pathlib.Path) -> Classes:
     if absent:
         raise UserError(
             f"{path}: names no class '{absent[0]}'; add it there (one name per line), or leave it out with "
-            f"--ignore '{absent[0]}'"
+            f"--ignore {shlex.quote(absent[0])}"
         )
     coloured = isinstance(entries[0][0], tuple)
     indices, palette = {}, voc_palette(len(names))
@@ -168,7 +169,7 @@ def find_masks(folder: pathlib.Path, images: set[str], ending: str | None):
         elif name in masks:
             raise UserError(
                 f"{path}: is a mask of '{name}', and so is {masks[name]}; choose the masks, for example "
-                f"with --suffix '{stem.removeprefix(name)}'"
+                f"with --suffix {shlex.quote(stem.removeprefix(name))}"
             )
         else:
             masks[name] = path
@@ -309,8 +310,10 @@ def find_images(args: argparse.Namespace) -> dict[str, pathlib.Path]:
 
 
 def refuse_foreign_masks(args: argparse.Namespace, names: Iterable[str]):
-    """Raises UserError if the mask of one of `names` in OUT was not written by this command."""
-    foreign = [path for path in (args.out / f"{name}.png" for name in names) if path.exists() and not is_converted(path)]
+    """Raises UserError if the mask of one of `names` in OUT was not written by this command, or would lie outside OUT."""
+    targets = [args.out / f"{name}.png" for name in names]
+    refuse_links_out(args.out, targets, "--out")
+    foreign = [path for path in targets if path.exists() and not is_converted(path)]
     if foreign and not args.overwrite:
         raise UserError(
             f"--out: {foreign[0]} exists and was not written by this command; give another folder, or add "
@@ -332,7 +335,7 @@ def write_masks(args, names: Collection[str], mask_of, palette, lines: dict[str,
             image.save(temporary, format="PNG", pnginfo=chunk)
     beside = (out.parent / "images").is_dir()
     for file, content in lines.items() if out.name == "masks" or beside else ():
-        if content and not (out.parent / file).exists():
+        if content and not os.path.lexists(out.parent / file):  # a link to nothing is not followed
             with atomic_write(out.parent / file) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
             print(f"{args.out.parent / file}: {len(content)} lines")

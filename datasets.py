@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import sys
 from typing import NamedTuple
 
@@ -346,7 +347,8 @@ class Voc(Files):
             return
         if not augmented.is_dir():
             raise UserError(
-                f"{augmented}: no such folder; build it with python prepare.py voc --data {data}, or use --dataset voc-few"
+                f"{augmented}: no such folder; build it with python prepare.py voc --data {shlex.quote(str(data))}, or use "
+                "--dataset voc-few"
             )
         self.listed = [*self.listed, *by_name(augmented.glob("*.png"))]
         for file in ("train_aug.txt", "trainaug.txt"):
@@ -375,7 +377,7 @@ def voc_root(data: pathlib.Path) -> pathlib.Path:
             return root
     raise UserError(
         f"{data}: holds no VOC2012/JPEGImages; give VOCdevkit with --data, or download it with "
-        f"python prepare.py voc --data {data} --download"
+        f"python prepare.py voc --data {shlex.quote(str(data))} --download"
     )
 
 

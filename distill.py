@@ -56,7 +56,7 @@ from common import (
     set_lr,
 )
 from finite_steps import FiniteSteps
-from run_folder import Progress, load_checkpoint, load_for_resume, plain_args, restore, save_checkpoint, save_or_stop, states
+from run_folder import Progress, load_for_resume, load_network, plain_args, restore, save_checkpoint, save_or_stop, states
 from stop_signals import StopSignals
 
 LOSSES = ("sup", "pixel", "pixel:labeled", "pixel:unlabeled", "image:T_D", "image:T_W", "region:T_D", "region:T_W")
@@ -143,7 +143,7 @@ def chosen_losses(args) -> list[str]:
 
 def load_teacher(path, dataset, args, device):
     """A frozen teacher in evaluation mode, and its checkpoint. Raises UserError where it does not fit the data set."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_network(path)
     classes, scale = checkpoint["classes"], checkpoint["args"]["image_scale"]
     if classes != dataset.classes:
         difference = f"{len(classes)} classes, but the data set has {len(dataset.classes)}"
@@ -155,7 +155,7 @@ def load_teacher(path, dataset, args, device):
             f"{path}: this teacher was trained with --image-scale {scale}, not {args.image_scale}; teachers and student must "
             "see images of the same size"
         )
-    return models.model_from_checkpoint(checkpoint).to(device).requires_grad_(False), checkpoint
+    return models.model_from_checkpoint(checkpoint, path).to(device).requires_grad_(False), checkpoint
 
 
 def set_batch_norm_training(teacher):

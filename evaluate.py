@@ -241,7 +241,7 @@ def main(argv=None):
         import pictures  # and matplotlib, which trainings do not need
 
     trained = load_trained(args.ckpt[0])["args"]
-    dataset = datasets.open_dataset(trained["dataset"], args.data or trained["data"])
+    dataset = datasets.open_dataset(trained["dataset"], args.data or trained.get("data"))
     checks.refuse_faults(dataset, {"val": dataset.val})
     rows, panels = [], []
     shown = dataset.val[:: max(1, len(dataset.val) // args.panel_rows)][: args.panel_rows]

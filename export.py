@@ -48,7 +48,7 @@ from onnx_model import KEY, OnnxModel, require
 from predict import find_images
 from recipes import FLAGS, crop_size
 from result_files import git_commit, refuse_outputs, settings_of, write_result
-from run_folder import atomic_write, load_checkpoint
+from run_folder import atomic_write, load_network
 
 OPSET = 18  # the exporter's own, and the oldest that it writes without converting
 EQUAL = {"fp32": 99.99, "int8": 97.0}  # percent of labels that must be equal; of int8 where there are no masks
@@ -449,8 +449,8 @@ def main(argv=None):
     args = parse_args(argv)
     began = time.perf_counter()
     require("onnx", "onnxscript", "onnxruntime")
-    checkpoint = load_checkpoint(args.ckpt)
-    network = models.model_from_checkpoint(checkpoint)
+    checkpoint = load_network(args.ckpt)
+    network = models.model_from_checkpoint(checkpoint, args.ckpt)
     dataset, paths = open_images(args, checkpoint)
     metadata = describe(checkpoint, network, args)
     protocol = protocol_of(metadata)

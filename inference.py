@@ -20,7 +20,7 @@ from batches import FILL, normalize
 from common import UserError, autocast, pick_precision
 from onnx_model import OnnxModel, is_exported
 from recipes import WINDOW_HELP, window_size
-from run_folder import load_checkpoint
+from run_folder import load_network
 
 STRIP_BYTES = 2**27  # of finished logits per strip; fewer bytes are one strip, more take more memory
 
@@ -249,7 +249,7 @@ def bytes_per_pixel(model, precision: str) -> float:
 
 def load_trained(path: pathlib.Path) -> dict:
     """What a checkpoint or an exported model tells of its training: `args`, `classes`, `palette`, `row`. Raises UserError."""
-    return OnnxModel(path).metadata if is_exported(path) else load_checkpoint(path)
+    return OnnxModel(path).metadata if is_exported(path) else load_network(path)
 
 
 def open_model(path: pathlib.Path, args, device) -> tuple[dict, models.DeepLabV3Plus | OnnxModel, str, Protocol]:
@@ -258,10 +258,10 @@ def open_model(path: pathlib.Path, args, device) -> tuple[dict, models.DeepLabV3
     if is_exported(path):
         model = OnnxModel(path)
         return model.metadata, model, model.metadata["precision"], protocol_of_exported(model, args)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_network(path)
     protocol = with_arguments(protocol_of(checkpoint["args"]), args)
     precision = pick_precision(args.precision or checkpoint["args"]["precision"], device)
-    return checkpoint, models.model_from_checkpoint(checkpoint).to(device), precision, protocol
+    return checkpoint, models.model_from_checkpoint(checkpoint, path).to(device), precision, protocol
 
 
 def with_arguments(protocol: Protocol, args) -> Protocol:

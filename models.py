@@ -12,9 +12,7 @@ the logits to any size.
 import copy
 import functools
 import json
-import pickle
 import urllib.error
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -26,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from common import ArgumentParser, UserError, cli
+from readers import open_tensors
 
 # Our name for a backbone, the paper's where it has one -> torchvision's.
 # "Wide ResNet-34" counts 66.83M parameters only as Wide ResNet-50-2.
@@ -250,13 +249,9 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
     """The state dict in a file of torch.save, taken out of the dictionary that holds it (`state_dict`, `model`, ...), and its
     keys without the prefixes of DataParallel and torch.compile. Raises UserError with the reason where there is none."""
     try:
-        with warnings.catch_warnings():  # torch's, about foreign pickles; the error below reports them in one line
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = open_tensors(path, f"--weights {path}")
     except FileNotFoundError:
         raise UserError(f"--weights {path}: no such file; give a file, 'imagenet' or 'none'") from None
-    except Exception as error:  # of many types, depending on the file's bytes
-        raise UserError(f"--weights {path}: {why_unreadable(path, error)}") from None
     if isinstance(state, dict) and {"model", "args", "row"} <= state.keys():
         raise UserError(
             f"--weights {path}: is a checkpoint of this project, not the weights of a classification network; give "
@@ -276,20 +271,6 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
-
-
-def why_unreadable(path: str, error: Exception) -> str:
-    """Why torch.load refused a file, and the fix."""
-    if isinstance(error, IsADirectoryError):
-        return "is a folder; give the file in it"
-    if isinstance(error, PermissionError):
-        return "cannot be opened (permission denied); give access to it"
-    with open(path, "rb") as file:
-        begins = file.read(2)  # of a zip file of torch.save, or of a pickle
-    refused = isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error)
-    if refused and (begins == b"PK" or begins[:1] == b"\x80"):
-        return "is a pickle of Python objects, which could run code when it is opened; save network.state_dict() alone"
-    return f"cannot be read as a file of torch.save ({type(error).__name__}); it is damaged or of another format"
 
 
 def is_state_dict(state) -> bool:
@@ -351,10 +332,21 @@ def model_from_args(args: dict, classes: int, weights: str = "none") -> DeepLabV
     return build_model(args["backbone"], classes, weights, args["stem"], args["head_width"], args["separable_head"])
 
 
-def model_from_checkpoint(checkpoint: dict) -> DeepLabV3Plus:
-    """The trained network of a checkpoint (see `run_folder.load_checkpoint`), in evaluation mode."""
-    model = model_from_args(checkpoint["args"], len(checkpoint["classes"]))
-    model.load_state_dict(checkpoint["model"])
+def model_from_checkpoint(checkpoint: dict, path="the checkpoint") -> DeepLabV3Plus:
+    """The trained network of a checkpoint (see `run_folder.load_checkpoint`), in evaluation mode. Raises UserError, which names
+    `path`, where its weights are not those of the network that its arguments describe."""
+    args, classes, state = checkpoint["args"], len(checkpoint["classes"]), checkpoint["model"]
+    try:
+        with torch.device("meta"):  # first without memory, since the arguments may claim any size
+            reason = misfit(state, model_from_args(args, classes).state_dict())
+    except (RuntimeError, OverflowError):
+        reason = f"head width {args['head_width']:,}"
+    except UserError as error:  # an unknown backbone
+        reason = str(error)
+    if reason:
+        raise UserError(f"{path}: its weights do not fit its arguments ({reason}); it is damaged, give another")
+    model = model_from_args(args, classes)
+    model.load_state_dict(state)
     return model.eval()
 
 

@@ -23,7 +23,18 @@ from tqdm import tqdm
 
 from common import IGNORE_INDEX, UserError, printable
 from convert import BROKEN, find_images, refuse_foreign_masks, write_masks
-from readers import MAX_PIXELS, SWAPS_SIDES, name_of, opened, read_lines, turn_of, upright_size, voc_palette
+from readers import (
+    MAX_PIXELS,
+    SWAPS_SIDES,
+    name_of,
+    opened,
+    read_lines,
+    read_text,
+    turn_of,
+    upright_size,
+    voc_palette,
+    why_refused,
+)
 
 IGNORED = ("ignore", "__ignore__")  # labels that become 255; the second is LabelMe's
 FARTHEST = 2**20  # coordinates beyond are moved to this one, since Pillow's are 32-bit integers
@@ -157,7 +168,7 @@ def read_files(paths: list[pathlib.Path], left_out: dict) -> tuple[dict[str, Ann
     found, where = {}, {}
     for path in tqdm(paths, "read", disable=None):
         with reading(path, "cannot be read as JSON", "export it again, or remove it"):
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            content = json.loads(read_text(path))
         keys = content.keys() if isinstance(content, dict) else set()
         if {"images", "annotations", "categories"} <= keys:
             if len(paths) > 1:
@@ -196,6 +207,8 @@ def read_labelme(path: pathlib.Path, content: dict, left_out: dict) -> Annotated
                 shapes.append(circle(label, *points))
             elif kind == "mask" and len(points) == 2:
                 with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as file:
+                    if reason := why_refused(file):
+                        raise ValueError(f"a mask that {reason}")
                     shapes.append(bitmap(label, np.array(file.convert("L")) > 0, *map(int, points[0])))
             else:
                 what = f"a {kind} of {len(points)} points" if kind in ("polygon", "rectangle", "circle") else f"a {kind}"
@@ -227,9 +240,10 @@ def read_coco(path: pathlib.Path, content: dict, left_out: dict) -> tuple[dict[s
                 raise UserError(f"{path}: '{file}' and '{other}' have one name or number; give each image a name of its own")
             images[entry["id"]], files[name] = name, file
             found[name] = Annotated(path, checked_size((entry.get("width"), entry.get("height"))), [])
+        annotations = list(content["annotations"])
     if len(categories) < len(content["categories"]):
         raise UserError(f"{path}: two categories have one number; give each a number of its own")
-    for entry in content["annotations"]:
+    for entry in annotations:
         with reading(
             path, f"annotation {entry.get('id') if isinstance(entry, dict) else entry} cannot be read", "export it again"
         ):

@@ -32,7 +32,7 @@ import readers
 from common import ArgumentParser, UserError, cli, free_memory, pick_device, printable
 from inference import Protocol, add_protocol_arguments, bytes_per_pixel, check_protocol_arguments, open_model, predict
 from pictures import add_legend, drawable, save_figure
-from result_files import refuse_foreign, save_png
+from result_files import refuse_foreign, refuse_links_out, save_png
 from run_folder import check_folder
 
 # A file claims to be an image by one of these suffixes or first bytes, or by a suffix of Pillow's own list, except those that
@@ -196,6 +196,7 @@ def check_outputs(paths: list[pathlib.Path], images: pathlib.Path, out: pathlib.
     targets = [folder / name for folder in folders[1:] for name in output_names(paths)] + [out / "sheet.png"]
     if lost := {os.path.realpath(path) for path in paths} & {os.path.realpath(target) for target in targets}:
         raise UserError(f"--out {printable(out)}: would replace the image {printable(min(lost))}; give another")
+    refuse_links_out(out, targets, f"--out {printable(out)}")
     refuse_foreign(targets, overwrite, f"--out {printable(out)}")
     for folder in folders:
         check_folder("--out", folder)

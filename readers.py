@@ -1,16 +1,26 @@
-"""Read images, masks, lists and palettes of many forms, or raise a UserError of one line with the reason."""
+"""Read images, masks, lists, palettes and files of tensors of many forms, or raise a UserError of one line with the reason.
+
+Files come from others and may lie or be made to harm: docs/reliability.md states the rules.
+"""
 
 import contextlib
 import itertools
+import json
 import math
+import os
 import pathlib
+import pickle
 import re
 import shlex
+import stat
 import struct
 import unicodedata
+import warnings
+import zipfile
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from common import IGNORE_INDEX, UserError
@@ -19,7 +29,40 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 VOC_BORDER = (224, 224, 192)  # VOC's colour of 255
 MOST_UNNAMED = 32  # labels without classes.txt; more are probably levels of grey
 MAX_PIXELS = 2**28  # of one image, 16384x16384; a small file can claim to be much larger and fill the memory
+MAX_TEXT = 2**27  # bytes of one list or JSON file
+MAX_VALUES = 10**7  # in one file of tensors; a checkpoint names all images of its partition
+MAX_DEPTH = 32  # of its lists and dictionaries, one in the other
+MAX_VIEW = 2**28  # bytes of a tensor that repeats fewer stored ones, as one number for all
+RUNS_PROGRAMS = ("EPS", "WMF")  # formats that Pillow has another program draw
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns from 89 million pixels on
+
+# ---- any file ----
+
+
+def refuse_special(path):
+    """Raises UserError for a pipe or a device, which a reader could wait for without end."""
+    with contextlib.suppress(OSError, ValueError):  # what is absent, the reader reports
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{path}: is a pipe or a device, which may never end; give a file")
+
+
+def read_text(path: pathlib.Path) -> str:
+    """A file in UTF-8, with or without a byte order mark, which some editors write. Raises OSError, UnicodeDecodeError, or
+    UserError for a pipe and for more than MAX_TEXT bytes."""
+    refuse_special(path)
+    if os.path.getsize(path) > MAX_TEXT:
+        raise UserError(f"{path}: has {os.path.getsize(path):,} bytes, more than the {MAX_TEXT:,} of a text file; split it")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def read_json(path: pathlib.Path, fix: str):
+    """The content of a JSON file. Raises UserError, which ends with `fix`."""
+    try:
+        return json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:  # the last: too many brackets
+        raise UserError(f"{path}: cannot be read as JSON ({getattr(error, 'strerror', error)}); {fix}") from None
+
 
 # ---- names and lists ----
 
@@ -48,7 +91,7 @@ def by_name(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
 def read_lines(path: pathlib.Path, what: str = "name") -> list[str]:
     """The lines of a text file that are not empty, stripped, in Unicode's NFC; each is a `what`. Raises UserError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        text = read_text(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; write one {what} per line") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -90,19 +133,26 @@ def read_palette(path: pathlib.Path, classes: int) -> list[tuple[int, int, int]]
     return palette
 
 
+def why_refused(file: Image.Image) -> str | None:
+    """Why an opened image must not be decoded, by its header, and the fix; None where it may be."""
+    if file.format in RUNS_PROGRAMS:
+        return f"is {file.format}, which another program would have to draw; save it as PNG"
+    if file.width * file.height > MAX_PIXELS:
+        size = f"{file.width}x{file.height}"
+        return f"has {size} pixels, more than the {MAX_PIXELS:,} that are read at once; split it or make it smaller"
+    return None
+
+
 @contextlib.contextmanager
 def opened(path, problem: str, fix: str = "replace it or remove it from the lists"):
     """`Image.open`. While the file is read, any exception, out of memory included, becomes a UserError of one line with the
     file's name and the exception's type. All are caught, since Pillow and its plugins raise almost anything on damaged files.
-    An image of more than MAX_PIXELS is refused by its header."""
+    An image of more than MAX_PIXELS is refused by its header, and so is a format that another program would draw."""
+    refuse_special(path)
     try:
         with Image.open(path) as file:
-            width, height = file.size
-            if width * height > MAX_PIXELS:
-                raise UserError(
-                    f"{path}: has {width}x{height} pixels, more than the {MAX_PIXELS:,} that are read at once; split "
-                    "it or make it smaller"
-                )
+            if reason := why_refused(file):
+                raise UserError(f"{path}: {reason}")
             yield file
     except UserError:
         raise
@@ -245,6 +295,79 @@ def read_colours(path: pathlib.Path) -> bytes | None:
         colours = bytes(colours) if rawmode == "RGB" else bytes(file.getpalette())
     ramp = bytes(np.repeat(np.arange(256, dtype=np.uint8), 3))
     return None if ramp.startswith(colours) else colours
+
+
+# ---- tensors ----
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32)
+DTYPES = (*DTYPES, torch.int64, torch.bool)
+PICKLES = [bytes((0x80, protocol)) for protocol in range(2, 6)]  # how a pickle begins
+
+
+def open_tensors(path, name: str):
+    """The content of a file of torch.save, on the CPU: plain values, lists, tuples, dictionaries, and dense tensors. Raises
+    UserError, which begins with `name`, for anything else, and FileNotFoundError.
+
+    Nothing in the file is run: torch.load takes known types alone. A file is refused before it is unpacked if its parts claim
+    to hold more bytes than the file has, and afterwards if a tensor has more numbers than are stored.
+    """
+    refuse_special(path)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                claimed = sum(part.file_size for part in archive.infolist())
+                if claimed > os.path.getsize(path):  # torch.save packs nothing
+                    raise UserError(f"{name}: its parts claim {claimed:,} bytes, more than the file has; it is damaged")
+                if archive.testzip():  # torch.load does not compare the checksums
+                    raise UserError(f"{name}: cannot be read, since its checksums are wrong; it is damaged")
+        with warnings.catch_warnings():  # torch's, about foreign pickles; the error below reports them in one line
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UserError, FileNotFoundError):
+        raise
+    except Exception as error:  # of many types, depending on the file's bytes
+        raise UserError(f"{name}: {why_unreadable(path, error)}") from None
+    if reason := not_plain(content):
+        raise UserError(f"{name}: holds {reason}; save tensors and plain values alone")
+    return content
+
+
+def why_unreadable(path, error: Exception) -> str:
+    """Why torch.load refused a file, and the fix."""
+    if isinstance(error, IsADirectoryError):
+        return "is a folder; give the file in it"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be opened ({os.strerror(error.errno).lower()}); give access to it, or another file"
+    with open(path, "rb") as file:
+        begins = file.read(2)  # of a zip file of torch.save, or of a pickle
+    refused = isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error)
+    if refused and (begins == b"PK" or begins in PICKLES):
+        return "is a pickle of Python objects, which could run code when it is opened; save network.state_dict() alone"
+    return f"cannot be read as a file of torch.save ({type(error).__name__}); it is damaged or of another format"
+
+
+def not_plain(content) -> str | None:
+    """The first thing in nested content that `open_tensors` refuses, or None. It is walked as it would be printed, so that few
+    lists that hold one another many times are too many values."""
+    stack, count = [(content, 0)], 0
+    while stack:
+        value, depth = stack.pop()
+        count += 1
+        if count > MAX_VALUES or depth > MAX_DEPTH:
+            return f"more than {MAX_VALUES:,} values" if count > MAX_VALUES else f"lists in lists, {depth} deep"
+        if isinstance(value, torch.Tensor):
+            dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+            if not dense or type(value) not in (torch.Tensor, torch.nn.Parameter) or value.dtype not in DTYPES:
+                return "a tensor that is sparse, quantized, complex or without data"
+            if value.numel() * value.element_size() > max(MAX_VIEW, value.untyped_storage().nbytes()):
+                return f"a tensor of {value.numel():,} numbers, of which fewer are stored"
+        elif isinstance(value, dict):
+            stack += [(item, depth + 1) for pair in value.items() for item in pair]
+        elif isinstance(value, (list, tuple)):
+            stack += [(item, depth + 1) for item in value]
+        elif not isinstance(value, (str, int, float, type(None))):
+            return f"a {type(value).__name__}"
+    return None
 
 
 # ---- which command fixes wrong masks ----

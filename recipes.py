@@ -381,6 +381,82 @@ def fill_from_recipe(args: argparse.Namespace, stage: str):
                 check_range(name, flag, value)
 
 
+# ---- values of files that others wrote ----
+
+# The keys of a result's row that are no flag, or hold something else: the kind of their values, and of those of a list.
+ROW = {
+    **dict.fromkeys(("dataset", "partition", "partition_hash", "role", "backbone", "method", "mgd_ops", "code"), str),
+    **dict.fromkeys(("teacher_labels", "weights"), str),
+    **{key: [str] for key in ("losses", "teachers", "teacher_roles", "teacher_backbones", "teacher_methods")},
+    **{key: [int] for key in ("teacher_steps", "teacher_seeds")},
+    **dict.fromkeys(("labeled", "gmacs_backbone", "gmacs_model", "seconds", "miou"), float),
+    "steps": int,  # 0 of a network that was not trained
+    "scales": [float],
+    "flip": bool,
+}
+KINDS = (str, bool, int, float)
+LARGEST = 10**15  # of numbers: more are damage, and overflow where they are drawn
+
+
+def is_kind(value, kind) -> bool:
+    """Whether a value is of a kind of `KINDS`; [kind] is a list of such values. A number is finite and not negative."""
+    if isinstance(kind, list):
+        return isinstance(value, (list, tuple)) and all(is_kind(item, kind[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    return isinstance(value, kind)
+
+
+def fits(flag: Flag, value) -> bool:
+    """Whether a value is one that its flag takes, as a script leaves it in its arguments."""
+    if flag.choices:
+        return isinstance(value, str) and value in flag.choices
+    if flag.type in (crop_size, window_size):
+        sides = isinstance(value, (list, tuple)) and len(value) == 2 and is_kind(value, [int]) and min(value) > 0
+        return sides or (flag.type is window_size and value is False)
+    kind = bool if isinstance(flag.default, bool) else flag.type
+    kind = kind if kind in KINDS else str
+    if not is_kind(value, [kind] if flag.nargs else kind):
+        return False
+    try:
+        for item in value if flag.nargs else [value]:
+            check_range("", flag, item)
+    except UserError:
+        return False
+    return True
+
+
+def wrong_argument(args: dict) -> str | None:
+    """The first of a checkpoint's arguments that its script could not have left there, or None. All may be None."""
+    for name, value in args.items():
+        if value is None or name not in FLAGS:
+            continue
+        flag = FLAGS[name]
+        if not (fits(flag, value) if flag.group else is_kind(value, ROW.get(name, str))):  # the scripts' own have no type here
+            return f"the argument '{name}' as {shortened(value)}"
+    return None
+
+
+def wrong_column(row: dict) -> str | None:
+    """The first entry of a result's row that is not of its kind, or None. All may be None; a setting that `ROW` does not name
+    is a text, a number, true or false, or a list of them."""
+    settings = {flag.column or name for name, flag in FLAGS.items() if flag.column is not None}
+    for key, value in row.items():
+        if value is not None and key in ROW and not is_kind(value, ROW[key]):
+            return f"'{key}' as {shortened(value)}"
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if key in settings and item is not None and not any(is_kind(item, kind) for kind in KINDS):
+                return f"'{key}' as {shortened(value)}"
+    zero = next((key for key in ("labeled", "gmacs_backbone", "gmacs_model") if row.get(key) == 0), None)
+    return zero and f"'{zero}' as 0"
+
+
+def shortened(value) -> str:
+    """A value in a message."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from common import UserError, line_of, printable
 from onnx_model import MARK
-from readers import opened
+from readers import opened, read_json
 from recipes import FLAGS, METHODS
 from run_folder import atomic_write, check_folder, is_log, load_checkpoint, without_nan
 
@@ -116,7 +116,7 @@ def is_ours(path: pathlib.Path) -> bool:
             case ".png":
                 return png_text(path).get("Software") == PNG_CHUNK["Software"]
             case ".json":
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = read_json(path, "")
                 return isinstance(content, dict) and {"what", "command", "created", "rows"} <= content.keys()
             case ".pt":
                 return bool(load_checkpoint(path))  # or it raises UserError
@@ -147,6 +147,16 @@ def refuse_foreign(paths: Iterable[pathlib.Path], overwrite: bool, flag: str):
         raise UserError(
             f"{flag}: {printable(foreign[0])} exists and was not written by this project{more}; "
             "give another place, or add --overwrite to replace it"
+        )
+
+
+def refuse_links_out(out: pathlib.Path, paths: Iterable[pathlib.Path], flag: str):
+    """Raises UserError if one of `paths`, below the folder `out`, is or lies behind a link that leads out of it: a file there
+    would be replaced or made. `out` itself may be a link. Call it before any work."""
+    root = os.path.join(os.path.realpath(out), "")
+    if outside := [path for path in paths if not os.path.realpath(path).startswith(root)]:
+        raise UserError(
+            f"{flag}: {outside[0]} leads out of that folder by a link; remove the link, or give the folder that it leads to"
         )
 
 

@@ -12,15 +12,14 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
-import zipfile
 
 import torch
 import torchvision
 from tqdm import tqdm
 
-from common import UserError, due, print0, printable, rank_and_size, worker_timeout
-from recipes import FLAGS
+from common import IGNORE_INDEX, UserError, due, print0, printable, rank_and_size, worker_timeout
+from readers import open_tensors
+from recipes import FLAGS, is_kind, wrong_argument, wrong_column
 from run_owner import own_run, refuse_lost
 
 # ---- files ----
@@ -144,21 +143,58 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
     `versions`. Raises UserError.
     """
     try:
-        with warnings.catch_warnings():  # about files that are not checkpoints; the error below reports them
-            warnings.simplefilter("ignore")
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch.load does not compare the checksums
-                    raise zipfile.BadZipFile(damaged)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = open_tensors(path, str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train it first, or give the path of a last.pt") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; give the last.pt in it") from None
-    except Exception:
-        raise UserError(f"{path}: cannot be read as a checkpoint; it is damaged or of another program") from None
     if not isinstance(checkpoint, dict) or not {"model", "args", "classes", "row"} <= checkpoint.keys():
         raise UserError(f"{path}: not a checkpoint of train_teacher.py or distill.py")
+    if wrong := wrong_part(checkpoint):
+        raise UserError(f"{path}: holds {wrong}, as no run writes it; it is damaged, or changed by hand: train it again")
     return checkpoint
+
+
+# What a checkpoint must hold to be evaluated, exported, or to teach.
+NEEDED_ARGS = ("dataset", "backbone", "stem", "head_width", "separable_head", "image_scale", "precision")
+NEEDED_COLUMNS = ("method", "role", "backbone", "partition", "labeled", "steps", "seed", "gmacs_model", "mgd_ops")
+
+
+def load_network(path: pathlib.Path | str) -> dict:
+    """`load_checkpoint` of a finished run's file, with all that the use of its network needs. Raises UserError."""
+    checkpoint = load_checkpoint(path)
+    absent = [f"args.{name}" for name in NEEDED_ARGS if checkpoint["args"].get(name) is None]
+    absent += [f"row.{name}" for name in NEEDED_COLUMNS if checkpoint["row"].get(name) is None]
+    absent += ["palette"] * ("palette" not in checkpoint) + ["classes"] * (len(checkpoint["classes"]) < 2)
+    if absent:
+        raise UserError(f"{path}: lacks {absent[0]}, so it cannot be used; give another checkpoint")
+    return checkpoint
+
+
+def wrong_part(checkpoint: dict) -> str | None:
+    """The first part of a checkpoint that is not of the kind that `save_checkpoint` is given, or None."""
+
+    def is_state(state):
+        return isinstance(state, dict) and all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+        )
+
+    for key in ("model", "second"):
+        if not is_state(checkpoint.get(key, {})):
+            return f"a '{key}' that is no state dict"
+    for key in ("args", "row"):
+        if not isinstance(checkpoint[key], dict) or not all(isinstance(name, str) for name in checkpoint[key]):
+            return f"'{key}' that are no named values"
+    classes, palette = checkpoint["classes"], checkpoint.get("palette", [])
+    if not is_kind(classes, [str]) or len({*classes}) != len(classes) or len(classes) > IGNORE_INDEX:
+        return "'classes' that are not at most 255 different names"
+    colours = isinstance(palette, (list, tuple)) and all(is_kind(colour, [int]) and len(colour) == 3 for colour in palette)
+    if not colours or ("palette" in checkpoint and len(palette) != len(classes)):
+        return "a 'palette' that is not one colour per class"
+    if any(channel > 255 for colour in palette for channel in colour):
+        return "a 'palette' with more than 255"
+    named = checkpoint.get("partition", {})
+    if not isinstance(named, dict) or not all(isinstance(named.get(key, ""), str) for key in ("name", "hash")):
+        return "a 'partition' without a name and a hash"
+    return wrong_argument(checkpoint["args"]) or wrong_column(checkpoint["row"])
 
 
 def load_for_resume(args: argparse.Namespace, dataset, partition) -> dict | None:

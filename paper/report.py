@@ -25,6 +25,8 @@ from matplotlib.lines import Line2D
 
 from common import ArgumentParser, UserError, cli, printable
 from pictures import save_figure
+from readers import read_json, read_text
+from recipes import is_kind, shortened, wrong_column
 from result_files import (
     GROUP_BY,
     NETWORK,
@@ -32,6 +34,7 @@ from result_files import (
     SETTINGS,
     TABLE_MARK,
     refuse_foreign,
+    refuse_links_out,
     refuse_outputs,
     setting_values,
     write_text,
@@ -44,6 +47,7 @@ TITLES = PAPER["titles"]
 
 HEAD = ("head_width", "separable_head")
 GMACS = ("gmacs_backbone", "gmacs_model")
+NEEDED = ("dataset", "partition", "labeled", "role", "backbone", "method", "teachers", "losses", "seed", "miou", *GMACS)
 FULL = ("sup", "pixel", "image:T_D", "region:T_W")  # the losses of MGD in Tables 1 to 3
 
 # How tables and pictures call them, and in which order.
@@ -98,12 +102,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
     """The rows with an mIoU, those of older files first, with tuples for lists. Raises UserError where there is none."""
     files = []
     for path in paths:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: cannot be read as JSON ({getattr(error, 'strerror', error)}); give result files of evaluate.py --json"
-            ) from None
+        content = read_json(path, "give result files of evaluate.py --json")
         rows = content.get("rows") if isinstance(content, dict) else None
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path}: holds no rows; give result files of evaluate.py --json")
@@ -113,9 +112,10 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
         for row in rows:
             if absent := [key for key in (*GROUP_BY, "seed", *GMACS) if key not in row]:
                 raise UserError(f"{path}: a row lacks '{absent[0]}'; write the file again with evaluate.py --json")
-            if not isinstance(row["miou"], (int, float)) or not math.isfinite(row["miou"]):
-                raise UserError(f"{path}: a row's mIoU is {row['miou']}; evaluate that checkpoint again")
-        files.append((str(content.get("created")), rows))
+            empty = next((key for key in NEEDED if row[key] is None), None)
+            if wrong := wrong_column(row) or (empty and f"'{empty}' as null"):
+                raise UserError(f"{path}: a row has {wrong}; evaluate that checkpoint again")
+        files.append((shortened(content.get("created")), rows))
     rows = [row for _, rows in sorted(files, key=lambda file: file[0]) for row in rows]
     if not rows:
         raise UserError("no result file has rows with an mIoU; make some with evaluate.py --json (or make compare)")
@@ -132,7 +132,12 @@ def kinds_of(row: dict) -> list[str]:
 
 
 def tuples(row: dict) -> dict:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    """The row with tuples for lists, which can be keys, and texts as they can be printed."""
+
+    def plain(value):
+        return printable(value) if isinstance(value, str) else tuple(map(plain, value)) if isinstance(value, list) else value
+
+    return {key: plain(value) for key, value in row.items()}
 
 
 def average(rows: list[dict]) -> list[dict]:
@@ -282,10 +287,10 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
 
 
 def order(value) -> tuple:
-    """A sort key: names come in the order of NAMES, and tuples by their length first."""
+    """A sort key: names come in the order of NAMES, and tuples last, by their length first."""
     if isinstance(value, tuple):
-        return len(value), *map(order, value)
-    return (RANK.get(value, len(RANK)), value) if isinstance(value, str) else (value or 0, "")
+        return 1, len(value), *map(order, value)
+    return (0, RANK.get(value, len(RANK)), value) if isinstance(value, str) else (0, value or 0, "")
 
 
 def cell_text(key: str, value) -> str:
@@ -369,7 +374,8 @@ def draw_students(groups: list[dict], dataset: str, x: str, path: pathlib.Path):
                 if min(costs) / 1.75 < n < max(costs) * 1.4
             }
         label = {"labeled": "labeled images", "gmacs_model": "GMACs of the model at 512×512 (at the points: head width)"}
-        axis.set(xlabel=label[x], title=NAMES.get(backbone, backbone))
+        axis.set_xlabel(label[x])
+        axis.set_title(NAMES.get(backbone, backbone), parse_math=False)
         entries |= draw_lines(axis, x, ours, paper, ticks)
         for g in ours if x == "gmacs_model" else []:  # lines rise to the right: these sides are free
             side = {"xytext": (-6, 4), "ha": "right"} if g["separable_head"] else {"xytext": (6, -11)}
@@ -389,7 +395,7 @@ def draw_lines(axis, x: str, ours: list[dict], paper: list[dict], ticks: dict[fl
     """Draw mIoU against `x`, one line per group of runs that differ only in `x`, with bars of one deviation. Returns the
     legend. The colour shows the method, the marker the schedule; open points and dashed lines are the paper's numbers."""
     axis.set_xscale("log")
-    axis.set_xticks(list(ticks), ticks.values())
+    axis.set_xticks(list(ticks), ticks.values(), parse_math=False)
     axis.minorticks_off()
     low, high = min(ticks) / 1.4, max(ticks) * 1.4
     axis.set(xlim=(low, high), ylabel="mIoU, %")
@@ -428,16 +434,28 @@ def save_with_legend(figure, entries: dict[str, Line2D], path: pathlib.Path):
     print(path)
 
 
+def log_entry(line: str) -> dict:
+    """A line of a log: its step and numbers, of which those that were not finite are None. Raises ValueError for another."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict) or not is_kind(entry.get("step"), int) or len(entry) > 100:
+        raise ValueError(f"an entry without a step: {line[:40]}")
+    entry.pop("skipped", None)  # the losses and images of a skipped step, or how many were skipped
+    for key, value in entry.items():  # those that are not finite are null, and nan in old logs
+        if not (value is None or isinstance(value, float) or is_kind(value, int)):
+            raise ValueError(f"'{key}' as {shortened(value)}")
+    return {printable(key): value for key, value in entry.items()}
+
+
 def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
     """Draw one panel per loss term and gradient norm, and one for the mIoU, with one line per run. The faint line shows the
     logged values, the strong one their mean over nine entries, if there are that many."""
     logs = {}
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_text(path).splitlines()
             whole = lines[:-1] + [line for line in lines[-1:] if line.endswith("}")]  # the last one may be cut off
-            logs[path] = [{"step": int(entry["step"]), **entry} for entry in map(json.loads, whole)]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            logs[path] = [log_entry(line) for line in whole]
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(
                 f"--curves {path}: cannot be read as a log ({getattr(error, 'strerror', error)}); give the log.jsonl of a run"
             ) from None
@@ -454,6 +472,7 @@ def draw_curves(paths: list[pathlib.Path], out: pathlib.Path):
         titles = {"miou": "mIoU on val, %", "loss": "total loss", "grad_loss": "gradient of the total loss"}
         gradient = term.startswith("grad_")  # drawn on one scale, to be compared
         axis.set(xlabel="step", title=titles.get(term, f"gradient: {term[5:]}" if gradient else f"loss: {term}"))
+        axis.title.set_parse_math(False)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.locator_params(axis="x", nbins=5, integer=True)
         for i, (path, log) in enumerate(logs.items()):
@@ -515,6 +534,7 @@ def main(argv=None):
         groups = average(read_rows(args.results))
         names = {dataset: re.sub(r"[^\w.]+", "-", dataset) for dataset in dict.fromkeys(g["dataset"] for g in groups)}
         for dataset, name in names.items():
+            refuse_links_out(args.out, outputs(dataset, name, args.out), "--out")
             refuse_foreign(outputs(dataset, name, args.out), args.overwrite, "--out")
         for dataset, name in names.items():
             of_dataset = [g for g in groups if g["dataset"] == dataset]

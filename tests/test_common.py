@@ -441,3 +441,8 @@ def test_messages_and_tables_are_printed_on_a_terminal_that_has_ascii_alone(tmp_
     done = on_ascii_terminal("evaluate.py", "--ckpt", *files, "--device", "cpu", *pictures)
     assert done.returncode == 0 and b"\\u9053" in done.stdout and b"\\xb1" in done.stdout, done.stderr
     assert len(done.stderr.splitlines()) == 1 and b"no font here can draw '\\u9053" in done.stderr
+
+
+def test_a_message_is_one_printable_line():
+    error = common.UserError("a\nb\x1b[2J: caf\xe9\n   wrong \udcff\u2028; fix it\n")
+    assert str(error).isprintable() and str(error) == "a b\\x1b[2J: caf\xe9 wrong \\udcff ; fix it"

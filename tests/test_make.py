@@ -266,6 +266,17 @@ def test_runs_of_folders_with_odd_names_stay_below_runs(tmp_path):
     assert call_make("-n", "distill", "DATASET=folder", "DATA=/").returncode == 2
 
 
+@pytest.mark.parametrize("name", ["a$(touch${IFS}bad)", "a`touch${IFS}bad`", "a;touch bad", "a'b", "a%b", "a:b", "a b"])
+def test_a_name_that_dots_lead_to_is_not_run_either(tmp_path, name):
+    folder = tmp_path / name
+    (folder / "data").mkdir(parents=True)
+    for data in (".", "data/.."):
+        given = ["-f", ROOT / "Makefile", "distill", "DATASET=folder", f"DATA={data}", "VENV=", "PYTHON=true"]
+        done = subprocess.run(["make", *given], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 2 and f"DATA={data}: leads to a folder with" in done.stderr, done.stderr
+    assert [path.name for path in folder.iterdir()] == ["data"]
+
+
 @pytest.mark.parametrize("text", [
     "; touch bad", "$(shell touch bad)", "`touch bad`", "$$(touch bad)", "| touch bad", "& touch bad", "> bad", "\n touch bad",
     "' ; touch bad '", '" ; touch bad "', "x # y", "*", "~",

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import subprocess
+import types
 
 import pytest
 import torch
@@ -434,3 +435,19 @@ def test_the_cost_is_that_of_the_forwards(monkeypatch):
         f"{teach} --method kd": 6 + 2 * 2,
     }.items():
         assert matrix.cost_of(matrix.arguments_of(command.split()), runs) == pytest.approx(20 * images), command
+
+
+@pytest.mark.parametrize("text", ["; touch made", "$(touch made)", "`touch made`", "' ; touch made '"])
+def test_no_text_of_a_command_line_is_run_by_a_shell(monkeypatch, tmp_path, text):
+    monkeypatch.chdir(tmp_path)
+    started = []
+
+    def run(words, **more):
+        assert isinstance(words, list) and not more.get("shell")
+        started.append(words)
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(matrix.subprocess, "run", run)
+    matrix.main(["--dataset", "folder", "--data", text, "--rows", "sup", "--run", f"runs/{text}"])
+    assert started and all(words[words.index("--data") + 1] == text for words in started)
+    assert not (tmp_path / "made").exists()

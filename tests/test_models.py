@@ -1,3 +1,4 @@
+import argparse
 import json
 import pickle
 import urllib.error
@@ -6,6 +7,7 @@ import pytest
 import torch
 import torchvision
 
+import inference
 import models
 from common import UserError
 
@@ -232,3 +234,33 @@ def test_activations_are_those_that_backward_keeps(whole):
     assert output.requires_grad
     assert models.activation_bytes(model, 2, (48, 64), "fp32", whole) == pytest.approx(expected, rel=0.02)
     assert 0.5 <= models.activation_bytes(model, 2, (48, 64), "bf16", whole) / expected < 0.7
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (lambda c: c["args"].update(head_width=10**9), "do not fit its arguments .head width 1,000,000,000."),
+        (lambda c: c["args"].update(head_width=10**6), "do not fit its arguments .*is .*1000000"),
+        (lambda c: c["args"].update(head_width=-1), "holds the argument 'head_width' as -1"),
+        (lambda c: c["args"].update(backbone="vgg"), "unknown backbone 'vgg'"),
+        (lambda c: c["args"].update(stem=["deep"]), "holds the argument 'stem'"),
+        (lambda c: c["args"].pop("backbone"), "lacks args.backbone"),
+        (lambda c: c["row"].pop("role"), "lacks row.role"),
+        (lambda c: c["row"].update(miou=float("nan")), "holds 'miou' as nan"),
+        (lambda c: c["row"].update(labeled="many"), "holds 'labeled' as 'many'"),
+        (lambda c: c.update(classes=["a"] * 6), "'classes' that are not at most 255 different names"),
+        (lambda c: c.update(palette=[[0, 0, 256]] * 6), "a 'palette' with more than 255"),
+        (lambda c: c.update(palette=c["palette"][1:]), "a 'palette' that is not one colour per class"),
+        (lambda c: c.update(model=None), "a 'model' that is no state dict"),
+        (lambda c: c["model"].popitem(), "is missing"),
+        (lambda c: c["model"].update({"classifier.bias": torch.zeros(7)}), r"'classifier.bias' is \(7,\), not \(6,\)"),
+    ],
+)
+def test_a_checkpoint_that_no_run_writes_is_one_line_with_its_name(ckpt, change, reason):
+    content = torch.load(ckpt, weights_only=True)
+    change(content)
+    torch.save(content, ckpt)
+    args = argparse.Namespace(scales=[1.0], flip=False, window=None, precision=None)
+    with pytest.raises(UserError, match=reason) as error:
+        inference.open_model(ckpt, args, torch.device("cpu"))
+    assert str(error.value).startswith(f"{ckpt}: ")

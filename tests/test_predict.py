@@ -14,6 +14,7 @@ import models
 import predict
 import readers
 import run_folder
+from result_files import save_png
 
 CPU = torch.device("cpu")
 
@@ -336,3 +337,23 @@ def test_a_model_of_others_is_one_line_and_leaves_no_folders(script, photos, tmp
     code, _, err = script(predict, "--ckpt", tmp_path / "a.onnx", "--images", photos, "--out", tmp_path / "out")
     assert code == 2 and f"{tmp_path / 'a.onnx'}: was not written by export.py" in err and len(lines(err)) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("link", ["masks", "overlays", "masks/a.png", "overlays/a.png", "sheet.png"])
+@pytest.mark.parametrize("target", ["absent", "ours.png"])
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_nothing_is_written_behind_a_link_out_of_the_folder(script, ckpt, photos, tmp_path, link, target, overwrite):
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    outside.mkdir()
+    (out / link).parent.mkdir(parents=True)
+    save_png(outside / "ours.png", Image.new("L", (2, 2)))
+    before = (outside / "ours.png").read_bytes()
+    (out / link).symlink_to(outside / target if "." in link else outside)
+    arguments = ["--ckpt", ckpt, "--images", photos, "--out", out, *overwrite]
+    code, _, err = script(predict, *arguments)
+    assert code == 2 and f"{out / link}" in err and "leads out of that folder by a link" in err
+    assert list(outside.iterdir()) == [outside / "ours.png"] and (outside / "ours.png").read_bytes() == before
+    (out / link).unlink()
+    out.rename(tmp_path / "far away")
+    out.symlink_to(tmp_path / "far away")  # OUT itself may be one
+    assert script(predict, *arguments)[0] == 0 and (tmp_path / "far away" / "masks" / "a.png").exists()

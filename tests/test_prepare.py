@@ -294,7 +294,7 @@ def test_the_input_is_never_the_output(script, folder, out):
         (["--values", "0=0", "255"], "--values 255: give VALUE=NAME"),
         (["--values", "0=0", "0=1"], "gives 0 two classes"),
         (["--values", "0=0", "1,1,1=1"], "either values or colours"),
-        (["--values", "0=0", "1=bike"], "classes.txt: names no class 'bike'.*--ignore 'bike'"),
+        (["--values", "0=0", "1=bike"], "classes.txt: names no class 'bike'.*--ignore bike"),
         (["--values", "0=0", "1=3"], "classes.txt: names no class '3'"),
         (["--values", "0=0", "1=1", "--palette", "voc"], "give one of the two"),
         (["--palette", "nowhere.txt"], "nowhere.txt: no such file; write one colour 'R G B' per line"),
@@ -337,7 +337,7 @@ def test_two_masks_of_one_image_are_named(script, folder):
     shutil.copy(folder / "source" / "im00.png", folder / "source" / "im00_color.png")
     arguments = ["--masks", folder / "source", "--out", folder / "new", "--images", folder / "images"]
     code, _, err = script(prepare, "masks", *arguments)
-    assert code == 2 and re.search("im00_color.png: is a mask of 'im00', and so is .*im00.png; .*--suffix '_color'", err)
+    assert code == 2 and re.search("im00_color.png: is a mask of 'im00', and so is .*im00.png; .*--suffix _color", err)
 
 
 # ---- pictures of check ----
@@ -408,3 +408,15 @@ def test_a_list_that_somebody_else_made_is_kept(script, voc):
 def test_prepare_without_a_command_names_its_commands(script):
     code, _, err = script(prepare)
     assert code == 2 and "{masks,split,check,voc}" in err
+
+
+@pytest.mark.parametrize("link", ["masks/im00.png", "classes.txt", "palette.txt"])
+def test_a_conversion_writes_nothing_behind_a_link(script, folder, tmp_path, link):
+    out, outside = tmp_path / "new" / "masks", tmp_path / "outside"
+    out.mkdir(parents=True)
+    outside.mkdir()
+    (out.parent / link).symlink_to(outside / "made")
+    arguments = ["--masks", folder / "masks", "--out", out, "--values", "0=a", "1=b", "2=c", "255=ignore", "--overwrite"]
+    code, _, err = script(prepare, "masks", *arguments)
+    assert not list(outside.iterdir())
+    assert (code == 2 and "leads out of that folder by a link" in err) if link.startswith("masks") else code == 0, err

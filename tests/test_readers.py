@@ -1,18 +1,26 @@
 """Reading images, masks, lists and palettes, in the forms in which people have them."""
 
+import functools
 import io
+import os
+import pickle
 import struct
 import unicodedata
+import zipfile
 
 import numpy as np
 import pytest
+import torch
 from conftest import check, errors, open_folder, saved, write_lines
 from PIL import Image
 
 import checks
 import datasets
+import models
 import prepare
 import readers
+import result_files
+import run_folder
 from common import UserError
 
 # ---- images ----
@@ -315,3 +323,110 @@ def test_names_in_two_unicode_forms_are_one(script, folder):
     Image.new("RGB", (56, 40)).save(folder / "images" / f"im00 {nfd}.png")  # beside the same name in the other form
     with pytest.raises(UserError, match=r"has the name of .* accents in another Unicode form"):
         open_folder(folder)
+
+
+# ---- files that lie or would do harm (docs/reliability.md) ----
+
+
+def test_an_image_that_another_program_would_draw_is_refused(tmp_path, monkeypatch):
+    import subprocess
+
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **more: pytest.fail("a program was started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: pytest.fail("a program was started"))
+    Image.new("L", (8, 8)).save(tmp_path / "a.png", format="EPS")
+    for read in (readers.open_image, readers.open_mask, readers.upright_size, readers.read_colours):
+        with pytest.raises(UserError, match=r"a\.png: is EPS, which another program"):
+            read(tmp_path / "a.png")
+
+
+def test_pipes_and_devices_are_refused_and_links_followed(folder):
+    (folder / "images" / "im00.png").unlink()
+    os.mkfifo(folder / "images" / "im00.png")  # a reader would wait for its writer
+    with pytest.raises(UserError, match=r"im00\.png: is a pipe or a device"):
+        open_folder(folder)
+    (folder / "images" / "im00.png").unlink()
+    (folder / "images").rename(folder.parent / "far away")
+    (folder / "images").symlink_to(folder.parent / "far away")
+    (folder.parent / "far away" / "im00.png").symlink_to("im01.png")
+    open_folder(folder)
+    (folder / "classes.txt").unlink()
+    (folder / "classes.txt").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"classes\.txt: is a pipe or a device"):
+        open_folder(folder)
+
+
+def test_a_text_file_beyond_its_limit_is_refused_unread(folder):
+    with open(folder / "train.txt", "wb") as file:
+        file.truncate(2**40)  # a hole, which takes no space
+    with pytest.raises(UserError, match=r"train\.txt: has 1,099,511,627,776 bytes, more than"):
+        datasets.Folder(folder)
+
+
+def test_no_entry_of_a_list_leads_out_of_the_images(folder):
+    """Its folders are never used: ../im00.png is im00, wherever it points, and what is no image of the data set is refused."""
+    Image.new("RGB", (5, 5)).save(folder.parent / "im00.png")
+    write_lines(folder / "train.txt", ["../im00.png", "/etc/im01.png", "..\\..\\im02.png"])
+    dataset = datasets.Folder(folder)
+    assert dataset.train == ["im00", "im01", "im02"]
+    assert all(dataset.images[name].parent == folder / "images" for name in dataset.train)
+    assert dataset.image("im00").shape == (40, 56, 3)
+    for entry in ("../../etc/passwd", "/etc/passwd", "..", "im00\0.png", "$(touch made)"):
+        write_lines(folder / "train.txt", [entry])
+        with pytest.raises(UserError, match=r"entry 1: .* is no image of this data set") as error:
+            datasets.Folder(folder)
+        assert str(error.value).isprintable()
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, form):
+    made, path = tmp_path / "made", tmp_path / "a.pt"
+    content = {"model": {"a": torch.zeros(2)}, "args": {}, "classes": [], "row": RunsCode(made)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content["row"]))
+        pickle.loads(path.read_bytes()).close()
+        assert made.exists()  # it is one
+        made.unlink()
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    for read in (run_folder.load_checkpoint, models.read_state_dict):
+        with pytest.raises(UserError, match=r"a\.pt: is a pickle of Python objects|a\.pt: cannot be read"):
+            read(path)
+    assert not made.exists() and not result_files.is_ours(path)
+
+
+@pytest.mark.parametrize(
+    "content,reason",
+    [
+        (torch.zeros(1).expand(2**40), "a tensor of 1,099,511,627,776 numbers, of which fewer are stored"),
+        (torch.eye(3).to_sparse(), "a tensor that is sparse"),
+        (torch.zeros(3, device="meta"), "without data"),
+        (torch.zeros(3, dtype=torch.complex64), "complex"),
+        (functools.reduce(lambda inner, _: [inner, inner], range(25), 0), "more than 100,000 values"),
+        (functools.reduce(lambda inner, _: [inner], range(50), 0), "lists in lists, 33 deep"),
+    ],
+    ids=["expanded", "sparse", "meta", "complex", "many", "deep"],
+)
+def test_what_a_file_of_tensors_may_hold(tmp_path, monkeypatch, content, reason):
+    monkeypatch.setattr(readers, "MAX_VALUES", 10**5)
+    torch.save({"a": content}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=reason):
+        readers.open_tensors(tmp_path / "a.pt", "a.pt")
+
+
+def test_a_file_of_tensors_that_would_unpack_to_more_than_it_has_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(10**7)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as plain, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert torch.equal(readers.open_tensors(tmp_path / "a.pt", "a")["a"], torch.zeros(10**7))
+    assert (tmp_path / "b.pt").stat().st_size < 10**6
+    with pytest.raises(UserError, match="its parts claim"):
+        readers.open_tensors(tmp_path / "b.pt", "b")

@@ -82,8 +82,8 @@ def test_values_outside_their_range_are_refused(script, tmp_path, flags, said):
 
 LAYERS = [
     ["common"],
-    ["models", "recipes", "run_owner", "stop_signals", "finite_steps"],
-    ["run_folder", "readers"],
+    ["readers", "recipes", "run_owner", "stop_signals", "finite_steps"],
+    ["models", "run_folder"],
     ["checks", "kernels", "onnx_model"],
     ["result_files"],
     ["datasets"],
