@@ -81,6 +81,8 @@ MGD := $(TAGS:%=$(STUDENTS)/mgd-$(STUDENT)$(OF)%last.pt)
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 INSTALLED := $(if $(VENV),$(VENV)/.installed-$(EXTRAS))
+# One thread per process, and a file of tests to each: twice as many threads as cores would be many times slower.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 SIGNALS := SIGHUP,SIGTERM,SIGINT,SIGUSR1
 LAUNCH := $(PY)$(if $(filter-out 1,$(NPROC)), -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
     --signals-to-handle $(SIGNALS))
@@ -132,9 +134,9 @@ web: | $(if $(CKPT),,$(firstword $(MGD))) $(INSTALLED) ## a page in the browser 
 	$(PY) -m web.build --ckpt $(or $(CKPT),$(firstword $(MGD)))
 install: | $(INSTALLED) ## set up VENV
 test: | $(INSTALLED) ## all tests
-	$(PY) -m pytest -q tests
+	$(PYTEST) tests
 test-fast: | $(INSTALLED) ## the tests that take less than a minute together
-	MGD_OPS=torch $(PY) -m pytest -q -m "not slow" tests
+	MGD_OPS=torch $(PYTEST) -m "not slow" tests
 lint: | $(INSTALLED) ## ruff and a type checker
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

@@ -1,5 +1,5 @@
-"""Evaluate checkpoints and exported models: mIoU and the IoU of each class, as a table, as JSON, and
-as pictures.
+"""Evaluate checkpoints and exported models: mIoU and the IoU of each class, as a
+table, as JSON, and as pictures.
 
     python evaluate.py --ckpt runs/shapes/1-8/mgd-r18/last.pt
     python evaluate.py --ckpt A/last.pt B/last.pt --json ab.json --panels ab.png

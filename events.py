@@ -40,8 +40,8 @@ class Events:
 
             folder = args.out / "tensorboard"
             check_folder("--tensorboard", folder)
-            # what an earlier run logged after the checkpoint that this one continues is hidden, since it comes again
-            self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+            # what an earlier run logged at and after the checkpoint that this one continues is hidden, since it comes again
+            self.writer = SummaryWriter(str(folder), purge_step=start)
 
     def entry(self, entry: dict):
         """Add one entry of the log: its `step`, and numbers by name."""

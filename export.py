@@ -1,15 +1,16 @@
-"""Export a checkpoint to ONNX, in float32 or int8, and compare the export with the
-checkpoint before it is written.
+"""Export a checkpoint to ONNX, in float32 or int8, and compare the export with
+the checkpoint before it is written.
 
     python export.py --ckpt runs/shapes/1-8/mgd-r18/last.pt --out model.onnx
     python export.py --ckpt A/last.pt --out model.onnx --precision int8
     python export.py --ckpt A/last.pt --out model.onnx --precision int8 \\
         --images photos --output labels --size 512x512
 
-OUT takes `image` (B, H, W, 3) uint8 RGB, and gives `logits` (B, N, H, W) float32
-or `labels` (B, H, W) uint8, at the size of the input. Normalization and the last
-upsampling are inside; the image scale and the sliding windows of the training
-are not, but the metadata names them, and evaluate.py and predict.py follow it.
+OUT takes `image` (B, H, W, 3) uint8 RGB, and gives `logits` (B, N, H, W)
+float32 or `labels` (B, H, W) uint8, at the size of the input. Normalization and
+the last upsampling are inside; the image scale and the sliding windows of the
+training are not, but the metadata names them, and evaluate.py and predict.py
+follow it.
 
 The export runs in ONNX Runtime and is compared with PyTorch in float32, on the
 CPU: by mIoU on the validation images where the data set is there, or by the

@@ -1,5 +1,5 @@
-r"""Predict images with a checkpoint or an exported model: masks of class indices, overlays, and a sheet
-to look at. No masks are needed.
+r"""Predict images with a checkpoint or an exported model: masks of class indices,
+overlays, and a sheet to look at. No masks are needed.
 
     python predict.py --ckpt A/last.pt --images photos --out predictions
     python predict.py --ckpt A/last.pt --images photo.jpg --out predictions \

@@ -4,6 +4,7 @@ Files come from others and may lie or be made to harm: docs/reliability.md state
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -336,7 +337,7 @@ def why_unreadable(path, error: Exception) -> str:
     """Why torch.load refused a file, and the fix."""
     if isinstance(error, IsADirectoryError):
         return "is a folder; give the file in it"
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # as of a file that was cut off
         return f"cannot be opened ({os.strerror(error.errno).lower()}); give access to it, or another file"
     with open(path, "rb") as file:
         begins = file.read(2)  # of a zip file of torch.save, or of a pickle

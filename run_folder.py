@@ -331,6 +331,9 @@ class Progress:
             with atomic_write(path) as temporary:
                 temporary.write_bytes(b"".join(line + b"\n" for line in lines))
         self.file, self.events = open(path, "a"), events  # noqa: SIM115
+        for entry in map(json.loads, lines) if events else ():
+            if entry["step"] == start:  # a resumed board begins there
+                events.entry(entry)
         self.args, self.since, self.steps, self.waited = args, time.perf_counter(), 0, 0.0
         self.terms, self.first, self.began = 0, start, None  # the steps that the duration is measured over
         self.images_of, self.unread, self.in_a_row = images_of, [], skipped_before(lines, start)

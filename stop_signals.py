@@ -6,6 +6,7 @@ first one count as one, since a terminal and torchrun both deliver it. A later o
 """
 
 import contextlib
+import datetime
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import time
 
 import torch
 
-from common import print0, rank_and_size
+from common import RANK_TIMEOUT, print0, rank_and_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command will succeed
@@ -28,7 +29,8 @@ class StopSignals:
         self.first: float | None = None  # when the first signal came
         self.interruptible = False
         ranks = rank_and_size()[1]
-        self.group = torch.distributed.new_group(backend="gloo") if ranks > 1 else None  # on the host: waits for no GPU
+        limit = datetime.timedelta(seconds=RANK_TIMEOUT)
+        self.group = torch.distributed.new_group(backend="gloo", timeout=limit) if ranks > 1 else None  # waits for no GPU
         for number in SIGNALS:
             signal.signal(number, self.receive)
 

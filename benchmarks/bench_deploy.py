@@ -376,7 +376,13 @@ def markdown(rows: list[dict]) -> str:
         groups.setdefault((row["case"], row["impl"]), {})[(row["threads"], *row["shape"][1:3])] = row
     for (_, impl), cells in sorted(groups.items(), key=lambda g: (list(CASES).index(g[0][0]), list(IMPLS).index(g[0][1]))):
         row = next(cells[column] for column in columns if column in cells)  # at the largest size
-        line = [title_of(row), IMPLS[impl], f"{row['size_mb']:.1f}", f"{row['peak_mb']:.0f}", f"{row['params_m']:.1f}"]
+        line = [
+            title_of(row),
+            IMPLS[impl],
+            f"{row['size_mb']:.1f}",
+            "–" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
+            f"{row['params_m']:.1f}",
+        ]
         line += [f"{row['gmacs_model']:.1f}", "–" if row["miou"] is None else f"{row['miou']:.1f}"]
         lines.append(line + [f"{cells[c]['p50_ms']:.1f} ({cells[c]['p95_ms']:.1f})" if c in cells else "–" for c in columns])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -391,6 +397,7 @@ def draw(path: pathlib.Path, rows: list[dict], shape: tuple[int, int]):
     without mIoU stand below the axis."""
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator
 
     from paper.report import STYLE
     from pictures import save_figure
@@ -407,6 +414,8 @@ def draw(path: pathlib.Path, rows: list[dict], shape: tuple[int, int]):
         for axis, count in zip(axes.flat, threads, strict=True):
             axis.set(title=f"{count} thread{'s' * (count > 1)}", xscale="log")
             axis.xaxis.set_major_formatter("{x:,.0f}")
+            axis.xaxis.set_minor_formatter("")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_xlabel(f"milliseconds per image of {shape[0]}×{shape[1]} (median)")
             for i, name in enumerate(names):
                 line = [row for row in shown if (row["case"], row["threads"]) == (name, count)]

@@ -160,11 +160,12 @@ def test_the_environment_is_not_read():
 def test_venv_is_made_where_it_is_missing():
     made = call_make("-n", "test", "EXTRAS=test,voc").stdout.splitlines()
     assert made[0] == "python3 -m venv .venv" and "[test,voc]'" in made[2]
-    assert made[-1] == ".venv/bin/python -m pytest -q tests"
-    assert plan("test", "VENV=") == [["python", "-m", "pytest", "-q", "tests"]]  # as it is
+    run = "-m pytest -q -n auto --maxprocesses 4 --dist loadfile tests"
+    assert made[-1] == f"OMP_NUM_THREADS=1 .venv/bin/python {run}"
+    assert plan("test", "VENV=")[-1][-len(run.split()) - 1 :] == ["python", *run.split()]  # as it is
     pathlib.Path("venv/bin").mkdir(parents=True)
     pathlib.Path(f"venv/.installed-{VARIABLES['EXTRAS'].strip()}").touch()
-    assert call_make("-n", "test", "VENV=venv").stdout.splitlines() == ["venv/bin/python -m pytest -q tests"]
+    assert call_make("-n", "test", "VENV=venv").stdout.splitlines() == [f"OMP_NUM_THREADS=1 venv/bin/python {run}"]
     assert "-m pip install" in call_make("-n", "install", "VENV=venv", "EXTRAS=voc").stdout  # others than there are
 
 
