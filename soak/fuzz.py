@@ -266,7 +266,7 @@ def palette(draw, place):
     return call
 
 
-ARGUMENTS = argparse.Namespace(scales=[1.0], flip=False, window=None, precision=None)
+ARGUMENTS = argparse.Namespace(scales=[1.0], flip=False, window=None, precision=None, device=None)
 
 
 def checkpoint(draw, place):
@@ -388,7 +388,7 @@ def log(draw, place):
     def call():
         attempt(run_folder.is_log, path)
         for line in path.read_bytes().splitlines():
-            run_folder.logged_step(line)
+            run_folder.belongs_before(line, 2)
         if drawn:
             script(report, "--curves", path, "--out", place.run / "curves.png")
 

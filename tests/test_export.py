@@ -262,7 +262,7 @@ def test_what_is_outside_the_tolerance_is_written_with_force_alone(script, expor
     other = network_of(exported_before)
     with torch.no_grad():
         other.classifier.weight.neg_()
-    monkeypatch.setattr(models, "model_from_checkpoint", lambda checkpoint: other)
+    monkeypatch.setattr(models, "model_from_checkpoint", lambda checkpoint, path: other)
     out.write_bytes((exported_before / "int8.onnx").read_bytes())  # ours, from before
     before = out.read_bytes()
     code, said, err = script(export, "--ckpt", ckpt, "--out", out, "--data", few)

@@ -3,7 +3,6 @@
 import pathlib
 import re
 import subprocess
-import types
 
 import pytest
 import torch
@@ -442,12 +441,12 @@ def test_no_text_of_a_command_line_is_run_by_a_shell(monkeypatch, tmp_path, text
     monkeypatch.chdir(tmp_path)
     started = []
 
-    def run(words, **more):
+    def start(words, **more):
         assert isinstance(words, list) and not more.get("shell")
         started.append(words)
-        return types.SimpleNamespace(returncode=0)
+        return Ended(words, 0)
 
-    monkeypatch.setattr(matrix.subprocess, "run", run)
+    monkeypatch.setattr(matrix.subprocess, "Popen", start)
     matrix.main(["--dataset", "folder", "--data", text, "--rows", "sup", "--run", f"runs/{text}"])
     assert started and all(words[words.index("--data") + 1] == text for words in started)
     assert not (tmp_path / "made").exists()
