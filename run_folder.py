@@ -142,6 +142,8 @@ def load_checkpoint(path: pathlib.Path | str) -> dict:
     `step`, `rng`, `args`, `classes`, `palette`, `partition`, `row` (the run's entry in result files), `teachers` (their rows),
     `versions`. Raises UserError.
     """
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder; give the last.pt in it")
     try:
         checkpoint = open_tensors(path, str(path))
     except FileNotFoundError:

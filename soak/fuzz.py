@@ -631,12 +631,17 @@ def fuzz(inputs: dict[str, int], first: int, out: pathlib.Path) -> dict[str, dic
             if not (out / "now").exists():
                 raise UserError(f"the process that reads the inputs ended with {done.returncode}: {done.stderr[-1000:]}")
             kind, part, counts = json.loads((out / "now").read_text())
-            put_fault(out, kind, part, counts["tried"], f"crash or hang, exit code {done.returncode}: {done.stderr[-2000:]}")
+            put_fault(out, kind, part, counts["tried"], f"crash or hang, exit code {done.returncode}: {both_ends(done.stderr)}")
             for key in COUNTS:
                 rows[kind][key] += counts[key]
             left = tasks[0][2] - counts["tried"]
             tasks = [*([(kind, part + 1000, left)] if left > 0 else []), *tasks[1:]]
     return rows
+
+
+def both_ends(text: str) -> str:
+    """The beginning of a long text, where faulthandler gives the reason, and its end."""
+    return text if len(text) <= 2000 else f"{text[:1000]} [...] {text[-1000:]}"
 
 
 def shares(inputs: int, kinds) -> dict[str, int]:

@@ -83,7 +83,7 @@ def test_a_crash_and_a_hang_are_counted_and_the_next_part_is_read(tmp_path):
     counted = {kind: (row["tried"], row["survived"]) for kind, row in json.loads(done.stdout).items()}
     assert counted == {"crash": (1, 0), "hang": (1, 0)}
     faults = [json.loads(line) for line in (tmp_path / "out" / "faults.jsonl").read_text().splitlines()]
-    assert [fault["kind"] for fault in faults] == ["crash", "hang"] and "crash or hang" in faults[1]["fault"]
+    assert [fault["kind"] for fault in faults] == ["crash", "hang"] and "Timeout" in faults[1]["fault"]
 
 
 @pytest.mark.slow

@@ -253,7 +253,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, teachers, folder, tmp_pat
     assert "--out" in errors(script, train_teacher, *run, "--out", tmp_path / "file")
     assert "--data" in errors(script, train_teacher, *run, "--data", folder)  # with the embedded data set
     assert "cannot be read" in errors(script, evaluate, "--ckpt", tmp_path / "file")
-    assert "is a folder; give the file in it" in errors(script, evaluate, "--ckpt", teachers[0].parent)
+    assert "is a folder; give the last.pt in it" in errors(script, evaluate, "--ckpt", teachers[0].parent)
     assert "--panel-rows" in errors(script, evaluate, "--ckpt", teachers[0], "--panel-rows", "0")
     assert "--json" in errors(script, evaluate, "--ckpt", teachers[0], "--json", tmp_path)
     (folder / "images" / "im00.png").unlink()
