@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import batches
 import distill
+import distill_losses
 import kernels
 import mgd_ops
 import models
@@ -151,7 +152,7 @@ def our_distill(nets, optimizer, batch, args, clock=lambda name: None):
             role: distill.teacher_outputs(
                 teacher,
                 micro_batch,
-                distill.needed_outputs("mgd", LOSSES, role),
+                distill_losses.needed_outputs("mgd", LOSSES, role),
                 mixed_terms=args.mixed_terms,
             )
             for role, teacher in (("T_D", deep), ("T_W", wide))
@@ -161,8 +162,8 @@ def our_distill(nets, optimizer, batch, args, clock=lambda name: None):
     with autocast(device, args.precision):
         outputs = student(images), student(micro_batch.mixed)
     clock("student forward")
-    terms = distill.mgd_losses(*outputs, label, teachers, normalizer, losses=LOSSES, ohem=False)
-    terms["loss"] = distill.weighted_sum(terms, WEIGHTS)
+    terms = distill_losses.mgd_losses(*outputs, label, teachers, normalizer, losses=LOSSES, ohem=False)
+    terms["loss"] = distill_losses.weighted_sum(terms, WEIGHTS)
     clock("losses")
     terms["loss"].backward()
     clock("backward")

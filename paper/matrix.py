@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 
 import distill
+import distill_losses
 import models
 import recipes
 import train_teacher
@@ -210,12 +211,12 @@ def cost_of(args: argparse.Namespace, runs: dict[pathlib.Path, argparse.Namespac
     total = 0.0
     for role, path in (("T_D", args.deep), ("T_W", args.wide)):
         if path:
-            needed = distill.needed_outputs(args.method, args.losses, role)
+            needed = distill_losses.needed_outputs(args.method, args.losses, role)
             labeled, clean, mixed = distill.needed_forwards(needed, args.cutmix, args.mixed_terms)
             forwards = labeled + clean * views + mixed
             teacher = runs.get(path) or argparse.Namespace(**load_checkpoint(path)["args"])
             total += forwards * gmacs(argparse.Namespace(**{**vars(teacher), "crop": args.crop}))
-    return args.steps * args.batch * (total + 3 * own * (1 + distill.uses_views(args.losses)))
+    return args.steps * args.batch * (total + 3 * own * (1 + distill_losses.uses_views(args.losses)))
 
 
 def seconds_per_gmac(args: argparse.Namespace) -> float:

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT, TINY, errors
 
 import distill
+import distill_losses
 import evaluate
 import recipes
 import result_files
@@ -50,10 +51,10 @@ def test_a_result_holds_every_recorded_flag(script, teachers, tmp_path):
 
 
 def test_every_term_of_a_loss_has_a_weight_and_every_weight_a_row():
-    assert {*filter(None, distill.WEIGHTS.values())} <= recipes.FLAGS.keys()
-    assert all(recipes.FLAGS[flag].at_least == 0 for flag in distill.WEIGHTS.values() if flag)
+    assert {*filter(None, distill_losses.WEIGHTS.values())} <= recipes.FLAGS.keys()
+    assert all(recipes.FLAGS[flag].at_least == 0 for flag in distill_losses.WEIGHTS.values() if flag)
     with pytest.raises(KeyError, match="forgotten"):  # a term without an entry in WEIGHTS is not weighted by 1
-        distill.weighted_sum({"sup": 1.0, "forgotten": 1.0}, dict.fromkeys(distill.WEIGHTS, 1.0))
+        distill_losses.weighted_sum({"sup": 1.0, "forgotten": 1.0}, dict.fromkeys(distill_losses.WEIGHTS, 1.0))
 
 
 def test_recipes_set_flags_alone():
@@ -90,7 +91,7 @@ LAYERS = [
     ["convert", "splits"],
     ["polygons"],
     ["batches", "mgd_ops", "pictures"],
-    ["inference"],
+    ["inference", "distill_losses"],
     ["events"],
     ["evaluate", "predict"],  # stages whose public functions the other stages need
     ["prepare", "export", "train_teacher", "distill"],
