@@ -57,6 +57,9 @@ THREADS = [1, 2]
 COMPILED = ((512, 512), 2)  # the size and the threads of torch.compile, which takes a minute for each
 RUNTIMES = [("pytorch", "fp32"), ("compile", "fp32"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")]
 FEWEST_CALLS = 30
+# Seconds between two calls. Threads wait for their next work in a loop, for tens of milliseconds: with 5 ms, two threads of one
+# model took a core from the next one, and int8 on two threads was slower than on one.
+PAUSE = 0.05
 CALIBRATION = 4  # images of noise: the ranges of the activations do not change the speed
 
 
@@ -240,7 +243,7 @@ def take_turns(runs: dict, image: np.ndarray, calls: int, seconds: float) -> dic
 
     while going := [key for key in runs if left(key)]:
         for key in going:
-            time.sleep(0.005)  # the threads of the last one have stopped waiting for work
+            time.sleep(PAUSE)
             began = time.perf_counter()
             runs[key](image)
             times[key].append(1e3 * (time.perf_counter() - began))
