@@ -352,7 +352,8 @@ class Progress:
     def step(self, step: int, images: int, lr: float, losses: dict[str, torch.Tensor], skipped: torch.Tensor):
         """Count step `step` (from 0), which saw `images` images. The losses, means over the ranks, and whether the step was
         `skipped` (see `finite_steps`) are read and logged every `log_every` steps, and before a checkpoint is saved. Raises
-        UserError if more than MAX_SKIPPED steps in a row were skipped, before a checkpoint of the last one is written."""
+        UserError if more than MAX_SKIPPED steps in a row, or all of the run, were skipped, before a checkpoint of the last one
+        is written."""
         self.steps += 1
         self.unread.append((step, images, losses, skipped))
         self.bar.update()
@@ -400,7 +401,7 @@ class Progress:
                     f"{self.args.out.name}: {sum(flags):.0f} of the last {len(flags)} steps were skipped, the first at step "
                     f"{step + 1}, where {bad} was not finite; log.jsonl names their images"
                 )
-            if self.in_a_row > MAX_SKIPPED:
+            if self.in_a_row > min(MAX_SKIPPED, self.args.steps - 1):  # of a short run: all of them
                 some = ", ".join([name for group in names.values() for name in group][:3])
                 raise UserError(
                     f"{self.args.out}: {bad} was not finite in {self.in_a_row} steps in a row, the last one step {step + 1}; "

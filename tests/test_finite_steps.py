@@ -234,6 +234,12 @@ def test_a_training_goes_on_as_if_the_step_had_not_been(with_bad_steps, tmp_path
     assert "were skipped" in out and "loss 'sup' was not finite" in out
 
 
+def test_a_run_of_which_no_step_could_be_made_ends_without_a_network(with_bad_steps, tmp_path):
+    (code, _, err), checkpoints, _ = with_bad_steps("sup", (0, 1, 2), "--steps", "3")
+    assert code == 2 and "in 3 steps in a row, the last one step 3" in err and "lower --lr" in err
+    assert len(checkpoints) == 2 and not (tmp_path / "x/last.pt").exists()
+
+
 def test_more_than_max_skipped_in_a_row_end_the_run_with_the_last_good_checkpoint(with_bad_steps, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "MAX_SKIPPED", 3)
     options = ["--steps", "9", "--log-every", "1"]
