@@ -140,13 +140,14 @@ def send(training: Training, planned: Kill) -> bool:
 
 
 def answered(training: Training, planned: Kill, ended: Ended, resumed: int) -> bool:
-    """Whether a run ended as it should: at once or with EXIT_CODE, and in no case with a traceback of its own."""
+    """Whether a run ended as it should: at once or with EXIT_CODE, and in no case with a traceback of its own. What the loader
+    workers of a process that was killed still print is not its own."""
     if ended.code == 0:
         return True
     if training.processes > 1:  # torchrun describes its ranks in many lines
         return "hung" not in ended.output
     stepped = max((entry["step"] for entry in training.log()), default=0) > resumed
-    allowed = {EXIT_CODE} if stepped else {EXIT_CODE, 130, -planned.number}  # before the first step
     if planned.number == signal.SIGKILL:
-        allowed = {-planned.number}
+        return ended.code == -planned.number and "hung" not in ended.output
+    allowed = {EXIT_CODE} if stepped else {EXIT_CODE, 130, -planned.number}  # before the first step
     return ended.code in allowed and not {"hung", "Traceback"} & {*ended.output.split()}
