@@ -6,7 +6,7 @@
 DATASET = shapes##	shapes (embedded), folder (your own data), voc, voc-few or cityscapes
 DATA =##	folder of the data set
 PART = 1/8##	fraction of the training images that is labeled: 1/K, or 1 for all that have a mask
-STUDENT = r18##	backbone of the students: r18, mbv2, or r34, r50, r101, wr34
+STUDENT = r18##	backbone of the students: r18, mbv2, el0, or r34, r50, r101, wr34, el1, el2
 SEEDS = 0##	every run is made once per seed, as SEEDS="0 1 2"
 DEEP =##	backbone of the deep teacher (by DATASET)
 WIDE =##	backbone of the wide teacher (by DATASET)
@@ -30,7 +30,7 @@ KD_ARGS =##
 CWD_ARGS =##
 VENV = .venv##	virtual environment; VENV= uses PYTHON as it is
 PYTHON = python3##	the interpreter
-EXTRAS = voc,export,tensorboard,web,test,lint##	optional dependencies to install
+EXTRAS = voc,export,tensorboard,web,test,lint##	optional dependencies to install; imagenet has weights of el0, el1, el2
 
 # ---- guards: what the scripts, which check all else, would notice too late ----
 NAMES := DATASET DATA PART STUDENT DEEP WIDE DEEP_CKPT WIDE_CKPT TEACHER_PART TEACHER_SEED RUN NPROC
@@ -51,7 +51,7 @@ match = $(foreach v,$(filter $(1),$(GIVEN)),$(foreach w,$($(v)),\
 $(call match,DATASET,shapes|folder|voc|voc-few|cityscapes,your own data: DATASET=folder DATA=data/$(DATASET))
 $(call match,PART TEACHER_PART,1(/[1-9][0-9]*)?,give 1/K with a whole number K such as 1/8; or 1 for all)
 $(call match,SEEDS TEACHER_SEED,0|[1-9][0-9]*,give whole numbers; several with spaces: SEEDS="0 1 2")
-$(call match,STUDENT DEEP WIDE,r18|r34|r50|r101|wr34|mbv2,give r18 r34 r50 r101 wr34 (wide_resnet34) or mbv2)
+$(call match,STUDENT DEEP WIDE,r18|r34|r50|r101|wr34|mbv2|el[012],give r18 r34 r50 r101 wr34 (wide_resnet34) mbv2 el0 el1 or el2)
 $(call match,NPROC,[1-9][0-9]*,give the number of processes such as 4)
 $(if $(filter /,$(RUN)),$(call refuse,RUN,give a folder such as runs/mine/short))
 $(foreach v,DEEP_CKPT WIDE_CKPT,$(if $(filter-out $(wildcard $($(v))),$($(v))),$(call refuse,$(v),no such file)))

@@ -1,4 +1,4 @@
-"""DeepLabV3+ on torchvision backbones.
+"""DeepLabV3+ on backbones of torchvision and of efficientnet_lite.py.
 
     python models.py           # parameters and GMACs, beside the paper's
     python models.py --json    # the same as JSON
@@ -23,10 +23,11 @@ from torch.fx.experimental.optimization import fuse
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
+import efficientnet_lite
 from common import ArgumentParser, UserError, cli
 from readers import open_tensors
 
-# Our name for a backbone, the paper's where it has one -> torchvision's.
+# Our name for a backbone, the paper's where it has one -> torchvision's, or that of efficientnet_lite.py.
 # "Wide ResNet-34" counts 66.83M parameters only as Wide ResNet-50-2.
 BACKBONES = {
     "resnet18": "resnet18",
@@ -35,6 +36,7 @@ BACKBONES = {
     "resnet101": "resnet101",
     "wide_resnet34": "wide_resnet50_2",
     "mobilenetv2": "mobilenet_v2",
+    **{name: name for name in efficientnet_lite.NETWORKS},
 }
 ALIASES = {
     "r18": "resnet18",
@@ -43,10 +45,13 @@ ALIASES = {
     "r101": "resnet101",
     "wr34": "wide_resnet34",
     "mbv2": "mobilenetv2",
+    "el0": "efficientnet_lite0",
+    "el1": "efficientnet_lite1",
+    "el2": "efficientnet_lite2",
 }
 STEMS = ("standard", "deep")
 # Widths of the three 3x3 convolutions of the deep stem. The wide ResNet and MobileNetV2 reach the paper's parameter
-# counts with their own stem, and keep it.
+# counts with their own stem, and keep it, as EfficientNet-Lite does.
 DEEP_STEM = {
     "resnet18": (32, 32, 64),
     "resnet34": (32, 32, 64),
@@ -156,9 +161,10 @@ def dilate(blocks: nn.Sequential, dilations: tuple[int, ...]):
 
 
 def build_backbone(name: str, weights: str = "none", stem: str = "standard") -> Backbone:
-    """A dilated torchvision network without its classifier, for `name` of `BACKBONES` or `ALIASES`.
+    """A dilated classification network without its classifier, for `name` of `BACKBONES` or `ALIASES`.
 
-    weights: `imagenet` (torchvision's, downloaded once), `none`, or a file with a state dict of torchvision's keys.
+    weights: `imagenet` (torchvision's, downloaded once, or those of an installed package), `none`, or a file with a state dict
+    of the published keys.
     stem: `standard` as in torchvision, or `deep`, three 3x3 convolutions, which gives the paper's parameter counts.
     Raises UserError for an unknown name or stem, and for weights that cannot be read or do not fit.
     """
@@ -170,13 +176,21 @@ def build_backbone(name: str, weights: str = "none", stem: str = "standard") -> 
         load_weights(network, name, weights, stem)
     if name == "mobilenetv2":
         return Backbone(network.features[:4], network.features[4:18], low_channels=24, high_channels=320)
+    if name in efficientnet_lite.NETWORKS:
+        depths, channels = efficientnet_lite.NETWORKS[name]
+        low = nn.Sequential(network.stem, network.blocks[: sum(depths[:2])])
+        return Backbone(low, network.blocks[sum(depths[:2]) :], low_channels=channels[1], high_channels=channels[-1])
     low = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, network.layer1)
     low_channels, high_channels = (64, 512) if name in ("resnet18", "resnet34") else (256, 2048)
     return Backbone(low, nn.Sequential(network.layer2, network.layer3, network.layer4), low_channels, high_channels)
 
 
 def dilated_network(name: str, stem: str) -> nn.Module:
-    """The whole torchvision network of a backbone, with our stem and dilations."""
+    """The whole classification network of a backbone, with our stem and dilations."""
+    if name in efficientnet_lite.NETWORKS:
+        network = efficientnet_lite.EfficientNetLite(name)
+        dilate(network.blocks[sum(efficientnet_lite.NETWORKS[name].depths[:5]) :], (1, 2, 2, 2, 2, 2))
+        return network
     network = torchvision.models.get_model(BACKBONES[name], weights=None)
     if name == "mobilenetv2":
         # The stride of 32 stays; the last 1x1 convolution (320 -> 1280) serves the classifier alone and is dropped.
@@ -209,27 +223,39 @@ def load_weights(network: nn.Module, name: str, weights: str, stem: str):
     The counters `num_batches_tracked` are ignored on both sides: torchvision's published ResNet files do not have them.
     """
     state = published_weights(name, stem) if weights == "imagenet" else read_state_dict(weights)
-    state, needed = without_classifier(state), without_classifier(network.state_dict())
+    state, own = without_classifier(state), without_classifier(network.state_dict())
+    needed = named_as_in(state, name, own)
     if reason := misfit(state, needed):
         kinds = ((other, kind) for other in BACKBONES for kind in STEMS)
-        fits = next((kind for kind in kinds if misfit(state, expected_shapes(*kind)) is None), None)
+        fits = next(
+            (kind for kind in kinds if misfit(state, named_as_in(state, kind[0], expected_shapes(*kind))) is None), None
+        )
         if fits:
             raise UserError(
                 f"--weights {weights}: holds the weights of {fits[0]} with the {fits[1]} stem, not of {name} with "
                 f"the {stem} stem; give the file of the backbone, or the backbone of the file"
             )
+        source = f"torchvision's {BACKBONES[name]}"
+        if name in efficientnet_lite.NETWORKS:
+            source = f"{efficientnet_lite.package_of(name)}, or of timm's tf_{name}"
         raise UserError(
-            f"--weights {weights}: does not fit {name} with the {stem} stem ({reason}); give a state dict of "
-            f"torchvision's {BACKBONES[name]}"
+            f"--weights {weights}: does not fit {name} with the {stem} stem ({reason}); give a state dict of {source}"
         )
     broken = next((key for key, value in state.items() if not value.isfinite().all()), None)
     if broken:
         raise UserError(f"--weights {weights}: '{broken}' holds values that are not finite (nan or inf); give other weights")
+    if name in efficientnet_lite.NETWORKS:
+        efficientnet_lite.load_published(network, name, state)
+        if not efficientnet_lite.from_package(state):
+            efficientnet_lite.warn_of_timm(name, weights)
+        return
     network.load_state_dict(state, strict=False)  # all but the classifier and the counters, as checked above
 
 
 def published_weights(name: str, stem: str) -> dict[str, torch.Tensor]:
-    """torchvision's ImageNet weights, downloaded once. Raises UserError."""
+    """torchvision's ImageNet weights, downloaded once, or those of an installed package. Raises UserError."""
+    if name in efficientnet_lite.NETWORKS:
+        return read_state_dict(str(efficientnet_lite.installed_weights(name)))
     if stem == "deep" and name in DEEP_STEM:
         raise UserError(
             "--weights imagenet: torchvision's weights have the standard stem; "
@@ -284,8 +310,15 @@ def is_state_dict(state) -> bool:
 
 def without_classifier(state: dict) -> dict:
     """The entries that a backbone needs: without the classifier and without batch norm's counters."""
-    classifier = ("fc.", "classifier.", "features.18.")
+    classifier = ("fc.", "classifier.", "features.18.", *efficientnet_lite.CLASSIFIER)
     return {k: v for k, v in state.items() if not (k.startswith(classifier) or k.endswith(".num_batches_tracked"))}
+
+
+def named_as_in(state: dict, name: str, entries: dict) -> dict:
+    """The entries of the network `name` under the names that they have in a file with the state dict `state`."""
+    if name not in efficientnet_lite.NETWORKS:
+        return entries
+    return dict(zip(efficientnet_lite.names_in_file(name, entries, state), entries.values(), strict=True))
 
 
 @functools.cache
@@ -418,14 +451,16 @@ def main():
     if args.json:
         print(json.dumps(rows, indent=1))
         return
-    print("backbone        stem      params (paper)      GMACs 512² (paper)   GMACs 800² (paper)   model: params  GMACs 512²")
+    print(
+        "backbone            stem      params (paper)      GMACs 512² (paper)   GMACs 800² (paper)   model: params  GMACs 512²"
+    )
     for row in rows:
         cells = [
             f"{row[key]:7.2f} ({'' if value is None else f'{value:.2f}'})"
             for key, value in zip(("params_m", "gmacs_512", "gmacs_800"), PAPER.get(row["backbone"], (None,) * 3), strict=True)
         ]
         print(
-            f"{row['backbone']:15} {row['stem']:9} {cells[0]:19} {cells[1]:20} {cells[2]:20} "
+            f"{row['backbone']:19} {row['stem']:9} {cells[0]:19} {cells[1]:20} {cells[2]:20} "
             f"{row['model_params_m']:12.2f} {row['model_gmacs_512']:10.2f}"
         )
 

@@ -178,7 +178,7 @@ FLAGS = {
     "window": Flag(VIEWS, WINDOW_HELP, type=window_size, metavar="SIZE"),
     "weights": Flag(
         MODEL,
-        "of the backbone: imagenet, none, or a file with a torchvision state dict",
+        "of the backbone: imagenet, none, or a file with a published state dict",
         metavar="imagenet|none|FILE",
     ),
     "stem": Flag(MODEL, "deep gives the paper's parameter counts", "standard", choices=("standard", "deep")),

@@ -4,7 +4,7 @@
     python benchmarks/bench_deploy.py --resume --evaluations results/export.json
     python benchmarks/bench_deploy.py --cases 'resnet101 256' --json part.json
 
-Both teachers, both students with several heads, and what one would take from
+Both teachers, three students with several heads, and what one would take from
 torchvision instead. Each runs in PyTorch (float32, eager, batch norm folded),
 compiled at one size, and in ONNX Runtime in float32 and int8, after the same
 export and quantization. All do the same work: from a uint8 image to the uint8
@@ -82,7 +82,7 @@ HEADS = [(256, False), (128, False), (64, False), (64, True)]
 ALL = [
     Case("teacher_deep", "resnet101", 256, False),
     Case("teacher_wide", "wide_resnet34", 256, False),
-    *(Case("student", backbone, *head) for backbone in ("resnet18", "mobilenetv2") for head in HEADS),
+    *(Case("student", backbone, *head) for backbone in ("resnet18", "mobilenetv2", "efficientnet_lite0") for head in HEADS),
     *(
         Case("torchvision", name, None, False)
         for name in ("lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50")
@@ -347,6 +347,7 @@ TITLES = {
     "wide_resnet34": "T_W: Wide ResNet-34",
     "resnet18": "ResNet-18",
     "mobilenetv2": "MobileNetV2",
+    "efficientnet_lite0": "EfficientNet-Lite0",
     "lraspp_mobilenet_v3_large": "LR-ASPP, MobileNetV3-L",
     "deeplabv3_mobilenet_v3_large": "DeepLabV3, MobileNetV3-L",
     "deeplabv3_resnet50": "DeepLabV3, ResNet-50",
