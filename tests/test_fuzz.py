@@ -12,7 +12,7 @@ from soak import fuzz
 
 WATCHED = """
 import json, os, pathlib, sys
-from soak import fuzz
+from soak import fuzz, kinds
 from common import UserError
 
 root = pathlib.Path(sys.argv[1])
@@ -26,7 +26,7 @@ def refuse(message):
 
 calls = {
     "inside": lambda: (root / "run" / "a").write_text("x"),
-    "refused": lambda: fuzz.attempt(refuse, "a.png: is\\nwrong"),
+    "refused": lambda: kinds.attempt(refuse, "a.png: is\\nwrong"),
     "read": lambda: (root / "old").read_text(),
     "write": lambda: (root / "a").write_text("x"),
     "behind a link": lambda: (root / "run" / "link" / "b").write_text("x"),
@@ -54,11 +54,11 @@ def test_the_watch_sees_what_a_reader_must_not_do(tmp_path):
 
 DYING = """
 import os, pathlib, sys, time
-from soak import fuzz
+from soak import fuzz, kinds
 
 calls = {"crash": os.abort, "hang": lambda: time.sleep(99)}
 fuzz.KINDS.clear()
-fuzz.KINDS |= {kind: lambda draw, place, call=call: draw(fuzz.st.just(call)) for kind, call in calls.items()}
+fuzz.KINDS |= {kind: lambda draw, place, call=call: draw(kinds.st.just(call)) for kind, call in calls.items()}
 if "--work" in sys.argv:
     fuzz.SECONDS = 1
     fuzz.main()
