@@ -27,6 +27,7 @@ import sys
 import time
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 import datasets
 import evaluate
@@ -236,14 +237,21 @@ def main(argv=None):
     student = models.model_from_args(vars(args), len(dataset.classes), args.weights).to(device).train()
     optimizer = torch.optim.SGD(parameter_groups(student, args.weight_decay), lr=args.lr, momentum=0.9, fused=True)
     activations = models.activation_bytes(student, micro_batches(args)[1], args.crop, args.precision, whole=args.ohem)
-    # 12 bytes: float32 weights, gradients and momentum
-    memory = 12 * sum(p.numel() for p in student.parameters()) + (1 + on_views) * activations
+    finite_steps = FiniteSteps([student], [optimizer])
+    average = None
+    if args.ema_decay:  # of weights and batch norm's statistics
+        average = AveragedModel(student, multi_avg_fn=finite_steps.moving_average(args.ema_decay, True), use_buffers=True)
+        average.requires_grad_(False).eval()
+    kept = average.module if average else student  # what is validated and kept
+    saved = {"model": kept, "second": student} if average else {"model": student}
+    # 12 bytes: float32 weights, gradients and momentum; 4 of an average
+    memory = (16 if average else 12) * sum(p.numel() for p in student.parameters()) + (1 + on_views) * activations
     more = f", {' + '.join(args.losses)}, ops {kernels.backend(device.type)}"
     print_plan(args, device, partition, on_views, memory, more)
-    start, seconds = restore(resumed, {"model": student}, [optimizer])
-    ddp_model = compiled(
-        distribute(student), args, device, retain_graph=args.grad_norms
-    )  # what the steps run; `student` is validated and saved
+    start, seconds = restore(resumed, saved, [optimizer])
+    if average:
+        average.n_averaged.fill_(start)
+    ddp_model = compiled(distribute(student), args, device, retain_graph=args.grad_norms)  # what the steps run
 
     labeled = train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
     views = on_views * (2 if args.cutmix else 1)
@@ -276,9 +284,8 @@ def main(argv=None):
 
     def save(step, path):
         row["seconds"] = round(seconds + time.perf_counter() - began, 1)
-        save_checkpoint(path, {**checkpoint, **states(path, {"model": student}, [optimizer]), "step": step})
+        save_checkpoint(path, {**checkpoint, **states(path, saved, [optimizer]), "step": step})
 
-    finite_steps = FiniteSteps([student], [optimizer])
     board = events.Events(args, dataset, device, start)
     progress = Progress(args, start, functools.partial(images_of_step, args, partition), board)
     next_labeled = functools.partial(progress.next_batch, labeled)
@@ -287,8 +294,8 @@ def main(argv=None):
     signals = StopSignals()
     for step in range(start, args.steps):
         if step and due(step - 1, args.val_every, args.steps):
-            board.panels(step, student)
-            evaluate.validate_step(args, step, student, dataset, device, progress, signals)
+            board.panels(step, kept)
+            evaluate.validate_step(args, step, kept, dataset, device, progress, signals)
         lr = poly_lr(step, args.steps, args.lr)
         set_lr([optimizer], lr)
         finite_steps.begin()
@@ -324,11 +331,13 @@ def main(argv=None):
                 losses[name] += term.detach() / len(batches)
         losses = finite_steps.check(losses)
         optimizer.step()
+        if average:
+            average.update_parameters(student)
 
         progress.step(step, args.batch * (1 + views), lr, losses, finite_steps.skipped)
         save_or_stop(args, step, save, progress, signals)
-    evaluate.finish_run(args, student, dataset, device, row, save, progress, signals)
-    board.panels(args.steps, student)
+    evaluate.finish_run(args, kept, dataset, device, row, save, progress, signals)
+    board.panels(args.steps, kept)
     board.close()
 
 

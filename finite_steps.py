@@ -46,11 +46,17 @@ class FiniteSteps:
             optimizer.found_inf = self.skipped  # a fused step where this is 1 changes nothing
         return dict(zip(losses, values, strict=False))
 
-    def moving_average(self, decay: float):
-        """`multi_avg_fn` of an AveragedModel: as torch's `get_ema_multi_avg_fn`, but a skipped step does not move it."""
+    def moving_average(self, full_decay: float, warm_up: bool = False):
+        """`multi_avg_fn` of an AveragedModel: as torch's `get_ema_multi_avg_fn`, but a skipped step does not move it.
+
+        The average is w_0 after step 0, and d_t · average + (1 - d_t) · w_t after step t > 0, where w_t are the weights after
+        it. d_t is `full_decay`, or with `warm_up` at most (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage: it
+        then reaches back over a tenth of the steps so far, and forgets the first ones in a short training too.
+        """
 
         @torch.no_grad()
-        def update(averaged: list[torch.Tensor], current: list[torch.Tensor], _):
+        def update(averaged: list[torch.Tensor], current: list[torch.Tensor], steps: torch.Tensor):
+            decay = ((1 + steps) / (10 + steps)).clamp(max=full_decay) if warm_up else full_decay
             if averaged[0].is_floating_point():
                 torch._foreach_lerp_(averaged, current, [(1 - decay) * (1 - self.skipped)] * len(averaged))
             else:  # lerp takes no integers

@@ -35,7 +35,6 @@ SHAPES_RECIPE = {
     "sup_only": 0.4,
     "ramp_up": 0.6,
     "cps_weight": 1.0,
-    "conf_thresh": 0.0,
     "lambda_image": 0.002,
     "lambda_region": 10.0,  # from scratch, 100 slowed the student
     "window": False,
@@ -56,7 +55,6 @@ FOLDER_RECIPE = {
     "sup_only": 0.0,
     "ramp_up": 0.0,
     "cps_weight": 1.0,
-    "conf_thresh": 0.0,
     "lambda_image": 0.002,
     "lambda_region": 100.0,
     "window": "crop",
@@ -79,6 +77,8 @@ CITYSCAPES_RECIPE = {
     "teacher": {"steps": 44_600},
     "student": {"steps": 22_300, "batch": 16},
 }
+# What flags without a default of their own become by method, whatever the data set.
+OF_METHOD = {method: {"ema_decay": 0.99, "conf_thresh": 0.0} for method in TEACHER_METHODS}
 RECIPES = {
     "shapes": SHAPES_RECIPE,
     "folder": FOLDER_RECIPE,
@@ -211,6 +211,14 @@ FLAGS = {
     ),
     "weight_decay": Flag(TRAINING, "not applied to norms and biases", 5e-4, float, at_least=0),
     "crop": Flag(TRAINING, "crop size in pixels, SIDE or HEIGHTxWIDTH", type=crop_size, metavar="SIZE"),
+    "ema_decay": Flag(
+        TRAINING,
+        "mt and students: keep the moving average of the weights, with this decay per step, below 1",
+        type=float,
+        methods=("mt", *STUDENT_METHODS),
+        at_least=0,
+        below=1,
+    ),
     "ohem": Flag(TRAINING, "supervised loss on hard pixels only", type=bool),
     "cutmix": Flag(TRAINING, "mix the unlabeled views with CutMix", True, methods=UNLABELED),
     "precision": Flag(
@@ -255,15 +263,6 @@ FLAGS = {
         at_most=1,
     ),
     "mt_weight": Flag(UNLABELED_IMAGES, "mt: weight of the consistency loss", 100.0, float, methods=("mt",), at_least=0),
-    "ema_decay": Flag(
-        UNLABELED_IMAGES,
-        "mt: decay per step of the moving average of the weights, below 1",
-        0.99,
-        float,
-        methods=("mt",),
-        at_least=0,
-        below=1,
-    ),
     "sup_only": Flag(
         UNLABELED_IMAGES,
         "supervised-only warm-up, as a fraction of the steps",
@@ -347,6 +346,9 @@ def default_of(name: str) -> str:
         return ""
     if flag.default is not None:
         return f" (default: {plain(flag.default)})"
+    if name not in VOC_RECIPE:
+        of = [f"{plain(OF_METHOD[m][name])} for {m}, " for m in flag.methods if name in OF_METHOD.get(m, {})]
+        return f" (default: {''.join(of)}otherwise none)" if of else " (default: none)"
     return f" (default: by --dataset; {plain(value)} for voc)"
 
 
@@ -360,13 +362,13 @@ def plain(value) -> str:
 
 
 def fill_from_recipe(args: argparse.Namespace, stage: str):
-    """Give every argument that is still None its value of the data set's recipe, and check the ranges of all.
+    """Give every argument that is still None its value by method or data set, if there is one, and check the ranges of all.
 
     `stage` is teacher or student. Raises UserError.
     """
     recipe = RECIPES[args.dataset]
     of_backbone, without = recipe.get("of", {}).get(args.backbone, {}), {} if args.cutmix else recipe.get("no_cutmix", {})
-    recipe = {**recipe, **recipe.get(stage, {}), **of_backbone, **without}
+    recipe = {**recipe, **recipe.get(stage, {}), **of_backbone, **without, **OF_METHOD.get(args.method, {})}
     if args.batch is not None:  # the recipe's learning rate is that of its batch
         recipe["lr"] *= args.batch / recipe["batch"]
     missing = [name for name in FLAGS if name in recipe and getattr(args, name, 0) is None]

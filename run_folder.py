@@ -138,9 +138,9 @@ def restore(checkpoint: dict | None, networks: dict[str, torch.nn.Module], optim
 def load_checkpoint(path: pathlib.Path | str) -> dict:
     """A checkpoint of any stage, on the CPU.
 
-    Keys: `model` (state dict), `second` (until the last step: CPS's second network, Mean Teacher's student), `optimizers`,
-    `step`, `rng`, `args`, `classes`, `palette`, `partition`, `row` (the run's entry in result files), `teachers` (their rows),
-    `versions`. Raises UserError.
+    Keys: `model` (state dict), `second` (until the last step: CPS's second network, or the one whose average is `model`),
+    `optimizers`, `step`, `rng`, `args`, `classes`, `palette`, `partition`, `row` (the run's entry in result files), `teachers`
+    (their rows), `versions`. Raises UserError.
     """
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; give the last.pt in it")

@@ -14,6 +14,7 @@ from conftest import (
     log,
     resume_equals_uninterrupted,
     same_weights,
+    weights,
 )
 
 import batches
@@ -24,6 +25,7 @@ import distill_losses
 import models
 import run_folder
 import train_teacher
+from finite_steps import FiniteSteps
 
 pytestmark = pytest.mark.usefixtures("tiny_networks")
 
@@ -270,6 +272,34 @@ def test_batch_norm_in_training_mode_leaves_the_teachers_statistics_alone(teache
     assert all(torch.equal(v, checkpoint["model"][k]) for k, v in teacher.state_dict().items())
     with pytest.raises(common.UserError, match=r"--image-scale 1.0, not 0.5"):
         distill.load_teacher(teachers[0], dataset, argparse.Namespace(image_scale=0.5), torch.device("cpu"))
+
+
+def test_what_is_kept_is_the_moving_average_of_the_weights(script, teachers, tmp_path, monkeypatch):
+    """Its closed form, from the weights after each step."""
+    networks, after = [], []
+
+    def guard(nets, optimizers):
+        networks.append(nets[0])
+        return FiniteSteps(nets, optimizers)
+
+    monkeypatch.setattr(distill, "FiniteSteps", guard)
+    monkeypatch.setattr(
+        distill, "save_or_stop", lambda *_: after.append({k: v.double() for k, v in networks[-1].state_dict().items()})
+    )
+    assert script(distill, *distill_args(tmp_path / "with", teachers, "--ema-decay", "0.2"))[0] == 0
+    expected = after[0]
+    for t, weights_after in enumerate(after[1:], 1):
+        decay = min(0.2, (1 + t) / (10 + t))
+        expected = {k: decay * v + (1 - decay) * weights_after[k] for k, v in expected.items()}
+    kept = weights(tmp_path / "with" / "last.pt")
+    for key, value in kept.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-7)
+    assert script(distill, *distill_args(tmp_path / "without", teachers))[0] == 0
+    assert all(torch.equal(v.double(), after[3][k]) for k, v in weights(tmp_path / "without" / "last.pt").items())
+    assert not same_weights(tmp_path / "with" / "last.pt", tmp_path / "without" / "last.pt")
+    losses = [[entry for entry in log(tmp_path / name) if "miou" not in entry] for name in ("with", "without")]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.slow

@@ -109,6 +109,29 @@ class NothingIsRead(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("full_decay", [0.3, 0.99])
+def test_the_moving_average_with_a_warm_up_is_its_closed_form(full_decay):
+    """Σ_s w_s (1 - d_s) Π_{r > s} d_r over the steps that were made, with d_0 = 0; its buffers too."""
+    net, optimizer = network()
+    guard = FiniteSteps([net], [optimizer])
+    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=guard.moving_average(full_decay, True), use_buffers=True)
+    made = {}
+    for t in range(8):
+        before = [value.clone() for value in average.module.state_dict().values()]
+        step(net, optimizer, guard, loss_factor=math.nan if t in (0, 5) else 1.0)
+        average.update_parameters(net)
+        if guard.skipped:
+            assert same(before, average.module.state_dict().values())
+        if t == 0 or not guard.skipped:
+            made[t] = {key: value.double().clone() for key, value in net.state_dict().items()}
+    decay = {t: min(full_decay, (1 + t) / (10 + t)) if t else 0.0 for t in made}
+    weight = {s: (1 - decay[s]) * math.prod(decay[r] for r in made if r > s) for s in made}
+    assert sum(weight.values()) == pytest.approx(1)
+    for key, value in average.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), sum(weight[s] * made[s][key] for s in made), rtol=1e-5, atol=1e-7)
+
+
 def test_nothing_is_read_on_the_host():
     net, optimizer = network()
     guard = FiniteSteps([net], [optimizer])
