@@ -13,6 +13,8 @@ r"""Distil frozen teachers, one or two, into a light student.
                 image-level loss against the deep teacher T_D (Eq. 4) and the
                 region-level loss against the wide teacher T_W (Eq. 6).
                 --losses chooses among them.
+--method mgd+   the same with other defaults: --ema-decay, --soft-labels,
+                --refine and --lambda-schedule, each of which works with mgd too
 --method kd     cross entropy with the ground truth, and, on labeled images and
                 views, the divergence from the teachers' softened class
                 probabilities (Hinton, Vinyals & Dean 2015)
@@ -56,12 +58,15 @@ from common import (
     set_lr,
 )
 from distill_losses import (
+    LEVELS,
     LOSSES,
     WEIGHTS,
+    RelativeWeights,
     TeacherOutputs,
     chosen_losses,
     gradient_norms,
     kd_losses,
+    lambda_factor,
     mgd_losses,
     needed_outputs,
     uses_views,
@@ -101,13 +106,35 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.backbone = models.canonical_name(args.backbone, "--student")
     args.losses = chosen_losses(args)
-    used = {flag for term, flag in WEIGHTS.items() if any(loss.startswith(term) for loss in args.losses)}
-    for flag in sorted({*filter(None, WEIGHTS.values())} - used):
-        if getattr(args, flag) != parser.get_default(flag):
-            given = f"--{flag.replace('_', '-')} {getattr(args, flag)}"
-            print(f"note: {given} has no effect: the losses are {' '.join(args.losses)}", file=sys.stderr)
+    given = [flag for flag in vars(args) if getattr(args, flag) != parser.get_default(flag)]
     recipes.fill_from_recipe(args, "student")
+    levels = [level for level in LEVELS if any(loss.startswith(level) for loss in args.losses)]
+    if args.lambda_relative and levels:
+        if not {"pixel", "pixel:unlabeled"} & {*args.losses}:
+            raise UserError(
+                "--lambda-relative: is relative to the pixel level on views; add pixel to --losses, or leave it out"
+            )
+        if args.compile:
+            raise UserError("--lambda-relative: does not work with --compile; leave one of them out")
+    for flag, why in without_effect(args).items():
+        if flag in given:
+            print(f"note: --{flag.replace('_', '-')} {getattr(args, flag)} has no effect{why}", file=sys.stderr)
     return args
+
+
+def without_effect(args) -> dict[str, str]:
+    """The flags that change nothing in a run with these arguments, and why."""
+
+    def unused(*begins):
+        return not any(loss.startswith(begins) for loss in args.losses)
+
+    of_losses = {flag for term, flag in WEIGHTS.items() if flag and unused(term)}
+    of_losses -= {flag for term, flag in WEIGHTS.items() if not unused(term)}
+    of_losses |= {"conf_thresh", "soft_labels"} if unused("pixel") else set()
+    of_losses |= {"lambda_schedule", "lambda_relative"} if unused(*LEVELS) else set()
+    beside = {"lambda_image": " beside --lambda-relative", "lambda_region": " beside --lambda-relative"}
+    found = beside if args.lambda_relative else {}
+    return found | {flag: f": the losses are {' '.join(args.losses)}" for flag in sorted(of_losses)}
 
 
 def load_teacher(path, dataset, args, device):
@@ -141,13 +168,15 @@ BATCH_PIXELS = 2**17  # one teacher forward takes at most this many pixels, but 
 def needed_forwards(needed: set[str], cutmix: bool, mixed_terms: str) -> tuple[bool, bool, bool]:
     """Whether a teacher has to see the labeled images, the clean views and the mixed views for the outputs `needed`."""
     mixed = "mixed" in needed and cutmix and mixed_terms == "mixed"
-    clean = "pseudo_labels_u" in needed or ("mixed" in needed and not mixed)
+    clean = bool(needed & {"pseudo_labels_u", "clean"}) or ("mixed" in needed and not mixed)
     return bool(needed & {"pseudo_labels_l", "labeled"}), clean, mixed
 
 
-def teacher_outputs(teacher, batch: Batch, needed: set[str], *, teacher_bn="eval", mixed_terms="mixed") -> TeacherOutputs:
+def teacher_outputs(
+    teacher, batch: Batch, needed: set[str], *, teacher_bn="eval", mixed_terms="mixed", threshold=0.0
+) -> TeacherOutputs:
     """Run a teacher for the outputs `needed`. Where a labeled image or a mixed view is ignored, its pseudo labels are 255: no
-    pixel without ground truth, or outside its image, takes part in Eq. 2.
+    pixel without ground truth, or outside its image, takes part in Eq. 2. Neither does one of a probability below `threshold`.
 
     Small crops run in one forward. Large crops run one input at a time: a step then needs a fifth less memory, and is a fifth
     slower on two CPU cores. With batch norm in training mode the released code's separate batches matter. With
@@ -168,14 +197,16 @@ def teacher_outputs(teacher, batch: Batch, needed: set[str], *, teacher_bn="eval
     mixed = outputs.pop() if run_mixed else None
     if mixed is None and "mixed" in needed:
         mixed = models.Output(*(batch.mix(torch.cat(maps)) for maps in zip(*outputs, strict=True)))
+    clean = torch.cat([output.logits for output in outputs]) if needed & {"pseudo_labels_u", "clean"} else None
     pseudo_labels_l = pseudo_labels_u = None
     if "pseudo_labels_l" in needed:
-        labels = mgd_ops.upsampled_argmax(labeled.logits, size)
+        labels = mgd_ops.upsampled_argmax(labeled.logits, size, threshold)
         pseudo_labels_l = labels.masked_fill(batch.labels == IGNORE_INDEX, IGNORE_INDEX)
     if "pseudo_labels_u" in needed:  # maps of labels can be mixed as well as maps of logits: each pixel is of one view
-        labels = mgd_ops.upsampled_argmax(torch.cat([output.logits for output in outputs]), size)
+        labels = mgd_ops.upsampled_argmax(clean, size, threshold)
         pseudo_labels_u = batch.mix(labels).masked_fill(batch.mixed_ignore, IGNORE_INDEX)
-    return TeacherOutputs(pseudo_labels_l, pseudo_labels_u, labeled if "labeled" in needed else None, mixed)
+    labeled, clean = labeled if "labeled" in needed else None, clean if "clean" in needed else None
+    return TeacherOutputs(pseudo_labels_l, pseudo_labels_u, labeled, mixed, clean)
 
 
 def labels_of_teachers(rows, partition) -> str:
@@ -220,33 +251,44 @@ def main(argv=None):
             f"{args.out / 'resume.pt'}: was trained with different teachers than --deep and --wide; give another --out, or "
             "delete it to start again"
         )
-    needed = {role: needed_outputs(args.method, args.losses, role) for role in teachers}
-    weights = {term: 1.0 if flag is None else getattr(args, flag) for term, flag in WEIGHTS.items()}  # of Eq. 7
-    if args.method == "mgd":
+    needed = {role: needed_outputs(args.method, args.losses, role, args.soft_labels) for role in teachers}
+    fixed = {term: 1.0 if flag is None else getattr(args, flag) for term, flag in WEIGHTS.items()}  # of Eq. 7
+    if args.method in recipes.MGD_METHODS:
         losses_of = functools.partial(
             mgd_losses,
             losses=args.losses,
             ohem=args.ohem,
             regions=args.regions,
             image_reduction=args.image_reduction,
+            soft_labels=args.soft_labels,
         )
     else:
         losses_of = functools.partial(kd_losses, method=args.method, ohem=args.ohem, temperature=args.temperature)
+    ground_truth_alone = functools.partial(mgd_losses, losses=["sup"], ohem=args.ohem)  # of --refine
+    taught_steps = args.steps - round((args.refine or 0.0) * args.steps)  # the first ones; the others are those of --refine
+    levels = [level for level in LEVELS if any(loss.startswith(level) for loss in args.losses)]
+    relative = RelativeWeights(levels, args.lambda_relative).to(device) if args.lambda_relative and levels else None
 
     torch.manual_seed(seed_of(args.seed, 20))
     student = models.model_from_args(vars(args), len(dataset.classes), args.weights).to(device).train()
     optimizer = torch.optim.SGD(parameter_groups(student, args.weight_decay), lr=args.lr, momentum=0.9, fused=True)
-    activations = models.activation_bytes(student, micro_batches(args)[1], args.crop, args.precision, whole=args.ohem)
-    finite_steps = FiniteSteps([student], [optimizer])
+    soft = bool(args.soft_labels) and any(loss.startswith("pixel") for loss in args.losses)
+    size = micro_batches(args)[1]
+    activations = models.activation_bytes(student, size, args.crop, args.precision, whole=args.ohem or soft)
+    if soft:  # the soft labels, float32 at full size
+        activations += 4 * size * len(dataset.classes) * args.crop[0] * args.crop[1]
+    finite_steps = FiniteSteps([student, *([relative] if relative else [])], [optimizer])
     average = None
     if args.ema_decay:  # of weights and batch norm's statistics
         average = AveragedModel(student, multi_avg_fn=finite_steps.moving_average(args.ema_decay, True), use_buffers=True)
         average.requires_grad_(False).eval()
     kept = average.module if average else student  # what is validated and kept
     saved = {"model": kept, "second": student} if average else {"model": student}
+    saved |= {"relative": relative} if relative else {}
     # 12 bytes: float32 weights, gradients and momentum; 4 of an average
     memory = (16 if average else 12) * sum(p.numel() for p in student.parameters()) + (1 + on_views) * activations
     more = f", {' + '.join(args.losses)}, ops {kernels.backend(device.type)}"
+    more += f", the last {args.steps - taught_steps} steps on the ground truth alone" if taught_steps < args.steps else ""
     print_plan(args, device, partition, on_views, memory, more)
     start, seconds = restore(resumed, saved, [optimizer])
     if average:
@@ -255,7 +297,9 @@ def main(argv=None):
 
     labeled = train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
     views = on_views * (2 if args.cutmix else 1)
-    unlabeled = train_batches(dataset, partition.unlabeled, args, views, start, labeled=False) if on_views else None
+    unlabeled = None
+    if on_views and start < taught_steps:
+        unlabeled = train_batches(dataset, partition.unlabeled, args, views, start, labeled=False)
 
     row = evaluate.result_row(
         args,
@@ -300,20 +344,32 @@ def main(argv=None):
         set_lr([optimizer], lr)
         finite_steps.begin()
 
+        taught, weights, lambdas = step < taught_steps, fixed, {}
+        if taught:
+            factor = lambda_factor(args.lambda_schedule, step, taught_steps)
+            full = relative.weights() if relative else {level: fixed[level] for level in levels}
+            lambdas = {level: factor * weight for level, weight in full.items()}
+            weights = {**fixed, **lambdas}
+
         # All teachers come first, since cross entropies are divided by the valid pixels of the whole batch.
-        batches = step_batches(args, step, device, next_labeled, next_unlabeled)
+        batches = step_batches(args, step, device, next_labeled, next_unlabeled if taught else None)
         with autocast(device, args.precision):
             outputs = [
                 {
                     role: teacher_outputs(
-                        teacher, batch, needed[role], teacher_bn=args.teacher_bn, mixed_terms=args.mixed_terms
+                        teacher,
+                        batch,
+                        needed[role],
+                        teacher_bn=args.teacher_bn,
+                        mixed_terms=args.mixed_terms,
+                        threshold=args.conf_thresh or 0.0,
                     )
-                    for role, teacher in teachers.items()
+                    for role, teacher in (teachers if taught else {}).items()
                 }
                 for batch in batches
             ]
         normalizer = valid_pixels(
-            [[batch.labels == IGNORE_INDEX, *([batch.mixed_ignore] if on_views else [])] for batch in batches]
+            [[batch.labels == IGNORE_INDEX, *([batch.mixed_ignore] if on_views and taught else [])] for batch in batches]
         )
 
         losses = collections.Counter()
@@ -321,20 +377,26 @@ def main(argv=None):
             with maybe_no_sync(ddp_model, last=k + 1 == len(batches)):
                 with autocast(device, args.precision):
                     of_labeled = ddp_model(batch.images)
-                    of_mixed = ddp_model(batch.mixed) if on_views else None
-                terms = losses_of(of_labeled, of_mixed, batch.labels, teacher, normalizer)
+                    of_mixed = ddp_model(batch.mixed) if on_views and taught else None
+                terms = (losses_of if taught else ground_truth_alone)(of_labeled, of_mixed, batch, teacher, normalizer)
+                if relative and taught:
+                    relative.measure(terms, of_mixed.features)
                 if args.grad_norms and k == 0 and (step + 1) % args.log_every == 0:  # of the first micro-batch
                     progress.write(step=step + 1, **gradient_norms(terms, weights, student))
                 loss = weighted_sum(terms, weights)  # Eq. 7
                 (loss / len(batches)).backward()
             for name, term in {**terms, "loss": loss}.items():
                 losses[name] += term.detach() / len(batches)
+        for level, weight in lambdas.items() if args.lambda_schedule or relative else ():
+            losses[f"lambda_{level}"] = torch.as_tensor(weight, device=device)
+        if relative and taught:
+            relative.update()
         losses = finite_steps.check(losses)
         optimizer.step()
         if average:
             average.update_parameters(student)
 
-        progress.step(step, args.batch * (1 + views), lr, losses, finite_steps.skipped)
+        progress.step(step, args.batch * (1 + views * taught), lr, losses, finite_steps.skipped)
         save_or_stop(args, step, save, progress, signals)
     evaluate.finish_run(args, kept, dataset, device, row, save, progress, signals)
     board.panels(args.steps, kept)

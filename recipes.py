@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from common import UserError
 
-TEACHER_METHODS, STUDENT_METHODS = ("sup", "mt", "cps"), ("mgd", "kd", "cwd")
+MGD_METHODS = ("mgd", "mgd+")
+TEACHER_METHODS, STUDENT_METHODS = ("sup", "mt", "cps"), (*MGD_METHODS, "kd", "cwd")
 METHODS = (*TEACHER_METHODS, *STUDENT_METHODS)
 UNLABELED = ("mt", "cps", *STUDENT_METHODS)  # the methods that use unlabeled images
 
@@ -78,7 +79,10 @@ CITYSCAPES_RECIPE = {
     "student": {"steps": 22_300, "batch": 16},
 }
 # What flags without a default of their own become by method, whatever the data set.
-OF_METHOD = {method: {"ema_decay": 0.99, "conf_thresh": 0.0} for method in TEACHER_METHODS}
+OF_METHOD: dict[str, dict] = {
+    **{method: {"ema_decay": 0.99, "conf_thresh": 0.0} for method in TEACHER_METHODS},
+    "mgd+": {"ema_decay": 0.99, "soft_labels": 1.0, "refine": 0.1, "lambda_schedule": "decay"},
+}
 RECIPES = {
     "shapes": SHAPES_RECIPE,
     "folder": FOLDER_RECIPE,
@@ -220,6 +224,15 @@ FLAGS = {
         below=1,
     ),
     "ohem": Flag(TRAINING, "supervised loss on hard pixels only", type=bool),
+    "refine": Flag(
+        TRAINING,
+        "students: the last of the steps, this fraction of all, are on the ground truth alone",
+        type=float,
+        metavar="FRACTION",
+        methods=STUDENT_METHODS,
+        at_least=0,
+        below=1,
+    ),
     "cutmix": Flag(TRAINING, "mix the unlabeled views with CutMix", True, methods=UNLABELED),
     "precision": Flag(
         TRAINING,
@@ -254,10 +267,10 @@ FLAGS = {
     ),
     "conf_thresh": Flag(
         UNLABELED_IMAGES,
-        "cps: ignore pseudo labels below this probability",
+        "cps and mgd: ignore pseudo labels below this probability",
         type=float,
         metavar="PROBABILITY",
-        methods=("cps",),
+        methods=("cps", *MGD_METHODS),
         column="threshold",
         at_least=0,
         at_most=1,
@@ -281,16 +294,38 @@ FLAGS = {
         at_least=0,
         at_most=1,
     ),
-    "lambda_image": Flag(MGD, "λ1 of Eq. 7, weight of the image level", type=float, methods=("mgd",), at_least=0),
-    "lambda_region": Flag(MGD, "λ2 of Eq. 7, weight of the region level", type=float, methods=("mgd",), at_least=0),
+    "lambda_image": Flag(MGD, "λ1 of Eq. 7, weight of the image level", type=float, methods=MGD_METHODS, at_least=0),
+    "lambda_region": Flag(MGD, "λ2 of Eq. 7, weight of the region level", type=float, methods=MGD_METHODS, at_least=0),
+    "lambda_schedule": Flag(
+        MGD,
+        "of λ1 and λ2: ramp reaches them after two fifths of the steps, decay takes them to 0",
+        choices=("constant", "ramp", "decay"),
+        methods=MGD_METHODS,
+    ),
+    "lambda_relative": Flag(
+        MGD,
+        "in place of λ1 and λ2: the gradient of each level has this fraction of the norm of the pixel level's",
+        type=float,
+        metavar="FRACTION",
+        methods=MGD_METHODS,
+        at_least=0,
+    ),
+    "soft_labels": Flag(
+        MGD,
+        "in place of Eq. 2: cross entropy with the teachers' probabilities at temperature T; 0 is Eq. 2",
+        type=float,
+        metavar="T",
+        methods=MGD_METHODS,
+        at_least=0,
+    ),
     "image_reduction": Flag(
         MGD,
         "over the classes of the image level; mean is Eq. 4",
         "sum",
         choices=("sum", "mean"),
-        methods=("mgd",),
+        methods=MGD_METHODS,
     ),
-    "regions": Flag(MGD, "regions per side, H_v = W_v of Eq. 6", 7, int, methods=("mgd",), at_least=1),
+    "regions": Flag(MGD, "regions per side, H_v = W_v of Eq. 6", 7, int, methods=MGD_METHODS, at_least=1),
     "temperature": Flag(KD, "of the softened probabilities", 4.0, float, methods=("kd", "cwd"), above=0),
     "kd_weight": Flag(KD, "weight of the divergence", 1.0, float, methods=("kd", "cwd"), at_least=0),
     "teacher_bn": Flag(

@@ -162,7 +162,7 @@ def our_distill(nets, optimizer, batch, args, clock=lambda name: None):
     with autocast(device, args.precision):
         outputs = student(images), student(micro_batch.mixed)
     clock("student forward")
-    terms = distill_losses.mgd_losses(*outputs, label, teachers, normalizer, losses=LOSSES, ohem=False)
+    terms = distill_losses.mgd_losses(*outputs, micro_batch, teachers, normalizer, losses=LOSSES, ohem=False)
     terms["loss"] = distill_losses.weighted_sum(terms, WEIGHTS)
     clock("losses")
     terms["loss"].backward()

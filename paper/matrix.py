@@ -62,6 +62,7 @@ ROWS = {
     "kd": Row(method="kd"),
     "cwd": Row(method="cwd"),
     "mgd": Row(),
+    "mgd-plus": Row(method="mgd+"),
     "one-deep": Row(teachers=("deep", None)),
     "one-wide": Row(teachers=(None, "wide")),
     "two-deep": Row(teachers=("deep", "deep 2")),
@@ -76,7 +77,7 @@ ROWS = {
     **{f"head-{n}": Row(f"--head-width {n}") for n in (256, 128, 64)},
     **{f"separable-{n}": Row(f"--head-width {n} --separable-head") for n in (256, 128, 64)},
 }
-METHODS = ["sup", "sup-x2", "sup-x3", "mt", "cps", "kd", "cwd", "mgd"]
+METHODS = ["sup", "sup-x2", "sup-x3", "mt", "cps", "kd", "cwd", "mgd", "mgd-plus"]
 LEVELS = ["sup", "pixel", "pixel-image", "pixel-region", "both-levels"]
 HALVES = ["labeled", "unlabeled", "mgd"]
 TABLES = {
@@ -91,7 +92,7 @@ TABLES = {
     "heads": ["head-256", "head-128", "head-64", "separable-256", "separable-128", "separable-64"],
 }
 DATASET_OF = {"2": "voc-few", "3": "cityscapes"}  # Table 1 for another data set
-METHOD_ARGS = ("mt", "cps", "kd", "cwd", "mgd")
+METHOD_ARGS = ("mt", "cps", "kd", "cwd", "mgd")  # mgd: of MGD+ too
 
 
 # ---- which runs ----
@@ -165,7 +166,10 @@ def plan(args) -> dict[pathlib.Path, list[str]]:
                         args.teacher_part,
                         args.teacher_args,
                     )
-            own = [*(["--method", method] if method != "mgd" else []), *getattr(args, f"{method}_args", [])]  # sup has none
+            own = [
+                *(["--method", method] if method != "mgd" else []),
+                *getattr(args, f"{method.rstrip('+')}_args", []),
+            ]  # sup has none
             more = [*args.student_args, *own, *flags.split()]
             add(student_folder(args, row, seed), script, networks, seed, args.part, more)
     return runs
@@ -216,7 +220,9 @@ def cost_of(args: argparse.Namespace, runs: dict[pathlib.Path, argparse.Namespac
             forwards = labeled + clean * views + mixed
             teacher = runs.get(path) or argparse.Namespace(**load_checkpoint(path)["args"])
             total += forwards * gmacs(argparse.Namespace(**{**vars(teacher), "crop": args.crop}))
-    return args.steps * args.batch * (total + 3 * own * (1 + distill_losses.uses_views(args.losses)))
+    alone = args.refine or 0.0  # the fraction of the steps that are on labeled images, without teachers
+    full = total + 3 * own * (1 + distill_losses.uses_views(args.losses))
+    return args.steps * args.batch * (alone * 3 * own + (1 - alone) * full)
 
 
 def seconds_per_gmac(args: argparse.Namespace) -> float:

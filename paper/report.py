@@ -70,10 +70,19 @@ NAMES = {
     "kd": "KD",
     "cwd": "CWD",
     "mgd": "MGD",
+    "mgd+": "MGD+",
 }
 RANK = {name: i for i, name in enumerate(NAMES)}
 # Okabe and Ito's palette, which most colour-blind readers can tell apart.
-COLOURS = {"sup": "#000000", "mt": "#E69F00", "cps": "#0072B2", "kd": "#009E73", "cwd": "#CC79A7", "mgd": "#D55E00"}
+COLOURS = {
+    "sup": "#000000",
+    "mt": "#E69F00",
+    "cps": "#0072B2",
+    "kd": "#009E73",
+    "cwd": "#CC79A7",
+    "mgd": "#D55E00",
+    "mgd+": "#56B4E9",
+}
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -29,6 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import common
 import distill  # noqa: F401  (before the fork)
 import train_teacher  # noqa: F401
+from recipes import STUDENT_METHODS
 from soak import small
 
 ROOT = pathlib.Path(common.__file__).parent
@@ -39,6 +40,7 @@ OPTIONS = {  # each of micro-batches and loader workers with some methods
     "mt": "--workers 2 --grad-accum 2 --sup-only 0.2 --ramp-up 0.5",
     "cps": "--workers 1 --sup-only 0.2 --ramp-up 0.5",
     "mgd": "--workers 0 --grad-accum 2",
+    "mgd+": "--workers 2 --refine 0.3",
     "kd": "--workers 2",
     "cwd": "--workers 1 --grad-accum 2",
 }
@@ -58,7 +60,7 @@ class Training:
     def __init__(self, method: str, out: pathlib.Path, processes: int = 1, settings: str = SETTINGS):
         shutil.rmtree(out, ignore_errors=True)
         self.out, self.processes = out, processes
-        self.script = "distill" if method in ("mgd", "kd", "cwd") else "train_teacher"
+        self.script = "distill" if method in STUDENT_METHODS else "train_teacher"
         words = ["--out", str(out), "--method", method, *OPTIONS[method].split(), *settings.split()]
         if self.script == "distill":
             words += ["--deep", str(teacher(out.parent, "deep")), "--wide", str(teacher(out.parent, "wide"))]

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     LEARNING,
     TINY,
@@ -23,6 +24,7 @@ import datasets
 import distill
 import distill_losses
 import models
+import recipes
 import run_folder
 import train_teacher
 from finite_steps import FiniteSteps
@@ -150,6 +152,16 @@ def test_labels_alone_need_no_unlabeled_image(script, teachers, folder, tmp_path
         ("--deep D --method cwd --temperature 0", "--temperature 0.0: must be above 0"),
         ("--deep D --method kd --kd-weight -1", "--kd-weight -1.0: must be at least 0"),
         ("--deep D --lambda-region -1", "--lambda-region -1.0: must be at least 0"),
+        ("--deep D --refine 1", "--refine 1.0: must be at least 0 and below 1"),
+        ("--deep D --ema-decay 1", "--ema-decay 1.0: must be at least 0 and below 1"),
+        ("--deep D --conf-thresh 1.5", "--conf-thresh 1.5: must be at least 0 and at most 1"),
+        ("--deep D --soft-labels -1", "--soft-labels -1.0: must be at least 0"),
+        ("--deep D --lambda-schedule cosine", "invalid choice: 'cosine'"),
+        (
+            "--deep D --lambda-relative 1 --losses sup pixel:labeled image:T_D",
+            "--lambda-relative: is relative to the pixel level",
+        ),
+        ("--deep D --lambda-relative 1 --compile", "--lambda-relative: does not work with --compile"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(script, tmp_path, options, said):
@@ -165,6 +177,14 @@ def test_flags_that_contradict_each_other_are_refused(script, tmp_path, options,
     ("--method cwd --kd-weight 2", ""),
     ("--losses sup pixel", ""),
     ("--lambda-image 1 --lambda-region 2", ""),
+    ("--lambda-image 1 --lambda-relative 0.2", "note: --lambda-image 1.0 has no effect beside --lambda-relative\n"),
+    ("--losses sup image:T_D --conf-thresh 0.5 --method mgd+",
+     "note: --conf-thresh 0.5 has no effect: the losses are sup image:T_D\n"),
+    ("--losses sup pixel --lambda-schedule ramp --soft-labels 1",
+     "note: --lambda-schedule ramp has no effect: the losses are sup pixel\n"),
+    ("--method kd --soft-labels 2 --refine 0.1 --ema-decay 0.9",
+     "note: --soft-labels 2.0 has no effect: the losses are sup kd\n"),
+    ("--losses sup pixel --method mgd+", ""),
 ])  # fmt: skip
 def test_a_weight_of_a_loss_that_is_not_used_is_said(capsys, options, said):
     distill.parse_args(["--out", "x", "--deep", "D", *options.split()])
@@ -244,6 +264,44 @@ def test_teachers_label_clean_views_and_mix_the_labels(teacher_bn, mixed_terms):
     assert torch.equal(teacher_outputs.mixed.features, views[:2])
 
 
+def test_pseudo_labels_below_the_threshold_are_ignored_and_the_others_as_before():
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(3, 3, 4, stride=4)
+    views, box = torch.randn(4, 3, 16, 16), torch.rand(2, 1, 16, 16) > 0.5
+    images, label = torch.randn(2, 3, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int64)
+    ignore = torch.zeros(2, 16, 16, dtype=torch.bool)
+    label[0, 3], ignore[1, 5] = 255, True
+    mixed = batches.cutmix(views, box)
+    batch = batches.Batch(images, label, views, torch.cat([ignore, ignore]), mixed, ignore, box)
+
+    def teacher(x):
+        return models.Output(net(x), net(x))
+
+    def outputs(threshold):
+        return distill.teacher_outputs(teacher, batch, {"pseudo_labels_l", "pseudo_labels_u"}, threshold=threshold)
+
+    plain, sure = outputs(0.0), outputs(0.5)
+
+    def probability(maps):
+        return F.interpolate(net(maps), (16, 16), mode="bilinear", align_corners=True).softmax(1).amax(1).detach()
+
+    for name, probabilities, ignored in (
+        ("pseudo_labels_l", probability(images), label == 255),
+        ("pseudo_labels_u", batches.cutmix(probability(views), box), ignore),
+    ):
+        unsure = (probabilities < 0.5) & ~ignored
+        assert 0.1 < unsure.float().mean() < 0.9
+        assert torch.equal(getattr(sure, name), getattr(plain, name).masked_fill(unsure, 255))
+    # they count for the mean, as pixels without loss
+    student = models.Output(torch.randn(2, 3, 4, 4), None)
+    valid = torch.tensor([(label != 255).sum() / 1.0, (~ignore).sum() / 1.0])
+    terms = distill_losses.mgd_losses(student, student, batch, {"T_D": sure}, valid, losses=["sup", "pixel"], ohem=False)
+    full = F.interpolate(student.logits, (16, 16), mode="bilinear", align_corners=True)
+    for term, maps, count in (("pixel_l", sure.pseudo_labels_l, valid[0]), ("pixel_u", sure.pseudo_labels_u, valid[1])):
+        expected = F.cross_entropy(full, maps, ignore_index=255, reduction="sum") / count
+        torch.testing.assert_close(terms[term], expected)
+
+
 def test_teachers_with_folded_batch_norm_have_the_same_outputs(teachers):
     dataset, args = datasets.Shapes(), argparse.Namespace(image_scale=1.0)
     for path in teachers:
@@ -274,6 +332,7 @@ def test_batch_norm_in_training_mode_leaves_the_teachers_statistics_alone(teache
         distill.load_teacher(teachers[0], dataset, argparse.Namespace(image_scale=0.5), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_the_moving_average_of_the_weights(script, teachers, tmp_path, monkeypatch):
     """Its closed form, from the weights after each step."""
     networks, after = [], []
@@ -300,6 +359,107 @@ def test_what_is_kept_is_the_moving_average_of_the_weights(script, teachers, tmp
     assert not same_weights(tmp_path / "with" / "last.pt", tmp_path / "without" / "last.pt")
     losses = [[entry for entry in log(tmp_path / name) if "miou" not in entry] for name in ("with", "without")]
     assert losses[0] == losses[1]
+
+
+OFF = {"ema_decay": 0, "conf_thresh": 0, "soft_labels": 0, "refine": 0, "lambda_schedule": "constant", "lambda_relative": 0}
+
+
+def as_flags(values):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+@pytest.mark.slow
+def test_what_is_switched_off_changes_nothing(script, teachers, tmp_path):
+    """Also of MGD+, which is MGD with other defaults."""
+    assert recipes.OF_METHOD["mgd+"].keys() <= OFF.keys()
+    off = as_flags(OFF)
+    for name, options in (("plain", []), ("off", off), ("plus off", ["--method", "mgd+", *off])):
+        assert script(distill, *distill_args(tmp_path / name, teachers, *options, "--steps", "2"))[0] == 0
+        assert same_weights(tmp_path / "plain" / "last.pt", tmp_path / name / "last.pt")
+    plain, off = log(tmp_path / "plain")[0], log(tmp_path / "off")[0]
+    assert {key: off[key] for key in plain} == plain
+    for name, options in (("mgd", as_flags(recipes.OF_METHOD["mgd+"])), ("mgd+", ["--method", "mgd+"])):
+        assert script(distill, *distill_args(tmp_path / name, teachers, *options, "--steps", "2"))[0] == 0
+        assert run_folder.load_checkpoint(tmp_path / name / "last.pt")["row"]["method"] == name
+    assert same_weights(tmp_path / "mgd" / "last.pt", tmp_path / "mgd+" / "last.pt")
+    assert not same_weights(tmp_path / "mgd" / "last.pt", tmp_path / "plain" / "last.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mgd", "kd"])
+def test_refine_ends_on_the_ground_truth_alone(script, teachers, tmp_path, method, monkeypatch):
+    """Its first steps, and the learning rate, are those of a run without it; then no teacher runs and no view is drawn."""
+    calls, draws = [], []
+    run_teacher, batches_of = distill.teacher_outputs, distill.step_batches
+    monkeypatch.setattr(distill, "teacher_outputs", lambda *args, **more: calls.append(args) or run_teacher(*args, **more))
+    monkeypatch.setattr(distill, "step_batches", lambda *args: draws.append(args[4] is not None) or batches_of(*args))
+    for name, options in (("whole", []), ("refined", ["--refine", "0.4"])):  # 4 steps: the last 1.6, rounded
+        calls.clear(), draws.clear()
+        code, out, err = script(distill, *distill_args(tmp_path / name, teachers, "--method", method, *options))
+        assert code == 0, err
+        assert ("the last 2 steps on the ground truth alone" in out) == (name == "refined")
+    assert len(calls) == 4 and draws == [True, True, False, False]
+    whole, refined = log(tmp_path / "whole"), log(tmp_path / "refined")
+    assert refined[:2] == whole[:2] and [entry["lr"] for entry in refined[:4]] == [entry["lr"] for entry in whole[:4]]
+    assert refined[2]["sup"] == whole[2]["sup"]  # of the same weights
+    assert all(entry.keys() == {"step", "lr", "sup", "loss"} and entry["sup"] == entry["loss"] for entry in refined[2:4])
+    assert not same_weights(tmp_path / "whole" / "last.pt", tmp_path / "refined" / "last.pt")
+
+
+@pytest.mark.slow
+def test_the_weights_of_the_levels_follow_their_schedule(script, teachers, tmp_path):
+    """Every step's loss is Eq. 7 with its own λ1 and λ2; steps of --refine are not of the schedule."""
+    options = ["--lambda-schedule", "decay", "--lambda-image", "0.5", "--lambda-region", "3", "--refine", "0.2"]
+    assert script(distill, *distill_args(tmp_path / "x", teachers, *options, "--steps", "5"))[0] == 0
+    for entry, factor in zip(log(tmp_path / "x")[:4], [1, 3 / 4, 1 / 2, 1 / 4], strict=True):
+        assert entry["lambda_image"] == pytest.approx(0.5 * factor) and entry["lambda_region"] == pytest.approx(3 * factor)
+        total = entry["sup"] + entry["pixel_l"] + entry["pixel_u"]
+        total += 0.5 * factor * entry["image"] + 3 * factor * entry["region"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_relative_weights_are_in_the_log_and_in_the_loss(script, teachers, tmp_path):
+    assert script(distill, *distill_args(tmp_path / "x", teachers, "--lambda-relative", "0.5"))[0] == 0
+    entries = log(tmp_path / "x")[:4]
+    assert entries[0]["lambda_image"] == entries[0]["lambda_region"] == 0
+    for entry in entries[1:]:
+        assert entry["lambda_image"] > 0 and entry["lambda_region"] > 0
+        total = entry["sup"] + entry["pixel_l"] + entry["pixel_u"]
+        total += entry["lambda_image"] * entry["image"] + entry["lambda_region"] * entry["region"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_plan_counts_soft_labels(script, teachers, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(distill, "print_plan", lambda *args: needed.append(args[4]))
+    for i, options in enumerate(([], ["--soft-labels", "1"], ["--soft-labels", "1", "--losses", "sup", "region:T_W"])):
+        given = distill_args(tmp_path / str(i), teachers, *options, "--steps", "1")
+        given = given if i < 2 else [word for word in given if word not in ("--deep", teachers[0])]
+        assert script(distill, *given)[0] == 0
+    whole = 4 * 2 * 6 * 48 * 48  # bytes of a map of two images and six classes
+    assert needed[1] - needed[0] >= 2 * 2 * whole * 0.9 and needed[2] == needed[0]
+
+
+@pytest.mark.slow
+def test_resume_of_mgd_plus_with_all_flags_equals_an_uninterrupted_run(script, teachers, tmp_path):
+    """The resume point lies before the steps of --refine."""
+    more = ["--method", "mgd+", "--lambda-relative", "0.3", "--conf-thresh", "0.2", "--refine", "0.3"]
+    arguments = ["--deep", teachers[0], "--wide", teachers[1], *TINY, "--steps", "6", "--save-every", "3", *more]
+    resume_equals_uninterrupted(script, distill, arguments, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_in_its_steps_of_refine(script, teachers, tmp_path, monkeypatch):
+    arguments = ["--method", "mgd+", "--lambda-relative", "0.3", "--refine", "0.5", "--save-every", "1"]
+    assert script(distill, *distill_args(tmp_path / "whole", teachers, *arguments))[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, distill, 3)
+        assert script(distill, *distill_args(tmp_path / "cut", teachers, *arguments))[0] == 130
+    assert script(distill, *distill_args(tmp_path / "cut", teachers, *arguments, "--resume"))[0] == 0
+    assert same_weights(tmp_path / "whole" / "last.pt", tmp_path / "cut" / "last.pt")
+    assert log(tmp_path / "whole") == log(tmp_path / "cut")
 
 
 @pytest.mark.slow

@@ -1,11 +1,16 @@
 """The terms of Eq. 7 and of the baselines, against their formulas."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import batches
+import distill
 import distill_losses
 import models
+from finite_steps import FiniteSteps
 
 
 def test_baselines_follow_their_formulas():
@@ -37,9 +42,9 @@ def test_kd_and_cwd_distil_from_both_teachers_on_labeled_images_and_views(method
     label = torch.randint(3, (2, 6, 6), generator=generator)
     labeled, mixed = output(ours=True), output(ours=True)
     teacher_outputs = {role: distill_losses.TeacherOutputs(None, None, output(), output()) for role in ("T_D", "T_W")}
-    normalizer = torch.tensor([72.0, 72.0])  # all pixels are valid
+    normalizer, batch = torch.tensor([72.0, 72.0]), batches.Batch(None, label)  # all pixels are valid
     terms = distill_losses.kd_losses(
-        labeled, mixed, label, teacher_outputs, normalizer, method=method, ohem=False, temperature=4.0
+        labeled, mixed, batch, teacher_outputs, normalizer, method=method, ohem=False, temperature=4.0
     )
     loss = distill_losses.weighted_sum(terms, {"sup": 1.0, method: 3.0})
     each = distill_losses.kd_loss if method == "kd" else distill_losses.cwd_loss
@@ -87,8 +92,8 @@ def test_total_loss_is_eq_7():
         "T_D": distill_losses.TeacherOutputs(on_labeled[0], on_views[0], None, models.Output(deep_logits, None)),
         "T_W": distill_losses.TeacherOutputs(on_labeled[1], on_views[1], None, models.Output(None, wide_features)),
     }
-    counts = torch.tensor([72.0, 72.0])  # all pixels of both
-    losses = distill_losses.mgd_losses(labeled, unlabeled, label, teacher_outputs, counts, ohem=False, **options)
+    counts, batch = torch.tensor([72.0, 72.0]), batches.Batch(None, label)  # all pixels of both
+    losses = distill_losses.mgd_losses(labeled, unlabeled, batch, teacher_outputs, counts, ohem=False, **options)
     losses["loss"] = distill_losses.weighted_sum(losses, weights)
     torch.testing.assert_close(losses["loss"], expected)
     inputs = {"labeled": labeled.logits, "unlabeled": unlabeled.logits, "features": unlabeled.features}
@@ -99,11 +104,11 @@ def test_total_loss_is_eq_7():
     for term, name in reached.items():  # so that no sum hides a term that has lost its gradient
         assert torch.autograd.grad(losses[term], inputs[name], retain_graph=True)[0].abs().sum() > 0, term
     fewer = distill_losses.mgd_losses(
-        labeled, unlabeled, label, teacher_outputs, counts / torch.tensor([2, 3]), ohem=False, **options
+        labeled, unlabeled, batch, teacher_outputs, counts / torch.tensor([2, 3]), ohem=False, **options
     )
     for name, factor in {"sup": 2, "pixel_l": 2, "pixel_u": 3, "image": 1, "region": 1}.items():
         torch.testing.assert_close(fewer[name], factor * losses[name])
-    hard = distill_losses.mgd_losses(labeled, unlabeled, label, teacher_outputs, counts, ohem=True, **options)
+    hard = distill_losses.mgd_losses(labeled, unlabeled, batch, teacher_outputs, counts, ohem=True, **options)
     assert {name for name in hard if losses[name] != hard[name]} == {"sup"}
 
 
@@ -114,3 +119,151 @@ def test_gradient_norms_are_those_of_the_weighted_terms():
     expected = {"grad_sup": 3.0, "grad_image": 0.2, "grad_cwd": 5.0, "grad_loss": 3 - 0.2 + 5}
     assert norms == pytest.approx({name: norm * 2**0.5 for name, norm in expected.items()})
     assert student.weight.grad is None
+
+
+@pytest.fixture
+def step():
+    """A micro-batch of two labeled images and two views with ignored pixels, the student's outputs for them, the outputs of two
+    teachers with all that soft labels need, and a normalizer; in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    views, box = random(4, 3, 8, 8), random(2, 1, 8, 8) > 0
+    label, ignore = torch.randint(3, (2, 8, 8), generator=generator), random(2, 8, 8) > 1
+    label[0, :, 2] = 255
+    batch = batches.Batch(
+        random(2, 3, 8, 8), label, views, torch.cat([ignore, ignore]), batches.cutmix(views, box), ignore, box
+    )
+    needed = distill_losses.needed_outputs("mgd", ["sup", "pixel"], "T_D", soft_labels=1.0)
+    teachers = {}
+    for role in ("T_D", "T_W"):
+        weight = 5 * random(3, 3, 4, 4)
+
+        def teacher(images, weight=weight):
+            return models.Output(F.conv2d(images, weight, stride=4), images)
+
+        teachers[role] = distill.teacher_outputs(teacher, batch, needed)
+    labeled, mixed = (models.Output(random(2, 3, 2, 2).requires_grad_(), None) for _ in range(2))
+    return labeled, mixed, batch, teachers, torch.tensor([97.0, 83.0], dtype=torch.float64)
+
+
+def test_soft_labels_of_a_teacher_without_temperature_are_eq_2(step):
+    """In value and gradient, on labeled images and on views."""
+    labeled, mixed, *_ = step
+    found = []
+    for temperature in (None, 0.0, 1e-9, 1e-300, 1.0):
+        terms = distill_losses.mgd_losses(*step, losses=["sup", "pixel"], ohem=False, soft_labels=temperature)
+        gradients = torch.autograd.grad(terms["pixel_l"] + 3 * terms["pixel_u"], [labeled.logits, mixed.logits])
+        found.append([terms["sup"], terms["pixel_l"], terms["pixel_u"], *gradients])
+    for other in found[1:4]:
+        torch.testing.assert_close(other, found[0])
+    assert all(not torch.allclose(*pair) for pair in zip(found[4][1:], found[0][1:], strict=True))
+
+
+def test_soft_labels_are_the_divergence_from_the_teachers_probabilities(step):
+    """Pixel by pixel, after upsampling and CutMix, in the gradient; the value lacks the teachers' entropy alone."""
+    labeled, mixed, batch, teachers, normalizer = step
+    T = 2.0
+    terms = distill_losses.mgd_losses(*step, losses=["sup", "pixel"], ohem=False, soft_labels=T)
+
+    def full(logits):
+        return F.interpolate(logits, (8, 8), mode="bilinear", align_corners=True)
+
+    divergence, entropy = {"pixel_l": 0.0, "pixel_u": 0.0}, {"pixel_l": 0.0, "pixel_u": 0.0}
+    for teacher in teachers.values():
+        of_views = full(teacher.clean)
+        for b, y, x in ((b, y, x) for b in range(2) for y in range(8) for x in range(8)):
+            view = b + 2 * int(batch.cutmix_mask[b, 0, y, x])
+            for term, ours, theirs, ignored in (
+                ("pixel_l", labeled, full(teacher.labeled.logits)[b, :, y, x], batch.labels[b, y, x] == 255),
+                ("pixel_u", mixed, of_views[view, :, y, x], batch.mixed_ignore[b, y, x]),
+            ):
+                if not ignored:
+                    p, q = (theirs / T).softmax(0), full(ours.logits)[b, :, y, x].softmax(0)
+                    divergence[term] += (p * (p / q).log()).sum()
+                    entropy[term] -= (p * p.log()).sum()
+    for term, ours, count in (("pixel_l", labeled, normalizer[0]), ("pixel_u", mixed, normalizer[1])):
+        torch.testing.assert_close(terms[term], (divergence[term] + entropy[term]) / count)
+        expected = torch.autograd.grad(divergence[term] / count, ours.logits)[0]
+        torch.testing.assert_close(torch.autograd.grad(terms[term], ours.logits, retain_graph=True)[0], expected)
+
+
+def test_a_teacher_of_labels_alone_keeps_them_beside_soft_labels(step):
+    *arguments, teachers, normalizer = step
+    alone = {"T_D": teachers["T_D"]._replace(labeled=None, clean=None)}
+    both = {"T_D": alone["T_D"], "T_W": teachers["T_W"]}
+    options = {"losses": ["sup", "pixel"], "ohem": False}
+    hard = distill_losses.mgd_losses(*arguments, alone, normalizer, **options, soft_labels=1.0)
+    torch.testing.assert_close(hard, distill_losses.mgd_losses(*arguments, alone, normalizer, **options))
+    soft = distill_losses.mgd_losses(*arguments, {"T_W": teachers["T_W"]}, normalizer, **options, soft_labels=1.0)
+    joint = distill_losses.mgd_losses(*arguments, both, normalizer, **options, soft_labels=1.0)
+    for term in ("pixel_l", "pixel_u"):
+        torch.testing.assert_close(joint[term], hard[term] + soft[term])
+
+
+def test_schedules_of_the_levels_begin_and_end_as_they_say():
+    for steps in (1, 5, 40_000):
+        decay = [distill_losses.lambda_factor("decay", step, steps) for step in range(steps)]
+        assert decay == pytest.approx([1 - step / steps for step in range(steps)])
+        ramp = [distill_losses.lambda_factor("ramp", step, steps) for step in range(steps)]
+        assert ramp == sorted(ramp) and ramp[0] == pytest.approx(math.exp(-5))
+        assert {*ramp[math.ceil(0.4 * steps) :]} <= {1.0}
+        assert {distill_losses.lambda_factor(schedule, 0, steps) for schedule in (None, "constant")} == {1.0}
+    assert ramp[8_000] == pytest.approx(math.exp(-5 / 4)) and ramp[15_000] < 1
+
+
+def test_relative_weights_give_each_level_its_fraction_of_the_pixel_levels_gradient():
+    generator = torch.Generator().manual_seed(0)
+    targets = [torch.randn(4, 5, 3, 3, generator=generator) for _ in range(3)]
+    features = torch.randn(4, 5, 3, 3, generator=generator, requires_grad=True)
+
+    def terms(features, targets):
+        pairs = zip(("pixel_u", "image", "region"), (1.0, 30.0, 1e-3), targets, strict=True)
+        return {name: factor * (features - target).square().mean() for name, factor, target in pairs}
+
+    relative = distill_losses.RelativeWeights(["image", "region"], 0.25)
+    assert relative.weights() == {"image": 0.0, "region": 0.0}  # nothing is measured yet
+    relative.measure(terms(features, targets), features)
+    relative.update()
+    norms = {
+        name: torch.autograd.grad(term, features, retain_graph=True)[0].norm()
+        for name, term in terms(features, targets).items()
+    }
+    first = relative.weights()
+    for level in ("image", "region"):
+        torch.testing.assert_close(first[level] * norms[level], 0.25 * norms["pixel_u"])
+    # two micro-batches of a step are as their batch
+    parts = distill_losses.RelativeWeights(["image", "region"], 0.25)
+    for half in (slice(0, 2), slice(2, 4)):
+        part = features[half].detach().requires_grad_()
+        parts.measure(terms(part, [target[half] for target in targets]), part)
+    parts.update()
+    torch.testing.assert_close(parts.weights(), first)
+    # a second step moves the norms by a tenth
+    relative.measure(
+        {name: 2 * term for name, term in terms(features, targets).items()} | {"image": features.sum() * 0}, features
+    )
+    relative.update()
+    expected = torch.tensor([1.1 * norms["pixel_u"], 0.9 * norms["image"], 1.1 * norms["region"]])
+    torch.testing.assert_close(relative.norms, expected)
+    assert all(weight <= relative.LARGEST for weight in distill_losses.RelativeWeights(["image"], 1.0).weights().values())
+
+
+def test_a_skipped_step_leaves_relative_weights_as_they_were():
+    net = torch.nn.Conv2d(3, 5, 1)
+    relative = distill_losses.RelativeWeights(["image"], 0.25)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    guard = FiniteSteps([net, relative], [optimizer])
+    for factor in (1.0, math.nan, 1.0):
+        before = relative.norms.clone()
+        guard.begin()
+        features = net(torch.randn(2, 3, 4, 4))
+        terms = {"pixel_u": factor * features.square().mean(), "image": features.abs().mean()}
+        relative.measure(terms, features)
+        sum(terms.values()).backward()
+        relative.update()
+        guard.check({"loss": sum(terms.values()).detach()})
+        assert torch.equal(before, relative.norms) == math.isnan(factor) and relative.norms.isfinite().all()
+        optimizer.zero_grad()

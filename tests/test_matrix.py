@@ -10,6 +10,7 @@ from conftest import TINY
 
 import common
 import distill
+import recipes
 import run_folder
 from paper import matrix
 from stop_signals import EXIT_CODE
@@ -100,7 +101,7 @@ def finished(out: pathlib.Path) -> int:
 @pytest.mark.parametrize(
     "table,rows",
     [
-        ("1", "sup sup-x2 sup-x3 mt cps kd cwd mgd"),
+        ("1", "sup sup-x2 sup-x3 mt cps kd cwd mgd mgd-plus"),
         ("4", "one-deep one-wide two-deep two-wide mgd"),
         ("5", "sup pixel pixel-image pixel-region both-levels labeled unlabeled mgd"),
         ("5a", "sup pixel pixel-image pixel-region both-levels mgd"),
@@ -150,7 +151,8 @@ ALL = "sup pixel image:T_D region:T_W"
     [
         ("kd", D, W, {"method": "kd"}),
         ("cwd", D, W, {"method": "cwd"}),
-        ("mgd", D, W, {"method": "mgd", "losses": ALL}),
+        ("mgd", D, W, {"method": "mgd", "losses": ALL, "refine": None}),
+        ("mgd-plus", D, W, {"method": "mgd+", "losses": ALL, "refine": recipes.OF_METHOD["mgd+"]["refine"]}),
         ("one-deep", D, None, {"losses": "sup pixel image:T_D region:T_D"}),
         ("two-deep", D, D2, {"losses": ALL}),
         ("one-wide", None, W, {"losses": "sup pixel image:T_W region:T_W"}),
@@ -205,7 +207,7 @@ def test_flags_go_to_the_runs_that_they_are_for():
     assert {args.lr for args in runs.values()} == {1.0}
     assert [name for name, args in runs.items() if getattr(args, "sup_only", None) == 0.2] == ["teacher-deep", "teacher-wide"]
     assert {args.steps for name, args in runs.items() if "teacher" not in name} == {7, 14, 21}
-    assert {name for name, args in runs.items() if getattr(args, "regions", 7) == 3} == {"mgd-r18"}
+    assert {name for name, args in runs.items() if getattr(args, "regions", 7) == 3} == {"mgd-r18", "mgd-plus-r18"}
     assert {name for name, args in runs.items() if getattr(args, "temperature", 4) == 2} == {"kd-r18"}
     assert {name for name, args in runs.items() if getattr(args, "cps_weight", 1) == 9} == {"cps-r18"}
 
@@ -340,7 +342,7 @@ def test_a_finished_run_is_never_retrained(monkeypatch, tmp_path):
     assert run_matrix(monkeypatch, "--rows", "mgd", "kd", code_of=finished).trained == ["teacher-wide", "kd-r18"]
 
 
-@pytest.mark.parametrize("code,evaluation,expected", [(0, 0, None), (1, 0, "8 of 8 runs failed"), (0, 2, 2), (1, 2, 2)])
+@pytest.mark.parametrize("code,evaluation,expected", [(0, 0, None), (1, 0, "9 of 9 runs failed"), (0, 2, 2), (1, 2, 2)])
 def test_what_is_finished_is_evaluated_and_exit_codes_tell_what_failed(monkeypatch, tmp_path, code, evaluation, expected):
     for name in ("kd-r18", "teacher-deep"):
         finished(tmp_path / "runs/shapes/1-8" / name)
@@ -350,7 +352,7 @@ def test_what_is_finished_is_evaluated_and_exit_codes_tell_what_failed(monkeypat
     except SystemExit as exit:
         raised = exit.code
     assert (expected in raised) if isinstance(expected, str) else raised == expected
-    assert len(run_matrix.last.trained) == 8
+    assert len(run_matrix.last.trained) == 9
     run, files = "runs/shapes/1-8", [word for word in run_matrix.last.evaluated if not word.startswith("--")]
     assert files == [f"{run}/kd-r18/last.pt", f"{run}/teacher-deep/last.pt", f"{run}/matrix-1-r18.json"]
 
@@ -415,7 +417,7 @@ def test_the_speed_is_measured():
 
 def test_the_cost_is_that_of_the_forwards(monkeypatch):
     """One GMAC per forward: Sup costs 3 per image; with two views CPS 2 · (3 + 2 + 3), MGD 6 of the student's and 4 of each
-    teacher's, one fewer with clean terms; labels only 3 and 1 of each teacher's."""
+    teacher's, one fewer with clean terms; labels only 3 and 1 of each teacher's. --refine is as Sup."""
     monkeypatch.setattr(matrix, "gmacs", lambda args: 1.0)
     teacher = matrix.arguments_of(["train_teacher.py", "--out", "d"])
     runs = {pathlib.Path("d"): teacher, pathlib.Path("w"): teacher}
@@ -432,6 +434,7 @@ def test_the_cost_is_that_of_the_forwards(monkeypatch):
         f"{teach} --losses sup pixel": 6 + 2 * 3,
         f"{teach} --no-cutmix": 6 + 2 * 2,
         f"{teach} --method kd": 6 + 2 * 2,
+        f"{teach} --refine 0.5": (6 + 2 * 4 + 3) / 2,
     }.items():
         assert matrix.cost_of(matrix.arguments_of(command.split()), runs) == pytest.approx(20 * images), command
 

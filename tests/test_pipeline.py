@@ -40,6 +40,11 @@ JOINED = {  # script and options; two steps or one of plain descent, so that the
     # Mean Teacher's average is the network itself at the first step
     "mt": ["train_teacher", *NOW, "--method", "mt", "--steps", "2", "--lr", "0.1", "--log-every", "2"],
     "mgd": ["distill", "--steps", "1", "--lr", "1"],
+    # the first step has no relative weights, and the third is on the ground truth alone
+    "mgd+": [
+        *("distill", "--method", "mgd+", "--lambda-relative", "0.5", "--conf-thresh", "0.17", "--refine", "0.34"),
+        *("--steps", "3", "--lr", "0.1", "--log-every", "3"),
+    ],
     "kd": ["distill", "--method", "kd", "--steps", "1", "--lr", "1"],
     "some": ["distill", "--losses", "sup", "pixel:unlabeled", "region:T_W", "--steps", "1", "--lr", "1"],
 }

@@ -58,6 +58,9 @@ def test_every_term_of_a_loss_has_a_weight_and_every_weight_a_row():
 
 
 def test_recipes_set_flags_alone():
+    for method, values in recipes.OF_METHOD.items():
+        assert all(method in recipes.FLAGS[name].methods or method in recipes.TEACHER_METHODS for name in values)
+        assert all(recipes.FLAGS[name].default is None and recipes.fits(recipes.FLAGS[name], values[name]) for name in values)
     structure = {"teacher_deep", "teacher_wide", "teacher", "student", "of", "no_cutmix"}
     for recipe in recipes.RECIPES.values():
         parts = [recipe, recipe.get("teacher", {}), recipe.get("student", {}), recipe.get("no_cutmix", {})]

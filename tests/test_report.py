@@ -10,7 +10,7 @@ from PIL import Image
 
 import result_files
 from paper import report
-from recipes import ROW
+from recipes import MGD_METHODS, ROW, STUDENT_METHODS
 from result_files import METHODS_WITH, OPTIONAL
 
 PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
@@ -19,7 +19,7 @@ FULL = ["sup", "pixel", "image:T_D", "region:T_W"]
 
 def row(method="sup", backbone="resnet18", miou=50.0, seed=0, **changes):
     """A row as evaluate.py writes it."""
-    distilled = method in ("mgd", "kd", "cwd")
+    distilled = method in STUDENT_METHODS
     return {
         "dataset": "voc",
         "partition": "1/8",
@@ -37,8 +37,8 @@ def row(method="sup", backbone="resnet18", miou=50.0, seed=0, **changes):
         "seconds": 1.0,
         "teachers": ["T_D", "T_W"] if distilled else [],
         "teacher_labels": "partition" if distilled else None,
-        "losses": FULL if method == "mgd" else ["sup"],
-        "regions": 7 if method == "mgd" else None,
+        "losses": FULL if method in MGD_METHODS else ["sup"],
+        "regions": 7 if method in MGD_METHODS else None,
         "gmacs_backbone": 15.9,
         "gmacs_model": 41.2,
         "mgd_ops": "torch",
