@@ -58,6 +58,8 @@ def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_p
         "--lambda-image 7": {"loss"},
         "--teacher-bn train": {"pixel_l", "pixel_u", "image", "region", "loss"},
         "--mixed-terms clean": {"image", "region", "loss"},
+        "--conf-thresh 0.25": {"pixel_l", "pixel_u", "loss"},
+        "--soft-labels 2": {"pixel_l", "pixel_u", "loss"},
     }
     assert script(distill, *distill_args(tmp_path / "plain", teachers))[0] == 0
     plain = log(tmp_path / "plain")[0]

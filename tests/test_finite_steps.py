@@ -22,6 +22,7 @@ METHODS = {
     "cps": (train_teacher, ["--method", "cps", *NOW]),
     "mt": (train_teacher, ["--method", "mt", *NOW]),
     "mgd": (distill, []),
+    "mgd+": (distill, ["--method", "mgd+", "--lambda-relative", "0.3"]),
 }
 
 
@@ -216,7 +217,7 @@ def with_bad_steps(script, teachers, tmp_path, tiny_networks, monkeypatch):
 
         def save(path, checkpoint):
             if path.name == "resume.pt":
-                keys = ("model", "second", "optimizers", "step")
+                keys = ("model", "second", "relative", "optimizers", "step")
                 checkpoints.append(leaves({key: checkpoint[key] for key in keys if key in checkpoint}))
             run_folder.save_checkpoint(path, checkpoint)
 
