@@ -96,6 +96,7 @@ def test_any_number_of_ranks_and_micro_batches_gives_the_gradient_of_the_joined_
         (train_teacher, ["--method", "cps", "--sup-only", "0", "--ramp-up", "0"]),
         (train_teacher, ["--method", "mt", "--sup-only", "0", "--ramp-up", "0"]),
         (distill, ["--method", "mgd", "--grad-norms"]),
+        (distill, ["--method", "mgd+", "--lambda-relative", "0.3", "--conf-thresh", "0.2"]),
         (distill, ["--method", "kd"]),
         (distill, ["--method", "cwd"]),
     ],
