@@ -7,6 +7,7 @@ DATASET = shapes##	shapes (embedded), folder (your own data), voc, voc-few or ci
 DATA =##	folder of the data set
 PART = 1/8##	fraction of the training images that is labeled: 1/K, or 1 for all that have a mask
 STUDENT = r18##	backbone of the students: r18, mbv2, el0, or r34, r50, r101, wr34, el1, el2
+METHOD = mgd##	of distill and compare: mgd, or mgd+ (docs/paper.md)
 SEEDS = 0##	every run is made once per seed, as SEEDS="0 1 2"
 DEEP =##	backbone of the deep teacher (by DATASET)
 WIDE =##	backbone of the wide teacher (by DATASET)
@@ -35,7 +36,7 @@ EXTRAS = voc,export,tensorboard,web,test,lint##	optional dependencies to install
 # ---- guards: what the scripts, which check all else, would notice too late ----
 NAMES := DATASET DATA PART STUDENT DEEP WIDE DEEP_CKPT WIDE_CKPT TEACHER_PART TEACHER_SEED RUN NPROC
 FLAGS := ARGS TEACHER_ARGS STUDENT_ARGS MT_ARGS CPS_ARGS KD_ARGS CWD_ARGS MGD_ARGS
-KNOWN := $(NAMES) CKPT REPORT DRY VENV PYTHON EXTRAS $(FLAGS) SEEDS TABLES
+KNOWN := $(NAMES) METHOD CKPT REPORT DRY VENV PYTHON EXTRAS $(FLAGS) SEEDS TABLES
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command,$(origin $(v))),$(v)))
 $(if $(filter-out $(KNOWN),$(GIVEN)),$(error $(filter-out $(KNOWN),$(GIVEN)): no such variable; there are $(KNOWN)))
 
@@ -44,7 +45,7 @@ refuse = $(error $(1)=$(value $(1)): $(2))
 $(foreach v,$(GIVEN),$(foreach c,$(META),$(if $(findstring $(c),$(value $(v))),$(call refuse,$(v),leave $(c) out))))
 $(foreach v,$(GIVEN),$(eval override $(v) := $(strip $(value $(v)))))
 $(foreach v,$(NAMES) CKPT REPORT VENV PYTHON EXTRAS,$(if $(word 2,$($(v))),$(call refuse,$(v),leave the spaces out)))
-$(foreach v,DATASET PART STUDENT SEEDS TEACHER_PART NPROC,$(if $($(v)),,$(call refuse,$(v),is empty; leave it out)))
+$(foreach v,DATASET PART STUDENT METHOD SEEDS TEACHER_PART NPROC,$(if $($(v)),,$(call refuse,$(v),is empty; leave it out)))
 # $(call match,VARIABLES,REGEX,FIX) refuses words that do not match.
 match = $(foreach v,$(filter $(1),$(GIVEN)),$(foreach w,$($(v)),\
     $(if $(shell echo $(w) | grep -xE '$(2)'),,$(call refuse,$(v),$(3)))))
@@ -52,6 +53,7 @@ $(call match,DATASET,shapes|folder|voc|voc-few|cityscapes,your own data: DATASET
 $(call match,PART TEACHER_PART,1(/[1-9][0-9]*)?,give 1/K with a whole number K such as 1/8; or 1 for all)
 $(call match,SEEDS TEACHER_SEED,0|[1-9][0-9]*,give whole numbers; several with spaces: SEEDS="0 1 2")
 $(call match,STUDENT DEEP WIDE,r18|r34|r50|r101|wr34|mbv2|el[012],give r18 r34 r50 r101 wr34 (wide_resnet34) mbv2 el0 el1 or el2)
+$(call match,METHOD,mgd[+]?,give mgd or mgd+)
 $(call match,NPROC,[1-9][0-9]*,give the number of processes such as 4)
 $(if $(filter /,$(RUN)),$(call refuse,RUN,give a folder such as runs/mine/short))
 $(foreach v,DEEP_CKPT WIDE_CKPT,$(if $(filter-out $(wildcard $($(v))),$($(v))),$(call refuse,$(v),no such file)))
@@ -76,7 +78,8 @@ T_W := $(T_TAGS:%=$(TEACHERS)/teacher-wide%last.pt)
 BOTH := $(or $(DEEP_CKPT),$(T_D)) $(or $(WIDE_CKPT),$(T_W))
 SUP := $(TAGS:%=$(STUDENTS)/sup-$(STUDENT)%last.pt)
 SUP_X3 := $(TAGS:%=$(STUDENTS)/sup-x3-$(STUDENT)%last.pt)
-MGD := $(TAGS:%=$(STUDENTS)/mgd-$(STUDENT)$(OF)%last.pt)
+MGD_NAME := $(subst +,-plus,$(METHOD))-$(STUDENT)$(OF)
+MGD := $(TAGS:%=$(STUDENTS)/$(MGD_NAME)%last.pt)
 .PRECIOUS: $(T_D) $(T_W) $(SUP) $(SUP_X3) $(MGD)
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
@@ -99,9 +102,10 @@ $(SUP): $(STUDENTS)/sup-$(STUDENT)%last.pt: | $(INSTALLED)
 	$(call train,train_teacher.py,$(PART)) --backbone $(STUDENT) $(ARGS) $(STUDENT_ARGS) --method sup
 $(SUP_X3): $(STUDENTS)/sup-x3-$(STUDENT)%last.pt: | $(INSTALLED)
 	$(call train,train_teacher.py,$(PART)) --backbone $(STUDENT) $(ARGS) $(STUDENT_ARGS) --method sup --steps-factor 3
-$(MGD): $(STUDENTS)/mgd-$(STUDENT)$(OF)%last.pt: | $(BOTH) $(INSTALLED)
+$(MGD): $(STUDENTS)/$(MGD_NAME)%last.pt: | $(BOTH) $(INSTALLED)
 	$(call train,distill.py,$(PART)) --student $(STUDENT) --deep $(or $(DEEP_CKPT),$(call teacher,deep)) \
-	    --wide $(or $(WIDE_CKPT),$(call teacher,wide)) $(ARGS) $(STUDENT_ARGS) $(MGD_ARGS)
+	    --wide $(or $(WIDE_CKPT),$(call teacher,wide)) $(ARGS) $(STUDENT_ARGS) \
+	    $(if $(filter-out mgd,$(METHOD)),--method $(METHOD)) $(MGD_ARGS)
 
 # ---- targets ----
 .PHONY: help demo teachers distill sup compare matrix tables web install test test-fast lint ext bench soak clean

@@ -108,7 +108,7 @@ def test_demo_is_compare_on_the_embedded_data_set():
 
 
 @pytest.mark.parametrize("more", [
-    [], ["SEEDS=0 2 10", "STUDENT=mbv2"], ["TEACHER_PART=1", "DATASET=voc", "DATA=x", "SEEDS=1"], ["RUN=runs/short/x"],
+    [], ["SEEDS=0 2 10", "STUDENT=mbv2"], ["METHOD=mgd+", "SEEDS=0 1", "TEACHER_PART=1", "MGD_ARGS=--refine 0"], ["TEACHER_PART=1", "DATASET=voc", "DATA=x", "SEEDS=1"], ["RUN=runs/short/x"],
     ["TEACHER_SEED=3", "SEEDS=0 1", "DEEP=r34", "WIDE=r18", "ARGS=--lr 1 --steps 9", "TEACHER_ARGS=--method sup"],
     ["WIDE_CKPT=good/a.pt", "MGD_ARGS=--regions 3"], ["DEEP_CKPT=runs/good/last.pt", "WIDE_CKPT=good/a.pt", "SEEDS=0 1"],
     ["DATASET=folder", "DATA=data/mine/", "PART=1/16", "STUDENT_ARGS=--steps 5 --scales 0.75 1"],
@@ -118,9 +118,9 @@ def test_rules_and_matrix_make_the_same_runs(tmp_path, more):
     for path in ("good/a.pt", "runs/good/last.pt"):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).touch()
-    (command,) = plan("matrix", *more)
+    (command,) = plan("matrix", *(word for word in more if not word.startswith("METHOD=")))
     assert command[:3] == ["python", "-m", "paper.matrix"]
-    args = matrix.parse_args([*command[3:], "--rows", "sup", "sup-x3", "mgd"])
+    args = matrix.parse_args([*command[3:], "--rows", "sup", "sup-x3", "mgd-plus" if "METHOD=mgd+" in more else "mgd"])
     expected = {str(out): vars(matrix.arguments_of(command)) for out, command in matrix.plan(args).items()}
     *made, evaluation = plan("compare", *more)
     assert len(made) == len(matrix.plan(args))
@@ -146,7 +146,7 @@ def test_matrix_hands_every_variable_on(tmp_path):
         found = args[key]
         text = " ".join(map(str, found)) if isinstance(found, list) else str(found)
         assert text == {"REPORT": "results/y.json", "DRY": "True"}.get(name, value), name
-    unused = {*VARIABLES} - {*given} - {"VENV", "PYTHON", "EXTRAS", "CKPT"}
+    unused = {*VARIABLES} - {*given} - {"VENV", "PYTHON", "EXTRAS", "CKPT", "METHOD"}
     assert not unused  # a new variable is handed on too, or named here
 
 
