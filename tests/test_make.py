@@ -108,7 +108,8 @@ def test_demo_is_compare_on_the_embedded_data_set():
 
 
 @pytest.mark.parametrize("more", [
-    [], ["SEEDS=0 2 10", "STUDENT=mbv2"], ["METHOD=mgd+", "SEEDS=0 1", "TEACHER_PART=1", "MGD_ARGS=--refine 0"], ["TEACHER_PART=1", "DATASET=voc", "DATA=x", "SEEDS=1"], ["RUN=runs/short/x"],
+    [], ["SEEDS=0 2 10", "STUDENT=mbv2"], ["METHOD=mgd+", "SEEDS=0 1", "TEACHER_PART=1", "MGD_ARGS=--refine 0"],
+    ["TEACHER_PART=1", "DATASET=voc", "DATA=x", "SEEDS=1"], ["RUN=runs/short/x"],
     ["TEACHER_SEED=3", "SEEDS=0 1", "DEEP=r34", "WIDE=r18", "ARGS=--lr 1 --steps 9", "TEACHER_ARGS=--method sup"],
     ["WIDE_CKPT=good/a.pt", "MGD_ARGS=--regions 3"], ["DEEP_CKPT=runs/good/last.pt", "WIDE_CKPT=good/a.pt", "SEEDS=0 1"],
     ["DATASET=folder", "DATA=data/mine/", "PART=1/16", "STUDENT_ARGS=--steps 5 --scales 0.75 1"],
