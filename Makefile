@@ -6,11 +6,12 @@
 DATASET = shapes##	shapes (embedded), folder (your own data), voc, voc-few or cityscapes
 DATA =##	folder of the data set
 PART = 1/8##	fraction of the training images that is labeled: 1/K, or 1 for all that have a mask
-STUDENT = r18##	backbone of the students: r18, mbv2, el0, or r34, r50, r101, wr34, el1, el2
+RECIPE = paper##	light: networks, crops and steps for a small GPU or a patient CPU
+STUDENT = r18##	backbone of the students: r18, mbv2, el0 (that of RECIPE=light), r34, r50, r101, wr34, el1, el2
 METHOD = mgd##	of distill and compare: mgd, or mgd+ (docs/paper.md)
 SEEDS = 0##	every run is made once per seed, as SEEDS="0 1 2"
-DEEP =##	backbone of the deep teacher (by DATASET)
-WIDE =##	backbone of the wide teacher (by DATASET)
+DEEP =##	backbone of the deep teacher (by DATASET and RECIPE)
+WIDE =##	backbone of the wide teacher (by DATASET and RECIPE)
 DEEP_CKPT =##	a checkpoint to use as the deep teacher
 WIDE_CKPT =##	a checkpoint to use as the wide teacher
 TEACHER_PART = $(PART)##	partition of the teachers, as 1 for all labels
@@ -34,7 +35,7 @@ PYTHON = python3##	the interpreter
 EXTRAS = voc,export,tensorboard,web,test,lint##	optional dependencies to install; imagenet has weights of el0, el1, el2
 
 # ---- guards: what the scripts, which check all else, would notice too late ----
-NAMES := DATASET DATA PART STUDENT DEEP WIDE DEEP_CKPT WIDE_CKPT TEACHER_PART TEACHER_SEED RUN NPROC
+NAMES := DATASET DATA PART RECIPE STUDENT DEEP WIDE DEEP_CKPT WIDE_CKPT TEACHER_PART TEACHER_SEED RUN NPROC
 FLAGS := ARGS TEACHER_ARGS STUDENT_ARGS MT_ARGS CPS_ARGS KD_ARGS CWD_ARGS MGD_ARGS
 KNOWN := $(NAMES) METHOD CKPT REPORT DRY VENV PYTHON EXTRAS $(FLAGS) SEEDS TABLES
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command,$(origin $(v))),$(v)))
@@ -45,11 +46,13 @@ refuse = $(error $(1)=$(value $(1)): $(2))
 $(foreach v,$(GIVEN),$(foreach c,$(META),$(if $(findstring $(c),$(value $(v))),$(call refuse,$(v),leave $(c) out))))
 $(foreach v,$(GIVEN),$(eval override $(v) := $(strip $(value $(v)))))
 $(foreach v,$(NAMES) CKPT REPORT VENV PYTHON EXTRAS,$(if $(word 2,$($(v))),$(call refuse,$(v),leave the spaces out)))
-$(foreach v,DATASET PART STUDENT METHOD SEEDS TEACHER_PART NPROC,$(if $($(v)),,$(call refuse,$(v),is empty; leave it out)))
+$(foreach v,DATASET PART RECIPE STUDENT METHOD SEEDS TEACHER_PART NPROC,\
+    $(if $($(v)),,$(call refuse,$(v),is empty; leave it out)))
 # $(call match,VARIABLES,REGEX,FIX) refuses words that do not match.
 match = $(foreach v,$(filter $(1),$(GIVEN)),$(foreach w,$($(v)),\
     $(if $(shell echo $(w) | grep -xE '$(2)'),,$(call refuse,$(v),$(3)))))
 $(call match,DATASET,shapes|folder|voc|voc-few|cityscapes,your own data: DATASET=folder DATA=data/$(DATASET))
+$(call match,RECIPE,paper|light,give paper or light)
 $(call match,PART TEACHER_PART,1(/[1-9][0-9]*)?,give 1/K with a whole number K such as 1/8; or 1 for all)
 $(call match,SEEDS TEACHER_SEED,0|[1-9][0-9]*,give whole numbers; several with spaces: SEEDS="0 1 2")
 $(call match,STUDENT DEEP WIDE,r18|r34|r50|r101|wr34|mbv2|el[012],give r18 r34 r50 r101 wr34 (wide_resnet34) mbv2 el0 el1 or el2)
@@ -57,6 +60,10 @@ $(call match,METHOD,mgd[+]?,give mgd or mgd+)
 $(call match,NPROC,[1-9][0-9]*,give the number of processes such as 4)
 $(if $(filter /,$(RUN)),$(call refuse,RUN,give a folder such as runs/mine/short))
 $(foreach v,DEEP_CKPT WIDE_CKPT,$(if $(filter-out $(wildcard $($(v))),$($(v))),$(call refuse,$(v),no such file)))
+
+ifeq ($(RECIPE)$(filter STUDENT,$(GIVEN)),light)
+STUDENT := el0
+endif
 
 # ---- runs: their checkpoints, once per seed; in a rule, % is / for seed 0 and -s1/ for seed 1 ----
 NAME := $(if $(filter folder,$(DATASET)),$(or $(notdir $(abspath $(DATA))),$(call refuse,DATA,give its folder)),$(DATASET))
@@ -91,7 +98,7 @@ LAUNCH := $(PY)$(if $(filter-out 1,$(NPROC)), -m torch.distributed.run --standal
     --signals-to-handle $(SIGNALS))
 # $(call train,SCRIPT,PARTITION); $(call teacher,deep) is the teacher of the same seed as the student, or of TEACHER_SEED.
 train = $(LAUNCH) $(1) --out $(@D) --seed $(or $(patsubst -s%/,%,$(filter-out /,$*)),0) \
-    --dataset $(DATASET) $(addprefix --data ,$(DATA)) --part $(2) --resume
+    --dataset $(DATASET) $(addprefix --data ,$(DATA)) --part $(2) $(addprefix --recipe ,$(filter-out paper,$(RECIPE))) --resume
 teacher = $(TEACHERS)/teacher-$(1)$(or $(call tags,$(TEACHER_SEED)),$*)last.pt
 
 $(T_D): $(TEACHERS)/teacher-deep%last.pt: | $(INSTALLED)

@@ -74,6 +74,7 @@ from distill_losses import (
 )
 from finite_steps import FiniteSteps
 from run_folder import Progress, load_for_resume, load_network, plain_args, restore, save_checkpoint, save_or_stop, states
+from step_time import Pass, print_duration
 from stop_signals import StopSignals
 
 
@@ -84,9 +85,8 @@ def parse_args(argv=None):
         "--student",
         "--backbone",
         dest="backbone",
-        default="resnet18",
         metavar="NAME",
-        help=f"{', '.join(models.ALIASES)} (default: r18)",
+        help=f"{', '.join(models.ALIASES)} (default: r18; el0 with --recipe light)",
     )
     parser.add_argument("--deep", type=pathlib.Path, metavar="CKPT", help="checkpoint of the deep teacher T_D (default: none)")
     parser.add_argument(
@@ -104,7 +104,7 @@ def parse_args(argv=None):
     )
     recipes.add_flags(parser, recipes.STUDENT_METHODS)
     args = parser.parse_args(argv)
-    args.backbone = models.canonical_name(args.backbone, "--student")
+    args.backbone = models.canonical_name(args.backbone or recipes.recipe_of(args)["backbone"], "--student")
     args.losses = chosen_losses(args)
     given = [flag for flag in vars(args) if getattr(args, flag) != parser.get_default(flag)]
     recipes.fill_from_recipe(args, "student")
@@ -217,6 +217,17 @@ def labels_of_teachers(rows, partition) -> str:
     return "all" if names == "1" else names
 
 
+def passes_of_step(args, student, teachers: dict, needed: dict[str, set[str]]) -> list[Pass]:
+    """What the steps do with the networks."""
+    parts, size = micro_batches(args)
+    images, views = len(parts) * size, 2 if args.cutmix else 1
+    passes = [Pass(student, images * (1 + uses_views(args.losses)))]
+    for role, teacher in teachers.items():
+        labeled, clean, mixed = needed_forwards(needed[role], args.cutmix, args.mixed_terms)
+        passes.append(Pass(teacher, images * (labeled + views * clean + mixed), backward=False))
+    return passes
+
+
 def main(argv=None):
     args = parse_args(argv)
     events.check_tensorboard(args)
@@ -293,6 +304,7 @@ def main(argv=None):
     start, seconds = restore(resumed, saved, [optimizer])
     if average:
         average.n_averaged.fill_(start)
+    print_duration(args, device, start, passes_of_step(args, student, teachers, needed))
     ddp_model = compiled(distribute(student), args, device, retain_graph=args.grad_norms)  # what the steps run
 
     labeled = train_batches(dataset, partition.labeled, args, 1, start, labeled=True)

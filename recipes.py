@@ -19,7 +19,8 @@ UNLABELED = ("mt", "cps", *STUDENT_METHODS)  # the methods that use unlabeled im
 
 # ---- defaults by data set ----
 
-# What flags without a default of their own become. `teacher`, `student`, a backbone of `of`, and `no_cutmix` override.
+# What flags without a default of their own become; `backbone` is the students'. `teacher`, `student`, a backbone of `of`, and
+# `no_cutmix` override.
 # `shapes` has small stand-ins for the teachers, so that the whole pipeline runs in minutes without a GPU. The others are the
 # recipes of the paper and its released code, in one process (docs/paper.md); `folder` follows that of VOC. A window of "crop"
 # is as large as the crop: a head that saw nothing but crops is off on larger images, where its dilated convolutions reach
@@ -27,8 +28,10 @@ UNLABELED = ("mt", "cps", *STUDENT_METHODS)  # the methods that use unlabeled im
 SHAPES_RECIPE = {
     "teacher_deep": "resnet34",
     "teacher_wide": "resnet18",
+    "backbone": "resnet18",
     "weights": "none",
     "head_width": 64,
+    "separable_head": False,
     "crop": (64, 64),
     "scales": [0.75, 1.0, 1.25],
     "batch": 8,
@@ -46,8 +49,10 @@ SHAPES_RECIPE = {
 FOLDER_RECIPE = {
     "teacher_deep": "resnet101",
     "teacher_wide": "wide_resnet34",
+    "backbone": "resnet18",
     "weights": "imagenet",
     "head_width": 256,
+    "separable_head": False,
     "crop": (512, 512),
     "scales": [0.5, 0.75, 1.0, 1.5, 1.75, 2.0],
     "batch": 8,
@@ -89,6 +94,25 @@ RECIPES = {
     "voc": VOC_RECIPE,
     "voc-few": VOC_RECIPE,
     "cityscapes": CITYSCAPES_RECIPE,
+}
+
+# What --recipe light puts in place of these: networks, crops and steps for one small GPU, or hours of a patient CPU.
+LIGHT_RECIPE = {
+    "teacher_deep": "efficientnet_lite2",  # the largest of those whose weights a package has
+    "teacher_wide": "efficientnet_lite0",
+    "backbone": "efficientnet_lite0",
+    "weights": "imagenet",
+    "head_width": 256,  # of teachers, as in the paper
+    "crop": (256, 256),  # a quarter of VOC's pixels; a batch of 8 then needs 3 GB
+    "batch": 8,  # the paper's
+    "lr": 0.01,  # four times that of the paper's 40,000 steps, since the steps are few
+    "sup_only": 0.4,  # as for `shapes`: the heads start from scratch, and so their pseudo labels as noise
+    "ramp_up": 0.6,
+    "lambda_region": 10.0,  # as for `shapes`: 100 cost two points in 500 steps on CamVid
+    "of": {},
+    "no_cutmix": {},
+    "teacher": {"steps": 1000},
+    "student": {"steps": 1500, "head_width": 64, "separable_head": True},  # the head for small students (docs/performance.md)
 }
 
 # ---- values that are more than a number ----
@@ -138,6 +162,13 @@ DATA, VIEWS, MODEL, TRAINING, RUN, UNLABELED_IMAGES, MGD, KD, TEACHERS = GROUPS
 
 FLAGS = {
     "dataset": Flag(DATA, "shapes is embedded and needs no files", "shapes", choices=tuple(RECIPES)),
+    "recipe": Flag(
+        DATA,
+        "defaults of the flags that are not given: the paper's, or light, for a small GPU or a patient CPU",
+        "paper",
+        choices=("paper", "light"),
+        column=None,  # what it sets has keys of its own
+    ),
     "data": Flag(
         DATA, "folder of the data set; needed by all but shapes (default: none)", type=Path, metavar="DIR", column="dataset"
     ),
@@ -187,7 +218,7 @@ FLAGS = {
     ),
     "stem": Flag(MODEL, "deep gives the paper's parameter counts", "standard", choices=("standard", "deep")),
     "head_width": Flag(MODEL, "channels of ASPP and decoder", type=int, metavar="CHANNELS", at_least=1),
-    "separable_head": Flag(MODEL, "depthwise separable ASPP and decoder", False),
+    "separable_head": Flag(MODEL, "depthwise separable ASPP and decoder", type=bool),
     "seed": Flag(TRAINING, "of initialisation, order and augmentation; not of the partition", 0, int, at_least=0),
     "steps": Flag(TRAINING, "optimizer steps", type=int, at_least=1),
     "steps_factor": Flag(TRAINING, "multiplies the steps", 1.0, float, metavar="FACTOR", column="steps", above=0),
@@ -396,12 +427,21 @@ def plain(value) -> str:
     return " ".join(f"{item:g}" for item in value) if isinstance(value, list) else str(value)
 
 
+def recipe_of(args: argparse.Namespace) -> dict:
+    """The recipe of the arguments' data set. Raises UserError."""
+    if args.recipe == "paper":
+        return RECIPES[args.dataset]
+    if args.dataset == "shapes":
+        raise UserError("--recipe light: shapes is small as it is; leave --recipe out, or give --dataset folder --data DIR")
+    return {**RECIPES[args.dataset], **LIGHT_RECIPE}
+
+
 def fill_from_recipe(args: argparse.Namespace, stage: str):
     """Give every argument that is still None its value by method or data set, if there is one, and check the ranges of all.
 
     `stage` is teacher or student. Raises UserError.
     """
-    recipe = RECIPES[args.dataset]
+    recipe = recipe_of(args)
     of_backbone, without = recipe.get("of", {}).get(args.backbone, {}), {} if args.cutmix else recipe.get("no_cutmix", {})
     recipe = {**recipe, **recipe.get(stage, {}), **of_backbone, **without, **OF_METHOD.get(args.method, {})}
     if args.batch is not None:  # the recipe's learning rate is that of its batch

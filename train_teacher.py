@@ -19,6 +19,7 @@ baselines when given a light backbone.
 
 import collections
 import functools
+import math
 import time
 
 import torch
@@ -52,6 +53,7 @@ from common import (
 )
 from finite_steps import FiniteSteps
 from run_folder import Progress, load_for_resume, plain_args, restore, save_checkpoint, save_or_stop, states
+from step_time import Pass, print_duration
 from stop_signals import StopSignals
 
 
@@ -67,11 +69,11 @@ def parse_args(argv=None):
     parser.add_argument(
         "--backbone",
         metavar="NAME",
-        help=f"{', '.join(models.ALIASES)} (default: r18; for a teacher by --dataset, for voc r101 and wr34)",
+        help=f"{', '.join(models.ALIASES)} (default: by --role and --recipe; for voc r101, wr34 and r18)",
     )
     recipes.add_flags(parser, recipes.TEACHER_METHODS)
     args = parser.parse_args(argv)
-    default = "resnet18" if args.role == "student" else recipes.RECIPES[args.dataset][args.role]
+    default = recipes.recipe_of(args)["backbone" if args.role == "student" else args.role]
     args.backbone = models.canonical_name(args.backbone or default)
     recipes.fill_from_recipe(args, "student" if args.role == "student" else "teacher")
     return args
@@ -128,6 +130,21 @@ def consistency_loss(logits, target, valid, normalizer):
     return (squared * valid).sum() / normalizer.clamp(min=1e-6)
 
 
+def passes_of_step(args, nets, eval_model) -> list[Pass]:
+    """What the steps do with the networks."""
+    parts, size = micro_batches(args)
+    images, views, first = len(parts) * size, 2 if args.cutmix else 1, 0
+    passes = [Pass(net, images) for net in nets]
+    if args.method != "sup":
+        first = math.ceil(args.sup_only * args.steps)
+        passes += [Pass(net, images, first=first) for net in nets]
+    if args.method == "cps":
+        passes += [Pass(net, views * images, backward=False, first=first) for net in nets]
+    if args.method == "mt":
+        passes.append(Pass(eval_model, (1 + views) * images, backward=False, first=first))
+    return passes
+
+
 def main(argv=None):
     args = parse_args(argv)
     events.check_tensorboard(args)
@@ -160,6 +177,7 @@ def main(argv=None):
     needed = 12 * parameters + (1 if args.method == "sup" else 2) * activations
     print_plan(args, device, partition, args.method != "sup", needed)
     start, seconds = restore(resumed, saved, optimizers)
+    print_duration(args, device, start, passes_of_step(args, nets, eval_model))
     if average:
         average.n_averaged.fill_(start)
     ddp_models = [compiled(distribute(net), args, device) for net in nets]  # what the steps run

@@ -74,7 +74,7 @@ ROWS = {
     "labeled": Row("--losses sup pixel:labeled"),
     "unlabeled": Row("--losses sup pixel:unlabeled image:T_D region:T_W"),
     **{f"regions-{n}": Row(f"--regions {n}") for n in (3, 5, 9, 11)},
-    **{f"head-{n}": Row(f"--head-width {n}") for n in (256, 128, 64)},
+    **{f"head-{n}": Row(f"--head-width {n} --no-separable-head") for n in (256, 128, 64)},
     **{f"separable-{n}": Row(f"--head-width {n} --separable-head") for n in (256, 128, 64)},
 }
 METHODS = ["sup", "sup-x2", "sup-x3", "mt", "cps", "kd", "cwd", "mgd", "mgd-plus"]
@@ -138,10 +138,11 @@ def student_folder(args, row: str, seed: int) -> pathlib.Path:
 def plan(args) -> dict[pathlib.Path, list[str]]:
     """{folder of a run: its script and arguments}, with each teacher before its students."""
     data = ["--dataset", args.dataset, *(["--data", args.data] if args.data else [])]
+    recipe = ["--recipe", args.recipe] if args.recipe != "paper" else []
     runs = {}
 
     def add(out: pathlib.Path, script: str, networks: list[str], seed: int, part: str, flags: list[str]):
-        common = ["--seed", str(seed), *data, "--part", part, "--resume"]
+        common = ["--seed", str(seed), *data, "--part", part, *recipe, "--resume"]
         runs.setdefault(out, [script, "--out", str(out), *networks, *common, *args.every_args, *flags])
 
     for row in rows_of(args):
@@ -281,6 +282,7 @@ def words(text: str) -> list[str]:
 
 
 PATH, PASSED_ON = {"type": pathlib.Path, "metavar": "DIR"}, {"type": words, "default": "", "metavar": "FLAGS"}
+RECIPES = recipes.FLAGS["recipe"].choices
 FILE, BACKBONE = {**PATH, "metavar": "FILE"}, {"choices": list(models.ALIASES)}
 STUDENTS = {"student": "all students", **{method: f"the students of {method}" for method in METHOD_ARGS}}
 OPTIONS = {
@@ -310,7 +312,8 @@ OPTIONS = {
             "metavar": "1/K",
             "help": "fraction of the training images that is labeled (default: 1/8)",
         },
-        "--student": {**BACKBONE, "default": "r18", "help": "backbone of the students (default: r18)"},
+        "--recipe": {"choices": RECIPES, "default": "paper", "help": "defaults of flags that are not given (default: paper)"},
+        "--student": {**BACKBONE, "help": "backbone of the students (default: r18; el0 with --recipe light)"},
         "--seeds": {
             "type": whole_number,
             "nargs": "+",
@@ -322,9 +325,9 @@ OPTIONS = {
         "--nproc": {"type": int, "default": 1, "metavar": "N", "help": "processes (GPUs) per run, under torchrun (default: 1)"},
     },
     "teachers": {
-        "--deep": {**BACKBONE, "help": "backbone of the deep teacher (default: by --dataset)"},
+        "--deep": {**BACKBONE, "help": "backbone of the deep teacher (default: by --dataset and --recipe)"},
         "--deep-ckpt": {**FILE, "help": "the deep teacher (default: it is trained)"},
-        "--wide": {**BACKBONE, "help": "backbone of the wide teacher (default: by --dataset)"},
+        "--wide": {**BACKBONE, "help": "backbone of the wide teacher (default: by --dataset and --recipe)"},
         "--wide-ckpt": {**FILE, "help": "the wide teacher (default: it is trained)"},
         "--teacher-part": {"type": fraction, "metavar": "1/K", "help": "partition of the teachers (default: --part)"},
         "--teacher-seed": {"type": whole_number, "metavar": "SEED", "help": "seed of the teachers (default: the student's)"},
@@ -358,6 +361,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     name = os.path.basename(os.path.abspath(args.data)) if args.dataset == "folder" else args.dataset
     if not name:
         raise UserError(f"--data {args.data}: has no name for a folder in runs/; give the folder of the data set")
+    args.student = args.student or ("r18" if args.recipe == "paper" else "el0")
     args.teacher_part = args.teacher_part or args.part
     args.teacher_run = pathlib.Path("runs", name, args.teacher_part.replace("/", "-"))
     args.run = args.run or pathlib.Path("runs", name, args.part.replace("/", "-"))

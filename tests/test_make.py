@@ -95,6 +95,21 @@ def test_arguments_are_passed_on_and_runs_repeated_for_each_seed():
     assert after(evaluation, "--panels") == "runs/mine/1-8/compare-r18.png"
 
 
+def test_the_light_recipe_has_networks_of_its_own():
+    """Whatever is given stays: the scripts have the defaults of the teachers, and the names of folders need the student's."""
+    *train, evaluation = plan("compare", "DATASET=folder", "DATA=data/mine", "RECIPE=light")
+    assert len(train) == 5 and all(after(line, "--recipe") == "light" for line in train) and "--recipe" not in evaluation
+    args = {args.out.name: args for args in (matrix.arguments_of(line[1:]) for line in train)}
+    assert {name: (args[name].backbone, args[name].head_width, args[name].separable_head) for name in args} == {
+        "teacher-deep": ("efficientnet_lite2", 256, False), "teacher-wide": ("efficientnet_lite0", 256, False),
+        **{f"{kind}-el0": ("efficientnet_lite0", 64, True) for kind in ("sup", "sup-x3", "mgd")},
+    }  # fmt: skip
+    *train, _ = plan("compare", "DATASET=folder", "DATA=data/mine", "RECIPE=light", "STUDENT=r18", "WIDE=r34")
+    assert [matrix.arguments_of(line[1:]).backbone for line in train].count("resnet18") == 3
+    assert [matrix.arguments_of(line[1:]).backbone for line in train].count("resnet34") == 1
+    assert not any("--recipe" in line for line in plan("compare", "RECIPE=paper")) and not call_make("-n", "demo").stderr
+
+
 def test_several_processes_run_under_torchrun():
     lines = plan("compare", "NPROC=4", "SEEDS=3", "PART=1/2")
     assert len(lines) == 6
@@ -113,6 +128,8 @@ def test_demo_is_compare_on_the_embedded_data_set():
     ["TEACHER_SEED=3", "SEEDS=0 1", "DEEP=r34", "WIDE=r18", "ARGS=--lr 1 --steps 9", "TEACHER_ARGS=--method sup"],
     ["WIDE_CKPT=good/a.pt", "MGD_ARGS=--regions 3"], ["DEEP_CKPT=runs/good/last.pt", "WIDE_CKPT=good/a.pt", "SEEDS=0 1"],
     ["DATASET=folder", "DATA=data/mine/", "PART=1/16", "STUDENT_ARGS=--steps 5 --scales 0.75 1"],
+    ["DATASET=folder", "DATA=data/mine", "RECIPE=light"],
+    ["DATASET=voc", "DATA=x", "RECIPE=light", "STUDENT=r18", "DEEP=el1"],
 ])  # fmt: skip
 def test_rules_and_matrix_make_the_same_runs(tmp_path, more):
     """What `make distill` and `make sup` train is what the same rows of a table are, file for file."""
@@ -136,8 +153,9 @@ def test_matrix_hands_every_variable_on(tmp_path):
     (tmp_path / "a.pt").touch()
     flags = {f"{name}_ARGS": f"--{name.lower()} 1 2" for name in ("TEACHER", "STUDENT", "MT", "CPS", "KD", "CWD", "MGD")}
     given = {
-        "DATASET": "folder", "DATA": "data/mine", "PART": "1/4", "STUDENT": "mbv2", "SEEDS": "1 2", "DEEP": "r34",
-        "WIDE": "r50", "DEEP_CKPT": "a.pt", "WIDE_CKPT": "a.pt", "TEACHER_PART": "1", "TEACHER_SEED": "0", "TABLES": "1 5a",
+        "DATASET": "folder", "DATA": "data/mine", "PART": "1/4", "RECIPE": "light", "STUDENT": "mbv2", "SEEDS": "1 2",
+        "DEEP": "r34", "WIDE": "r50", "DEEP_CKPT": "a.pt", "WIDE_CKPT": "a.pt", "TEACHER_PART": "1", "TEACHER_SEED": "0",
+        "TABLES": "1 5a",
         "RUN": "runs/x", "REPORT": "results/y", "NPROC": "2", "DRY": "1", "ARGS": "--lr 1", **flags,
     }  # fmt: skip
     (command,) = plan("matrix", *(f"{name}={value}" for name, value in given.items()))
@@ -229,8 +247,8 @@ WRONG = [
     ("PART=0.125", "1/8"), ("PART=1 / 8", "spaces"), ("PART=1/0", "1/8"), ("PART=1/", "1/8"), ("PART=/", "1/8"),
     ("PART=2/3", "1/8"), ("PART=", "empty"), ("TEACHER_PART=all", "1 for all"), ("SEEDS=0,1", "SEEDS=\"0 1 2\""),
     ("SEEDS=", "empty"), ("SEEDS=01", "whole"), ("SEEDS=-n", "whole"), ("TEACHER_SEED=-1", "whole"), ("NPROC=0", "4"),
-    ("NPROC=two", "4"), ("DEEP_CKPT=absent.pt", "no such file"), ("WIDE_CKPT=a b.pt", "spaces"), ("RUN=my runs", "spaces"),
-    ("RUN=/", "runs/mine"),
+    ("NPROC=two", "4"), ("RECIPE=fast", "paper or light"), ("RECIPE=", "empty"), ("DEEP_CKPT=absent.pt", "no such file"),
+    ("WIDE_CKPT=a b.pt", "spaces"), ("RUN=my runs", "spaces"), ("RUN=/", "runs/mine"),
     ("REPORT=a b", "spaces"), ("VENV=a b", "spaces"), ("EXTRAS=voc test", "spaces"),
 ]  # fmt: skip
 
@@ -248,7 +266,7 @@ def test_an_unknown_variable_is_refused_everywhere():
     for target in PHONY:
         done = call_make("-n", target, "STUDNET=mbv2")
         assert done.returncode == 2 and not done.stdout
-        assert "STUDNET: no such variable; there are DATASET DATA PART STUDENT" in done.stderr
+        assert "STUDNET: no such variable; there are DATASET DATA PART RECIPE STUDENT" in done.stderr
 
 
 @pytest.mark.parametrize("given", [

@@ -30,8 +30,8 @@ def test_runs_that_differ_in_a_flag_are_kept_apart_or_the_flag_changes_no_number
     if flag.column is not None:
         assert (flag.column or name) in (*result_files.GROUP_BY, "seed")
     else:
-        assert name in ("out", "resume", "cache", "workers", "device", "compile", "log_every", "save_every", "val_every",
-                        "grad_norms", "tensorboard")  # fmt: skip
+        assert name in ("out", "recipe", "resume", "cache", "workers", "device", "compile", "log_every", "save_every",
+                        "val_every", "grad_norms", "tensorboard")  # fmt: skip
 
 
 @pytest.mark.usefixtures("tiny_networks")
@@ -62,10 +62,38 @@ def test_recipes_set_flags_alone():
         assert all(method in recipes.FLAGS[name].methods or method in recipes.TEACHER_METHODS for name in values)
         assert all(recipes.FLAGS[name].default is None and recipes.fits(recipes.FLAGS[name], values[name]) for name in values)
     structure = {"teacher_deep", "teacher_wide", "teacher", "student", "of", "no_cutmix"}
-    for recipe in recipes.RECIPES.values():
+    for recipe in (*recipes.RECIPES.values(), recipes.LIGHT_RECIPE):
         parts = [recipe, recipe.get("teacher", {}), recipe.get("student", {}), recipe.get("no_cutmix", {})]
         parts += recipe.get("of", {}).values()
         assert {key for part in parts for key in part} <= recipes.FLAGS.keys() | structure
+
+
+@pytest.mark.parametrize("dataset", [name for name in recipes.RECIPES if name != "shapes"])
+def test_the_light_recipe_is_light(dataset):
+    """Its networks, crops and steps, where none are given, and what it leaves out is the data set's own."""
+    more = ["--dataset", dataset, "--data", "x"]
+    for module, flags in REQUIRED.items():
+        paper, light = (module.parse_args([*flags, *more, *recipe]) for recipe in ([], ["--recipe", "light"]))
+        assert light.backbone == "efficientnet_lite0" and light.separable_head and light.weights == "imagenet"
+        assert light.steps < paper.steps / 10 and light.crop[0] < paper.crop[0] and light.window == light.crop
+        assert (light.scales, light.ohem, light.weight_decay) == (paper.scales, paper.ohem, paper.weight_decay)
+        given = module.parse_args(
+            [*flags, *more, "--recipe", "light", "--steps", "7", "--no-separable-head", "--backbone", "r34"]
+        )
+        assert (given.steps, given.separable_head, given.backbone) == (7, False, "resnet34")
+    roles = ("teacher_deep", "teacher_wide")
+    teachers = [
+        train_teacher.parse_args([*REQUIRED[train_teacher], *more, "--recipe", "light", "--role", role]) for role in roles
+    ]
+    assert [(args.backbone, args.head_width, args.separable_head) for args in teachers] == [
+        ("efficientnet_lite2", 256, False),
+        ("efficientnet_lite0", 256, False),
+    ]
+
+
+@pytest.mark.parametrize("module", REQUIRED)
+def test_the_embedded_data_set_has_no_light_recipe(script, module, tmp_path):
+    assert "--recipe light: shapes is small as it is" in errors(script, module, *REQUIRED[module], "--recipe", "light")
 
 
 def test_flags_are_given_in_full(script, tmp_path):
@@ -94,7 +122,7 @@ LAYERS = [
     ["convert", "splits"],
     ["polygons"],
     ["batches", "mgd_ops", "pictures"],
-    ["inference", "distill_losses"],
+    ["inference", "distill_losses", "step_time"],
     ["events"],
     ["evaluate", "predict"],  # stages whose public functions the other stages need
     ["prepare", "export", "train_teacher", "distill"],
