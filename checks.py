@@ -14,7 +14,8 @@ from readers import MOST_UNNAMED, PALETTE, flags_for, upright_size
 
 
 class Look(NamedTuple):
-    """The content of a data set's files. The groups are labeled, unlabeled and val; unlabeled masks are never opened."""
+    """The content of a data set's files. The groups are labeled, unlabeled, val, and listed (`evaluate.py --list`); unlabeled
+    masks are never opened."""
 
     sizes: collections.Counter  # images of each (height, width)
     pixels: dict[str, np.ndarray]  # group -> (256,) int64: pixels of each label
@@ -83,7 +84,7 @@ def faults(dataset, look: Look) -> list[str]:
     every = set().union(*labels.values())
     binary = dataset.fix("--values 0=0 255=1") if every == {0, IGNORE_INDEX} and "labeled" in labels else ""  # of others: harm
     for group, shown in labels.items():
-        task = "evaluate" if group == "val" else "learn"
+        task = "learn" if group == "labeled" else "evaluate"
         where, classes = f"{dataset.root}: the {group} masks", sorted(shown - {IGNORE_INDEX})
         if not shown:
             continue  # none could be read

@@ -15,6 +15,7 @@ import pathlib
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ class Shapes:
         self.train = [f"train-{i:04d}" for i in range(train)]
         self.val = [f"val-{i:04d}" for i in range(val)]
         self.unlabeled = []
-        self.masks = {}  # there are no files
+        self.images, self.masks = {}, {}  # there are no files
 
     def has_mask(self, name):
         return True
@@ -520,21 +521,27 @@ def first_carriers(dataset, names: list[str]) -> set[str]:
     return carriers
 
 
+def read_masked_names(path: pathlib.Path, dataset, known: Iterable[str]) -> list[str]:
+    """The images that a list names, as from `read_names`. Raises UserError for one without a mask too."""
+    names = read_names(path, known)
+    unmasked = [name for name in names if not dataset.has_mask(name)]
+    if unmasked:
+        raise UserError(f"{path}: '{unmasked[0]}' has no mask; add it or remove the name")
+    return names
+
+
 def listed_partition(dataset, labeled_list: pathlib.Path, unlabeled_list: pathlib.Path | None) -> Partition:
     """The partition of --labeled-list and --unlabeled-list; without the latter, all other training images are unlabeled.
 
     An image in both lists stays labeled, with a warning. Raises UserError for a val image, and for one without a mask.
     """
     known = {*dataset.train, *dataset.unlabeled, *dataset.val}
-    labeled = read_names(labeled_list, known)
+    labeled = read_masked_names(labeled_list, dataset, known)
     unlabeled = read_names(unlabeled_list, known) if unlabeled_list else [*dataset.train, *dataset.unlabeled]
     for path, names in ((labeled_list, labeled), (unlabeled_list, unlabeled)):
         held_out = sorted(set(names) & set(dataset.val))
         if held_out:
             raise UserError(f"{path}: names {len(held_out)} val image(s), first '{held_out[0]}'; remove them")
-    unmasked = [name for name in labeled if not dataset.has_mask(name)]
-    if unmasked:
-        raise UserError(f"{labeled_list}: '{unmasked[0]}' has no mask; add it or remove the name")
     both = sorted(set(labeled) & set(unlabeled)) if unlabeled_list else []
     if both:
         print(

@@ -423,7 +423,7 @@ def fill_from_recipe(args: argparse.Namespace, stage: str):
 # The keys of a result's row that are no flag, or hold something else: the kind of their values, and of those of a list.
 ROW = {
     **dict.fromkeys(("dataset", "partition", "partition_hash", "role", "backbone", "method", "mgd_ops", "code"), str),
-    **dict.fromkeys(("teacher_labels", "weights"), str),
+    **dict.fromkeys(("teacher_labels", "weights", "list"), str),
     **{key: [str] for key in ("losses", "teachers", "teacher_roles", "teacher_backbones", "teacher_methods")},
     **{key: [int] for key in ("teacher_steps", "teacher_seeds")},
     **dict.fromkeys(("labeled", "gmacs_backbone", "gmacs_model", "seconds", "miou"), float),

@@ -159,6 +159,7 @@ def test_paper_numbers_are_the_published_ones():
         {"teacher_methods": ["mt"]},
         {"teacher_steps": [9]},
         {"train_scales": [1.0]},
+        {"list": "test (0123)"},
         *({key: 0.123} for key in OPTIONAL if key not in ROW),
     ],
 )
@@ -183,6 +184,14 @@ def test_all_settings_in_which_lines_of_a_method_differ_are_columns(tables):
     lines = [(line["steps"], line["lr"]) for line in markdown(out / "table1.md") if line["1/8"] != "–"]
     assert lines == [("1,000", "0.1"), ("2,000", "0.2"), ("1,000", "0.3")]
     assert "batch" not in markdown(out / "table1.md")[0]
+
+
+def test_a_table_of_other_images_than_val_says_so(tables):
+    """Also where all of its numbers are of one list."""
+    out = tables([row(miou=40.0, list="test (0123)"), row("mgd", miou=50.0, list="test (0123)")])
+    assert {line["list"] for line in markdown(out / "table1.md") if line["1/8"] != "–"} == {"test (0123)"}
+    assert "mIoU in percent on the images of the list, or of val, mean" in (out / "table1.md").read_text()
+    assert "mIoU in percent on val, mean" in (tables([row(miou=40.0)]) / "table1.md").read_text()
 
 
 def test_students_of_one_seed_and_different_teachers_all_count(tables):
