@@ -299,7 +299,8 @@ def main(argv=None):
     views = on_views * (2 if args.cutmix else 1)
     unlabeled = None
     if on_views and start < taught_steps:
-        unlabeled = train_batches(dataset, partition.unlabeled, args, views, start, labeled=False)
+        strong = args.strong_views
+        unlabeled = train_batches(dataset, partition.unlabeled, args, views, start, labeled=False, strong=strong)
 
     row = evaluate.result_row(
         args,
@@ -377,7 +378,7 @@ def main(argv=None):
             with maybe_no_sync(ddp_model, last=k + 1 == len(batches)):
                 with autocast(device, args.precision):
                     of_labeled = ddp_model(batch.images)
-                    of_mixed = ddp_model(batch.mixed) if on_views and taught else None
+                    of_mixed = ddp_model(batch.student_mixed) if on_views and taught else None
                 terms = (losses_of if taught else ground_truth_alone)(of_labeled, of_mixed, batch, teacher, normalizer)
                 if relative and taught:
                     relative.measure(terms, of_mixed.features)

@@ -234,6 +234,12 @@ FLAGS = {
         below=1,
     ),
     "cutmix": Flag(TRAINING, "mix the unlabeled views with CutMix", True, methods=UNLABELED),
+    "strong_views": Flag(
+        TRAINING,
+        "change the colours of the unlabeled views and blur them, for the student alone",
+        False,
+        methods=STUDENT_METHODS,
+    ),
     "precision": Flag(
         TRAINING,
         "of autocast (default: bf16 where the hardware is fast at it)",

@@ -60,6 +60,7 @@ def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_p
         "--mixed-terms clean": {"image", "region", "loss"},
         "--conf-thresh 0.25": {"pixel_l", "pixel_u", "loss"},
         "--soft-labels 2": {"pixel_l", "pixel_u", "loss"},
+        "--strong-views": {"pixel_u", "image", "region", "loss"},
     }
     assert script(distill, *distill_args(tmp_path / "plain", teachers))[0] == 0
     plain = log(tmp_path / "plain")[0]
