@@ -349,6 +349,14 @@ FLAGS = {
         choices=("mixed", "clean"),
         methods=STUDENT_METHODS,
     ),
+    "pseudo_labels": Flag(
+        TEACHERS,
+        "folder of NAME.png, class indices of some images from any model: one more teacher of the pixel level, alone or "
+        "beside T_D and T_W (default: none)",
+        type=Path,
+        metavar="DIR",
+        methods=MGD_METHODS,
+    ),
     "grad_norms": Flag(
         RUN,
         "log the norm of each weighted term's gradient",

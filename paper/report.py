@@ -139,7 +139,7 @@ def kinds_of(row: dict) -> list[str]:
     backbone are both of the kind that one of them was trained as."""
     backbones, kinds = row["teacher_backbones"], {"teacher_deep": "T_D", "teacher_wide": "T_W"}
     known = {kinds[role] for role in row.get("teacher_roles") or () if role in kinds}
-    alike = len(row["teachers"]) == 2 and backbones and len(set(backbones)) == 1
+    alike = len(backbones or ()) == 2 and len(set(backbones)) == 1
     return [*known] * 2 if alike and len(known) == 1 else row["teachers"]
 
 
@@ -191,7 +191,7 @@ def paper_cells(table: str, dataset: str) -> list[dict]:
 
 def is_shown(g: dict, table: str) -> bool:
     """Whether a table has a place for such a run. Every table shows MGD with all its losses."""
-    mgd, losses, two = g["method"] == "mgd", g["losses"], len(set(g["teachers"])) == 2
+    mgd, losses, two = g["method"] == "mgd", g["losses"], set(g["teachers"]) == {"T_D", "T_W"}
     half = "pixel:labeled" in losses or "pixel:unlabeled" in losses
     if mgd and two and losses == FULL and g["regions"] == 7:
         return True

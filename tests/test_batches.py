@@ -182,6 +182,64 @@ def test_strong_views_change_what_the_student_sees_and_nothing_else(cutmix):
         assert not torch.equal(strong.student_mixed, strong.mixed)
 
 
+class Reds(datasets.Shapes):
+    """Scenes of large squares, whose upper rows have no ground truth; three images in four have a map."""
+
+    def image(self, name):
+        rng = np.random.default_rng(int(name[-4:]))
+        return rng.integers(0, 256, (4, 4, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+
+    def mask(self, name):
+        return np.where(np.arange(64)[:, None] < 9, 255, super().mask(name)).astype(np.uint8)
+
+    def has_mask(self, name):
+        return int(name[-4:]) % 4 > 0
+
+
+def red(images: torch.Tensor) -> torch.Tensor:
+    """(m, 3, H, W) normalized -> (m, H, W) int64: a map that follows from the image itself."""
+    mean, std = batches.colour_statistics(torch.device("cpu"))
+    return (255 * (images * std + mean))[:, 0].round().long() // 52
+
+
+@pytest.mark.parametrize("cutmix", [True, False])
+@pytest.mark.parametrize("scales,alike", [([1.0], 1.0), ([0.75, 1.25], 0.75)])
+def test_files_of_pseudo_labels_follow_the_crop_the_flip_and_cutmix(monkeypatch, cutmix, scales, alike):
+    """Exactly; but for the borders of the squares, where images of another size are blurred."""
+    monkeypatch.setattr(datasets, "Shapes", Reds)
+    maps = Reds()
+    maps.mask = lambda name: maps.image(name)[..., 0] // 52
+    args = arguments(crop=(72, 56), scales=scales, cutmix=cutmix)
+    made = first_steps(args, 3, 1 + cutmix, {"pseudo_labels": maps}, pseudo_labels=maps)
+    agree, covered = [], []
+    for batch in made:
+        for images, labels, outside in (
+            (batch.images, batch.pseudo_labels_l, batch.labels == 255),
+            (batch.mixed, batch.pseudo_labels_u, batch.mixed_ignore),
+        ):
+            given = labels != 255
+            assert not given[outside].any() and labels.dtype == torch.int64
+            agree.append((red(images) == labels)[given])
+        has_map = (batch.pseudo_labels_l != 255).flatten(1).any(1)
+        assert torch.equal(batch.pseudo_labels_l != 255, (batch.labels != 255) & has_map[:, None, None])
+        covered += has_map.tolist()
+    assert {*covered} == {False, True}
+    assert torch.cat(agree).float().mean() >= alike and len(torch.cat(agree)) > 20000
+
+
+def test_pseudo_labels_of_files_are_counted_for_themselves():
+    """The mean over the pixels that they label; the teachers' over all pixels of the images."""
+    maps = datasets.Shapes()
+    maps.mask = lambda name: np.where(np.arange(64) < 16, 255, 1).astype(np.uint8)[None].repeat(64, 0)
+    maps.has_mask = lambda name: name >= "train-0010"
+    args = arguments(crop=(64, 64), scales=[1.0], grad_accum=2, cutmix=False)
+    parts = first_steps(args, 1, 1, pseudo_labels=maps)
+    assert len(parts) == 2 and parts[0].pseudo_labels_l is None
+    counts = batches.valid_pixels([part.ignore_masks() for part in parts])
+    labeled = [int((part.pseudo_labels_u != 255).sum()) for part in parts]
+    assert counts.tolist() == [2 * 64 * 64, 2 * 64 * 64, 0, sum(labeled) / 2] and 0 < sum(labeled) < 4 * 64 * 64
+
+
 def test_a_strong_view_is_one_of_the_same_crop_and_mixed_alike(monkeypatch):
     """A negative in place of other colours is found at every pixel again."""
     monkeypatch.setattr(batches, "strong_view", lambda image, rng: 255 - image)

@@ -284,6 +284,19 @@ def test_two_teachers_of_one_kind_are_no_full_mgd(tables, roles, backbones, kind
     assert len(in_full) == (kinds == "T_D T_W")
 
 
+def test_files_of_pseudo_labels_are_a_kind_of_teacher(tables):
+    """And no second T_D, whatever the network beside them."""
+    files = {"teacher_labels": "unknown", "pseudo_labels": "0123", "losses": ["sup", "pixel", "image:T_D", "region:T_D"]}
+    one = {"teacher_roles": ["teacher_deep"], "teacher_backbones": ["r34"]}
+    two = {"teacher_roles": ["teacher_deep", "teacher_wide"], "teacher_backbones": ["r34", "r18"], "losses": FULL}
+    rows = [row(), row("mgd"), row("mgd", miou=44.0, teachers=["T_D", "pseudo labels"], **{**files, **one})]
+    out = tables([*rows, row("mgd", miou=45.0, teachers=["T_D", "T_W", "pseudo labels"], **{**files, **two})])
+    lines = {line["1/8"]: line["teachers"] for line in markdown(out / "table4-voc.md")}
+    assert lines["44.00"] == "T_D + pseudo labels" and lines["45.00"] == "T_D + T_W + pseudo labels"
+    elsewhere = [line["1/8"] for path in out.glob("*.md") if path.stem != "table4-voc" for line in markdown(path)]
+    assert elsewhere and not {"44.00", "45.00"} & {*elsewhere}
+
+
 # ---- pictures, and as a user runs it ----
 
 
