@@ -319,7 +319,7 @@ def main(argv=None):
     views = on_views * (2 if args.cutmix else 1)
     unlabeled = None
     if on_views and start < taught_steps:
-        more = {"strong": args.strong_views, "pseudo_labels": pseudo_labels}
+        more = {"strong": bool(args.strong_views), "pseudo_labels": pseudo_labels}
         unlabeled = train_batches(dataset, partition.unlabeled, args, views, start, labeled=False, **more)
 
     row = evaluate.result_row(

@@ -237,7 +237,7 @@ FLAGS = {
     "strong_views": Flag(
         TRAINING,
         "change the colours of the unlabeled views and blur them, for the student alone",
-        False,
+        type=bool,
         methods=STUDENT_METHODS,
     ),
     "precision": Flag(
@@ -397,7 +397,8 @@ def default_of(name: str) -> str:
         return f" (default: {plain(flag.default)})"
     if name not in VOC_RECIPE:
         of = [f"{plain(OF_METHOD[m][name])} for {m}, " for m in flag.methods if name in OF_METHOD.get(m, {})]
-        return f" (default: {''.join(of)}otherwise none)" if of else " (default: none)"
+        none = "off" if flag.type is bool else "none"
+        return f" (default: {''.join(of)}otherwise {none})" if of else f" (default: {none})"
     return f" (default: by --dataset; {plain(value)} for voc)"
 
 
