@@ -51,16 +51,62 @@ def resize_window(array: np.ndarray, source: list[slice], crop, target: list[sli
     return out
 
 
+def strong_view(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """image (3, H, W) uint8 -> one of the same geometry in other colours, and blurred, as UniMatch draws them (Yang et al.
+    2023): colour jitter with probability 0.8, its four parts in a drawn order; grey with 0.2; a Gaussian blur with 0.5."""
+    colours = v2.functional
+    jitter = {  # contrast: the mean of whole numbers in float64, so that the number of threads changes nothing
+        "brightness": lambda x: colours.adjust_brightness(x, rng.uniform(0.5, 1.5)),
+        "contrast": lambda x: stretch(x, colours.rgb_to_grayscale(x).double().mean().item(), rng.uniform(0.5, 1.5)),
+        "saturation": lambda x: colours.adjust_saturation(x, rng.uniform(0.5, 1.5)),
+        "hue": lambda x: colours.adjust_hue(x, rng.uniform(-0.25, 0.25)),
+    }
+    if rng.random() < 0.8:
+        for name in rng.permutation([*jitter]):
+            image = jitter[name](image)
+    if rng.random() < 0.2:
+        image = colours.rgb_to_grayscale(image, 3)
+    if rng.random() < 0.5:
+        image = gaussian_blur(image, rng.uniform(0.1, 2.0))
+    return image
+
+
+def stretch(image: torch.Tensor, centre: float, factor: float) -> torch.Tensor:
+    """(..., H, W) uint8, the distance of each value from `centre` multiplied."""
+    return image.mul(factor).add_(centre * (1 - factor)).clamp_(0, 255).to(torch.uint8)
+
+
+def gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
+    """(C, H, W) uint8, blurred with a Gaussian of `sigma` pixels that ends at three of them; the border is mirrored.
+
+    Sums of shifted images along one side and then the other: torchvision's convolution in two dimensions takes ten times as
+    long on a CPU and can depend on the number of threads.
+    """
+    for dim in (1, 2):
+        length = image.shape[dim]
+        radius = min(math.ceil(3 * sigma), length - 1)  # as far as a border can be mirrored
+        weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+        padding = (0, 0, radius, radius) if dim == 1 else (radius, radius, 0, 0)
+        padded = torch.nn.functional.pad(image.float(), padding, mode="reflect")
+        image = torch.zeros_like(image, dtype=torch.float32)
+        for shift, weight in enumerate(weights / weights.sum()):
+            image.add_(padded.narrow(dim, shift, length), alpha=float(weight))
+    return image.round_().to(torch.uint8)
+
+
 class TrainSet(torch.utils.data.Dataset):
-    """Augmented crops: a drawn scale, mirrored or not, and a drawn window. Item (index, seed) -> image (3, h, w) uint8, mask
-    (h, w) uint8, 255 where the crop reaches outside the image.
+    """Augmented crops: a drawn scale, mirrored or not, and a drawn window. Item (index, seed) -> `image` (3, h, w) uint8 and
+    `mask` (h, w) uint8, 255 where the crop reaches outside the image; with `strong` also the `strong` view (3, h, w) uint8 of
+    the same crop, and with `pseudo_labels` the same crop of the image's map, (h, w) uint8, 255 outside. These two change
+    nothing of the others.
 
     With `labeled=False` no mask is opened: the mask then holds 0 for pixels of the image and 255 outside. Masks stay
     bytes until they are on the device.
     """
 
-    def __init__(self, dataset, names, crop, scales, image_scale=1.0, labeled=True):
+    def __init__(self, dataset, names, crop, scales, image_scale=1.0, labeled=True, strong=False, pseudo_labels=None):
         self.dataset, self.names, self.crop, self.labeled = dataset, names, crop, labeled
+        self.strong, self.pseudo_labels = strong, pseudo_labels
         self.scales = [image_scale * s for s in scales]
 
     def __getitem__(self, item):
@@ -71,11 +117,19 @@ class TrainSet(torch.utils.data.Dataset):
         mask = self.dataset.mask(name) if self.labeled else np.broadcast_to(np.uint8(0), image.shape[:2])
         # the window first, so that only its pixels are resized
         source, target = draw_window(image.shape[:2], self.crop, rng.choice(self.scales), rng)
-        image = resize_window(image, source, self.crop, target, FILL)
-        mask = resize_window(mask[..., None], source, self.crop, target, [IGNORE_INDEX])[0]
+        crops = {"image": resize_window(image, source, self.crop, target, FILL)}
+        maps = {"mask": mask}
+        if self.pseudo_labels:
+            has_map = self.pseudo_labels.has_mask(name)
+            none = np.broadcast_to(np.uint8(IGNORE_INDEX), image.shape[:2])
+            maps["pseudo_labels"] = self.pseudo_labels.mask(name) if has_map else none
+        for key, labels in maps.items():
+            crops[key] = resize_window(labels[..., None], source, self.crop, target, [IGNORE_INDEX])[0]
         if rng.random() < 0.5:
-            image, mask = image.flip(-1), mask.flip(-1)
-        return image, mask
+            crops = {key: crop.flip(-1) for key, crop in crops.items()}
+        if self.strong:  # last, so that what it draws leaves the others as they are
+            crops["strong"] = strong_view(crops["image"], rng)
+        return crops
 
 
 # ---- which images a step sees ----
@@ -130,10 +184,10 @@ def micro_batches(args) -> tuple[range, int]:
     return range(rank * args.grad_accum, (rank + 1) * args.grad_accum), args.batch // total
 
 
-def train_batches(dataset, names, args, views: int, start: int, labeled: bool):
-    """An iterator over this rank's micro-batches of steps `start` to `args.steps`: images (views · m, 3, h, w) uint8, masks
-    (views · m, h, w) uint8, m images of each view."""
-    train_set = TrainSet(dataset, names, args.crop, args.scales, args.image_scale, labeled)
+def train_batches(dataset, names, args, views: int, start: int, labeled: bool, **more):
+    """An iterator over this rank's micro-batches of steps `start` to `args.steps`: the items of a `TrainSet`, stacked,
+    views · m of them, m images of each view. `more`: its `strong` and `pseudo_labels`."""
+    train_set = TrainSet(dataset, names, args.crop, args.scales, args.image_scale, labeled, **more)
     parts, size = micro_batches(args)
     sampler = StepSampler(len(names), args.batch, loader_seed(args, labeled), start, args.steps, views, parts, size)
     workers = {"num_workers": args.workers, "persistent_workers": True, "prefetch_factor": 4} if args.workers else {}
@@ -196,19 +250,35 @@ def cutmix(views: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 class Batch(NamedTuple):
     """One micro-batch on the device: m labeled images, and m or 2m clean unlabeled views that CutMix mixes to m. In a step
-    without unlabeled images the views and what is made of them are None."""
+    without unlabeled images the views and what is made of them are None, and so are pseudo labels that no files give."""
 
     images: torch.Tensor  # (m, 3, H, W), normalized
     labels: torch.Tensor  # (m, H, W) int64, 255 = ignore
     views: torch.Tensor = None  # (2m, 3, H, W), clean; (m, 3, H, W) without CutMix
     views_ignore: torch.Tensor = None  # (2m, H, W) bool: where a view reaches outside its image
-    mixed: torch.Tensor = None  # (m, 3, H, W)
+    mixed: torch.Tensor = None  # (m, 3, H, W), as teachers see it
     mixed_ignore: torch.Tensor = None  # (m, H, W) bool
     cutmix_mask: torch.Tensor | None = None  # (m, 1, H, W) bool; None without CutMix
+    student_mixed: torch.Tensor = None  # (m, 3, H, W), as the student sees it: `mixed`, or the strong views, mixed alike
+    pseudo_labels_l: torch.Tensor | None = None  # (m, H, W) int64, of files, for the labeled images; 255 = ignore
+    pseudo_labels_u: torch.Tensor | None = None  # (m, H, W) int64, of files, for the views, mixed as they are
 
     def mix(self, maps: torch.Tensor) -> torch.Tensor:
         """Maps of the clean views, mixed as the views are."""
         return cutmix(maps, self.cutmix_mask)
+
+    def ignore_masks(self) -> list[torch.Tensor]:
+        """What is ignored of the labels, the mixed views, and the files' pseudo labels of both, (m, H, W) bool each, for
+        `valid_pixels`. Where there is no such map, nothing is valid.
+
+        A teacher labels every pixel that its image has, so its cross entropies are divided by the first two. Files may label
+        some images and pixels alone: their cross entropies are means over the pixels that they label, so that a folder which
+        covers a part of the images teaches as much about each of them as one that covers all.
+        """
+        of_files = (self.pseudo_labels_l, self.pseudo_labels_u)
+        none = torch.ones(1, dtype=torch.bool, device=self.labels.device)
+        views = none if self.mixed_ignore is None else self.mixed_ignore
+        return [self.labels == IGNORE_INDEX, views, *(none if maps is None else maps == IGNORE_INDEX for maps in of_files)]
 
 
 def step_batches(args, step: int, device, next_labeled, next_unlabeled=None) -> list[Batch]:
@@ -223,12 +293,24 @@ def step_batches(args, step: int, device, next_labeled, next_unlabeled=None) -> 
         masks = [whole[k * size : (k + 1) * size] for k in parts]
     batches = []
     for mask in masks:
-        images, labels = next_labeled()
-        batch = Batch(normalize(images, device), labels.to(device, non_blocking=True).long(), cutmix_mask=mask)
+        crops = next_labeled()
+        labels = crops["mask"].to(device, non_blocking=True).long()
+        batch = Batch(normalize(crops["image"], device), labels, cutmix_mask=mask)
+        if "pseudo_labels" in crops:  # a pixel without ground truth has none of a teacher either
+            maps = crops["pseudo_labels"].to(device, non_blocking=True).long()
+            batch = batch._replace(pseudo_labels_l=maps.masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX))
         if next_unlabeled:
-            views, ignore = next_unlabeled()
-            views, ignore = normalize(views, device), ignore.to(device, non_blocking=True) == IGNORE_INDEX
-            batch = batch._replace(views=views, views_ignore=ignore, mixed=batch.mix(views), mixed_ignore=batch.mix(ignore))
+            crops = next_unlabeled()
+            views, ignore = normalize(crops["image"], device), crops["mask"].to(device, non_blocking=True) == IGNORE_INDEX
+            mixed = batch.mix(views)
+            batch = batch._replace(views=views, views_ignore=ignore, mixed=mixed, mixed_ignore=batch.mix(ignore))
+            batch = batch._replace(student_mixed=mixed)
+            if "strong" in crops:  # mixed as bytes, which takes less memory
+                strong = batch.mix(crops["strong"].to(device, non_blocking=True))
+                batch = batch._replace(student_mixed=normalize(strong, device))
+            if "pseudo_labels" in crops:
+                maps = crops["pseudo_labels"].to(device, non_blocking=True)
+                batch = batch._replace(pseudo_labels_u=batch.mix(maps).long())
         batches.append(batch)
     return batches
 

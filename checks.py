@@ -10,11 +10,12 @@ import numpy as np
 from tqdm import tqdm
 
 from common import IGNORE_INDEX, UserError
-from readers import MOST_UNNAMED, PALETTE, flags_for, upright_size
+from readers import MOST_UNNAMED, PALETTE, flags_for
 
 
 class Look(NamedTuple):
-    """The content of a data set's files. The groups are labeled, unlabeled and val; unlabeled masks are never opened."""
+    """The content of a data set's files. The groups are labeled, unlabeled, val, and others that are named after what they
+    hold; unlabeled masks are never opened."""
 
     sizes: collections.Counter  # images of each (height, width)
     pixels: dict[str, np.ndarray]  # group -> (256,) int64: pixels of each label
@@ -35,10 +36,7 @@ def look_at(dataset, groups: dict[str, list[str]], whole: bool) -> Look:
 
     def look_at_one(group, name):
         try:
-            if whole:
-                height, width = dataset.image(name).shape[:2]
-            else:
-                width, height = upright_size(dataset.images[name])
+            height, width = dataset.image(name).shape[:2] if whole else dataset.image_size(name)
             if group not in masked:
                 return (height, width), None, None
             mask = dataset.mask(name)
@@ -83,7 +81,7 @@ def faults(dataset, look: Look) -> list[str]:
     every = set().union(*labels.values())
     binary = dataset.fix("--values 0=0 255=1") if every == {0, IGNORE_INDEX} and "labeled" in labels else ""  # of others: harm
     for group, shown in labels.items():
-        task = "evaluate" if group == "val" else "learn"
+        task = "learn" if group == "labeled" else "evaluate"
         where, classes = f"{dataset.root}: the {group} masks", sorted(shown - {IGNORE_INDEX})
         if not shown:
             continue  # none could be read
@@ -165,3 +163,20 @@ def refuse_faults(dataset, groups: dict[str, list[str]]):
         problems = faults(dataset, look_at(dataset, groups, whole=False))
         if problems:
             raise UserError(problems[0])
+
+
+def refuse_wrong_pseudo_labels(pseudo_labels, labeled: list[str]):
+    """Raises UserError for the first map of `datasets.PseudoLabels` that cannot be read, has another size than its image, or
+    holds other labels than the classes; if all are 255 everywhere; and if a palette of theirs disagrees with the data set's,
+    which is that of the masks of `labeled` where nothing else names it."""
+    look = look_at(pseudo_labels, {"maps": [*pseudo_labels.masks]}, whole=False)
+    if not look.pixels["maps"][:IGNORE_INDEX].any():
+        raise UserError(f"{pseudo_labels.root}: the maps hold only 255, which is ignored; give maps that show classes")
+    dataset = pseudo_labels.dataset
+    ours = bytes(channel for colour in dataset.palette for channel in colour)  # which predict.py writes
+    palettes = {palette: labels for palette, labels in look.palettes.items() if palette[: len(ours)] != ours[: len(palette)]}
+    if palettes and not dataset.palette_from:
+        of_masks = look_at(dataset, {"labeled": labeled}, whole=False).palettes
+        palettes = {key: palettes.get(key, {}) | of_masks.get(key, {}) for key in (*of_masks, *palettes)}
+    if clash := palette_clash(pseudo_labels, palettes):
+        raise UserError(clash)

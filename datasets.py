@@ -15,13 +15,14 @@ import pathlib
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from checks import refuse_faults
-from common import IGNORE_INDEX, UserError, being_read, rank_and_size
+from checks import refuse_faults, refuse_wrong_pseudo_labels
+from common import IGNORE_INDEX, UserError, being_read, print0, rank_and_size
 from readers import (
     CITYSCAPES_PALETTE,
     MOST_UNNAMED,
@@ -37,6 +38,8 @@ from readers import (
     read_lines,
     read_names,
     read_palette,
+    refuse_special,
+    upright_size,
     voc_palette,
 )
 from run_folder import atomic_write
@@ -58,6 +61,7 @@ class Shapes:
 
     name = "shapes"
     drawn = named = True  # there is no file
+    palette_from, cache = "the embedded data set's palette", None
     size = 64
 
     def __init__(self, train: int = 512, val: int = 200):
@@ -66,7 +70,7 @@ class Shapes:
         self.train = [f"train-{i:04d}" for i in range(train)]
         self.val = [f"val-{i:04d}" for i in range(val)]
         self.unlabeled = []
-        self.masks = {}  # there are no files
+        self.images, self.masks = {}, {}  # there are no files
 
     def has_mask(self, name):
         return True
@@ -93,6 +97,10 @@ class Shapes:
             pen.line([tuple(p) for p in rng.uniform(0, s, (2, 2))], fill=tuple(rng.integers(0, 256, 3).tolist()))
         image = np.asarray(picture) + rng.normal(0, 8, (s, s, 3))
         return np.clip(image, 0, 255).astype(np.uint8), mask
+
+    def image_size(self, name) -> tuple[int, int]:
+        """(H, W)."""
+        return self.size, self.size
 
     def image(self, name) -> np.ndarray:
         """(H, W, 3) uint8, RGB."""
@@ -174,6 +182,10 @@ class Files:
 
     def has_mask(self, name: str) -> bool:
         return name in self.masks
+
+    def image_size(self, name: str) -> tuple[int, int]:
+        """(H, W) of the upright image, from its header alone. Raises UserError."""
+        return upright_size(self.images[name])[::-1]
 
     def image(self, name: str) -> np.ndarray:
         """(H, W, 3) uint8, RGB, upright."""
@@ -454,6 +466,54 @@ class Cityscapes(Files):
         return "leftImg8bit_trainvaltest.zip holds 18 cities for training and 3 for val"
 
 
+class PseudoLabels(Files):
+    """The maps of `distill.py --pseudo-labels`: FOLDER/NAME.png holds class indices, from any model, for the image NAME of a
+    data set, and 255 where there is none. Images need no map. Raises UserError where no image of `names` has one.
+
+    They are read and checked as masks are, but are class indices for every data set.
+    """
+
+    def __init__(self, folder: pathlib.Path, dataset, names: Iterable[str]):
+        if not folder.is_dir():
+            raise UserError(f"--pseudo-labels {folder}: no such folder; give one that holds NAME.png for each image")
+        self.root, self.dataset, self.cache = folder, dataset, dataset.cache
+        self.classes, self.named = dataset.classes, dataset.named
+        self.palette, self.palette_from = dataset.palette, dataset.palette_from
+        names, found = [*names], by_name(path for path in folder.iterdir() if path.suffix.lower() == ".png")
+        self.masks = {name: found[name] for name in sorted(names) if name in found}
+        if not self.masks:
+            raise UserError(
+                f"--pseudo-labels {folder}: holds a PNG for no training image that is used; name them as the images, such as "
+                f"{names[0]}.png"
+            )
+        read = (f"{name} {hashlib.sha256(self.bytes_of(path)).hexdigest()}" for name, path in self.masks.items())
+        self.hash = digest("\n".join(read))  # of names and files, so that a resumed run and a result can tell them apart
+
+    @staticmethod
+    def bytes_of(path: pathlib.Path) -> bytes:
+        refuse_special(path)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); replace it, or remove it") from None
+
+    def image_size(self, name):
+        return self.dataset.image_size(name)
+
+    def read_mask(self, path):
+        mask, n = open_mask(path), len(self.classes)
+        wrong = mask[(mask >= n) & (mask != IGNORE_INDEX)]
+        if wrong.size:
+            raise UserError(
+                f"{path}: holds label {wrong.min()}, but the {n} classes of the data set are 0 to {n - 1}, and 255 is ignored; "
+                f"write the indices of these classes, or {self.fix('--unknown ignore')}"
+            )
+        return mask.astype(np.uint8)
+
+    def fix(self, flags, path=None):
+        return masks_command(self.root, flags)
+
+
 def open_dataset(name: str, data: pathlib.Path | str | None, cache: pathlib.Path | None = None):
     """The data set that `--dataset` and `--data` name. Raises UserError."""
     if name == "shapes":
@@ -520,21 +580,27 @@ def first_carriers(dataset, names: list[str]) -> set[str]:
     return carriers
 
 
+def read_masked_names(path: pathlib.Path, dataset, known: Iterable[str]) -> list[str]:
+    """The images that a list names, as from `read_names`. Raises UserError for one without a mask too."""
+    names = read_names(path, known)
+    unmasked = [name for name in names if not dataset.has_mask(name)]
+    if unmasked:
+        raise UserError(f"{path}: '{unmasked[0]}' has no mask; add it or remove the name")
+    return names
+
+
 def listed_partition(dataset, labeled_list: pathlib.Path, unlabeled_list: pathlib.Path | None) -> Partition:
     """The partition of --labeled-list and --unlabeled-list; without the latter, all other training images are unlabeled.
 
     An image in both lists stays labeled, with a warning. Raises UserError for a val image, and for one without a mask.
     """
     known = {*dataset.train, *dataset.unlabeled, *dataset.val}
-    labeled = read_names(labeled_list, known)
+    labeled = read_masked_names(labeled_list, dataset, known)
     unlabeled = read_names(unlabeled_list, known) if unlabeled_list else [*dataset.train, *dataset.unlabeled]
     for path, names in ((labeled_list, labeled), (unlabeled_list, unlabeled)):
         held_out = sorted(set(names) & set(dataset.val))
         if held_out:
             raise UserError(f"{path}: names {len(held_out)} val image(s), first '{held_out[0]}'; remove them")
-    unmasked = [name for name in labeled if not dataset.has_mask(name)]
-    if unmasked:
-        raise UserError(f"{labeled_list}: '{unmasked[0]}' has no mask; add it or remove the name")
     both = sorted(set(labeled) & set(unlabeled)) if unlabeled_list else []
     if both:
         print(
@@ -551,6 +617,19 @@ def partition_of(dataset, args: argparse.Namespace) -> Partition:
     if args.unlabeled_list:
         raise UserError(f"--unlabeled-list {args.unlabeled_list}: give --labeled-list with it")
     return partition(dataset, args.part)
+
+
+def open_pseudo_labels(folder: pathlib.Path, dataset, part: Partition, labeled: bool, unlabeled: bool) -> PseudoLabels:
+    """The maps of `distill.py --pseudo-labels` for the labeled images of the partition, the unlabeled ones, or both, all of
+    them checked. Raises UserError."""
+    groups = {"labeled": part.labeled} if labeled else {}
+    groups |= {"unlabeled": part.unlabeled} if unlabeled else {}
+    maps = PseudoLabels(folder, dataset, [name for names in groups.values() for name in names])
+    if rank_and_size()[0] == 0:  # an error here ends all ranks
+        refuse_wrong_pseudo_labels(maps, part.labeled)
+    counts = [f"{sum(map(maps.has_mask, names))} of {len(names)} {group}" for group, names in groups.items()]
+    print0(f"{folder}: pseudo labels of {' and '.join(counts)} images")
+    return maps
 
 
 def open_training_data(args: argparse.Namespace, unlabeled: bool):

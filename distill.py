@@ -5,6 +5,8 @@ r"""Distil frozen teachers, one or two, into a light student.
         --wide runs/shapes/1-8/teacher-wide/last.pt
     python distill.py --out runs/shapes/1-8/cwd-r18 --method cwd \
         --deep runs/shapes/1-8/teacher-deep/last.pt
+    python distill.py --out runs/mine/1/files-r18 --dataset folder \
+        --data data/mine --part 1 --pseudo-labels predictions/masks
 
 --method mgd    the losses of the paper's Eq. 7. On labeled images: cross
                 entropy with the ground truth (Eq. 1) and with the teachers'
@@ -20,6 +22,10 @@ r"""Distil frozen teachers, one or two, into a light student.
                 probabilities (Hinton, Vinyals & Dean 2015)
 --method cwd    the same with the channel-wise divergence over space (Shu et
                 al. 2021)
+
+--pseudo-labels DIR is a teacher of the pixel level (Eq. 2) that any model can
+be: an image's DIR/NAME.png holds a class index per pixel, and 255 where there
+is none. It is used alone, or beside the teachers of --deep and --wide.
 """
 
 import collections
@@ -65,6 +71,7 @@ from distill_losses import (
     TeacherOutputs,
     chosen_losses,
     gradient_norms,
+    halves_of_pixel,
     kd_losses,
     lambda_factor,
     mgd_losses,
@@ -131,6 +138,7 @@ def without_effect(args) -> dict[str, str]:
     of_losses = {flag for term, flag in WEIGHTS.items() if flag and unused(term)}
     of_losses -= {flag for term, flag in WEIGHTS.items() if not unused(term)}
     of_losses |= {"conf_thresh", "soft_labels"} if unused("pixel") else set()
+    of_losses |= set() if uses_views(args.losses) else {"strong_views"}
     of_losses |= {"lambda_schedule", "lambda_relative"} if unused(*LEVELS) else set()
     beside = {"lambda_image": " beside --lambda-relative", "lambda_region": " beside --lambda-relative"}
     found = beside if args.lambda_relative else {}
@@ -209,8 +217,11 @@ def teacher_outputs(
     return TeacherOutputs(pseudo_labels_l, pseudo_labels_u, labeled, mixed, clean)
 
 
-def labels_of_teachers(rows, partition) -> str:
-    """Which labels the teachers saw: `partition` for the student's own, `all`, or the name of their partition."""
+def labels_of_teachers(rows, partition, files: bool) -> str:
+    """Which labels the teachers saw: `partition` for the student's own, `all`, the name of their partition, or `unknown` where
+    `files` are a teacher."""
+    if files:
+        return "unknown"
     if all(row["partition_hash"] == partition.hash for row in rows):
         return "partition"
     names = " ".join(sorted({row["partition"] for row in rows}))
@@ -237,6 +248,10 @@ def main(argv=None):
     kernels.load_kernels()
     on_views = uses_views(args.losses)
     dataset, partition = datasets.open_training_data(args, unlabeled=on_views)
+    pseudo_labels = of_files = None
+    if args.pseudo_labels:
+        pseudo_labels = datasets.open_pseudo_labels(args.pseudo_labels, dataset, partition, *halves_of_pixel(args.losses))
+        of_files = pseudo_labels.hash
     resumed = load_for_resume(args, dataset, partition)
 
     teachers, teacher_rows = {}, {}
@@ -261,6 +276,11 @@ def main(argv=None):
         raise UserError(
             f"{args.out / 'resume.pt'}: was trained with different teachers than --deep and --wide; give another --out, or "
             "delete it to start again"
+        )
+    if resumed and resumed["row"].get("pseudo_labels") != of_files:
+        raise UserError(
+            f"{args.out / 'resume.pt'}: was trained with pseudo labels {resumed['row'].get('pseudo_labels')}, not {of_files} "
+            f"(the files in {args.pseudo_labels} have changed): give the same or another --out, or delete it to start again"
         )
     needed = {role: needed_outputs(args.method, args.losses, role, args.soft_labels) for role in teachers}
     fixed = {term: 1.0 if flag is None else getattr(args, flag) for term, flag in WEIGHTS.items()}  # of Eq. 7
@@ -307,11 +327,12 @@ def main(argv=None):
     print_duration(args, device, start, passes_of_step(args, student, teachers, needed))
     ddp_model = compiled(distribute(student), args, device, retain_graph=args.grad_norms)  # what the steps run
 
-    labeled = train_batches(dataset, partition.labeled, args, 1, start, labeled=True)
+    labeled = train_batches(dataset, partition.labeled, args, 1, start, labeled=True, pseudo_labels=pseudo_labels)
     views = on_views * (2 if args.cutmix else 1)
     unlabeled = None
     if on_views and start < taught_steps:
-        unlabeled = train_batches(dataset, partition.unlabeled, args, views, start, labeled=False)
+        more = {"strong": bool(args.strong_views), "pseudo_labels": pseudo_labels}
+        unlabeled = train_batches(dataset, partition.unlabeled, args, views, start, labeled=False, **more)
 
     row = evaluate.result_row(
         args,
@@ -320,13 +341,14 @@ def main(argv=None):
         device,
         role="student",
         losses=args.losses,
-        teachers=[*teacher_rows],
+        teachers=[*teacher_rows, *(["pseudo labels"] if pseudo_labels else [])],
         teacher_roles=[row["role"] for row in teacher_rows.values()],
         teacher_backbones=[row["backbone"] for row in teacher_rows.values()],
         teacher_methods=[row["method"] for row in teacher_rows.values()],
         teacher_steps=[row["steps"] for row in teacher_rows.values()],
         teacher_seeds=[row["seed"] for row in teacher_rows.values()],
-        teacher_labels=labels_of_teachers(teacher_rows.values(), partition),
+        teacher_labels=labels_of_teachers(teacher_rows.values(), partition, files=pseudo_labels is not None),
+        pseudo_labels=of_files,
         regions=args.regions if any(loss.startswith("region") for loss in args.losses) else None,
     )
     checkpoint = {
@@ -380,16 +402,14 @@ def main(argv=None):
                 }
                 for batch in batches
             ]
-        normalizer = valid_pixels(
-            [[batch.labels == IGNORE_INDEX, *([batch.mixed_ignore] if on_views and taught else [])] for batch in batches]
-        )
+        normalizer = valid_pixels([batch.ignore_masks() for batch in batches])
 
         losses = collections.Counter()
         for k, (batch, teacher) in enumerate(zip(batches, outputs, strict=True)):
             with maybe_no_sync(ddp_model, last=k + 1 == len(batches)):
                 with autocast(device, args.precision):
                     of_labeled = ddp_model(batch.images)
-                    of_mixed = ddp_model(batch.mixed) if on_views and taught else None
+                    of_mixed = ddp_model(batch.student_mixed) if on_views and taught else None
                 terms = (losses_of if taught else ground_truth_alone)(of_labeled, of_mixed, batch, teacher, normalizer)
                 if relative and taught:
                     relative.measure(terms, of_mixed.features)

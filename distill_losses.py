@@ -28,13 +28,20 @@ RAMP = 0.4  # the fraction of the steps after which --lambda-schedule ramp ends
 def chosen_losses(args) -> list[str]:
     """The losses of the arguments, with `pixel` for both of its halves. Raises UserError for combinations without a meaning."""
     teachers = [role for role, path in (("T_D", args.deep), ("T_W", args.wide)) if path]
-    if not teachers:
-        raise UserError("a teacher is needed: give --deep FILE, --wide FILE or both (train_teacher.py makes them)")
+    if args.pseudo_labels and args.method not in MGD_METHODS:
+        raise UserError(
+            f"--pseudo-labels {args.pseudo_labels}: holds labels, but --method {args.method} needs logits; leave one of them "
+            "out, or give --method mgd"
+        )
+    if not teachers and not args.pseudo_labels:
+        raise UserError(
+            "a teacher is needed: give --deep FILE, --wide FILE or both (train_teacher.py makes them), or --pseudo-labels DIR"
+        )
     if args.method not in MGD_METHODS:
         if args.losses:
             raise UserError(f"--losses: is for --method mgd and mgd+; {args.method} has losses of its own")
         return ["sup", args.method]
-    names = args.losses or ["sup", "pixel", f"image:{teachers[0]}", f"region:{teachers[-1]}"]
+    names = args.losses or ["sup", "pixel", *([f"image:{teachers[0]}", f"region:{teachers[-1]}"] if teachers else [])]
     given = f"--losses {' '.join(names)}"
     for name in names:
         if name not in LOSSES:
@@ -51,6 +58,8 @@ def chosen_losses(args) -> list[str]:
     for role in teachers:
         if not any(name.startswith("pixel") or name.endswith(role) for name in names):
             raise UserError(f"{given}: uses nothing of {role}; leave {'--deep' if role == 'T_D' else '--wide'} out")
+    if args.pseudo_labels and not any(name.startswith("pixel") for name in names):
+        raise UserError(f"{given}: uses nothing of --pseudo-labels; add pixel, or leave that flag out")
     if halves <= {*names}:
         names = ["pixel", *(name for name in names if name not in halves)]
     return sorted(names, key=LOSSES.index)
@@ -88,6 +97,12 @@ def uses_views(losses: list[str]) -> bool:
     return losses != ["sup", "pixel:labeled"]
 
 
+def halves_of_pixel(losses: list[str]) -> tuple[bool, bool]:
+    """Whether the pixel level (Eq. 2) is on the labeled images, and on the unlabeled ones."""
+    labeled, unlabeled = ({"pixel", half} & {*losses} for half in ("pixel:labeled", "pixel:unlabeled"))
+    return bool(labeled), bool(unlabeled)
+
+
 def mgd_losses(
     labeled,
     mixed,
@@ -104,23 +119,27 @@ def mgd_losses(
     """The terms of Eq. 7 that are in `losses`, without their weights.
 
     labeled, mixed: the student's `Output` for the labeled images and the mixed views (None where no loss is on them) of
-    `batch`; the outputs of T_D, T_W or both; `normalizer` for the labeled images and, where a loss is on them, the mixed views
-    (see `batches.valid_pixels`); `soft_labels` is the temperature of the teachers' probabilities that replace their labels.
+    `batch`, whose pseudo labels of files are one more teacher of the pixel level; the outputs of T_D, T_W, both or none;
+    `normalizer`, one number for each of `batch.ignore_masks()` (see `batches.valid_pixels`); `soft_labels` is the temperature
+    of the probabilities of T_D and T_W that replace their labels.
     """
     labels, outputs = batch.labels, teachers.values()
-    on_labeled, on_views = ({"pixel", half} & {*losses} for half in ("pixel:labeled", "pixel:unlabeled"))
-    maps = [] if ohem else [labels]
-    maps += [t.pseudo_labels_l for t in outputs if not soft_labels or t.labeled is None] if on_labeled else []
-    entropies = mgd_ops.pixel_cross_entropies(labeled.logits, maps, [normalizer[0]] * len(maps))
+    on_labeled, on_views = halves_of_pixel(losses)
+    maps = [] if ohem else [(labels, normalizer[0])]
+    if on_labeled:
+        maps += [(t.pseudo_labels_l, normalizer[0]) for t in outputs if not soft_labels]
+        maps += [] if batch.pseudo_labels_l is None else [(batch.pseudo_labels_l, normalizer[2])]
+    entropies = mgd_ops.pixel_cross_entropies(labeled.logits, [each for each, _ in maps], [count for _, count in maps])
     terms = {"sup": mgd_ops.ohem_cross_entropy(labeled.logits, labels) if ohem else entropies.pop(0)}  # Eq. 1
     if on_labeled:  # Eq. 2
-        soft = [(t.labeled.logits, t.pseudo_labels_l) for t in outputs if soft_labels and t.labeled is not None]
+        soft = [(t.labeled.logits, t.pseudo_labels_l) for t in outputs if soft_labels]
         entropies += soft_cross_entropies(labeled.logits, soft, soft_labels, normalizer[0])
         terms["pixel_l"] = sum(entropies)
     if on_views:  # Eq. 2
-        maps = [t.pseudo_labels_u for t in outputs if not soft_labels or t.clean is None]
-        entropies = mgd_ops.pixel_cross_entropies(mixed.logits, maps, [normalizer[1]] * len(maps))
-        soft = [(t.clean, t.pseudo_labels_u) for t in outputs if soft_labels and t.clean is not None]
+        maps = [(t.pseudo_labels_u, normalizer[1]) for t in outputs if not soft_labels]
+        maps += [] if batch.pseudo_labels_u is None else [(batch.pseudo_labels_u, normalizer[3])]
+        entropies = mgd_ops.pixel_cross_entropies(mixed.logits, [each for each, _ in maps], [count for _, count in maps])
+        soft = [(t.clean, t.pseudo_labels_u) for t in outputs if soft_labels]
         entropies += soft_cross_entropies(mixed.logits, soft, soft_labels, normalizer[1], batch.mix)
         terms["pixel_u"] = sum(entropies)
     for role, teacher in teachers.items():

@@ -4,13 +4,15 @@ table, as JSON, and as pictures.
     python evaluate.py --ckpt runs/shapes/1-8/mgd-r18/last.pt
     python evaluate.py --ckpt A/last.pt B/last.pt --json ab.json --panels ab.png
     python evaluate.py --ckpt A/last.pt model.onnx
+    python evaluate.py --ckpt A/last.pt --list data/mine/test.txt
     torchrun --nproc-per-node 4 evaluate.py --ckpt A/last.pt
 
 The same `evaluate` validates during training, so the numbers cannot differ.
 Images are seen as in the training's validation (whole, or in the sliding
 windows of its --window), at one scale and not mirrored unless told otherwise.
 Predictions are compared at the size of the mask. Under torchrun the images are
-shared out.
+shared out. --list evaluates the images that a file names, such as a test set,
+in place of the val images; each needs a mask.
 """
 
 import pathlib
@@ -207,6 +209,7 @@ def parse_args(argv=None):
         metavar="DIR",
         help="folder of the data set (default: as in training)",
     )
+    parser.add_argument("--list", help="names the images to evaluate, one per line (default: those of val)", **path)
     parser.add_argument("--json", help="write a result file (default: none)", **path)
     parser.add_argument("--panels", help="write a PNG: image, ground truth, each model (default: none)", **path)
     parser.add_argument(
@@ -214,7 +217,7 @@ def parse_args(argv=None):
         type=int,
         default=6,
         metavar="IMAGES",
-        help="images in the panels, evenly spread over val (default: 6)",
+        help="images in the panels, evenly spread over those evaluated (default: 6)",
     )
     parser.add_argument("--confusion", help="write a PNG of the first checkpoint's confusion matrix (default: none)", **path)
     parser.add_argument("--overwrite", action="store_true", help="replace files that this project did not write (default: off)")
@@ -227,7 +230,7 @@ def parse_args(argv=None):
     for flag, path, suffix in outputs:
         if path and (path.is_dir() or path.suffix.lower() != suffix):
             raise UserError(f"{flag} {path}: give a file's name that ends in {suffix}")
-    refuse_outputs([(flag, path) for flag, path, _ in outputs], args.ckpt, args.overwrite)
+    refuse_outputs([(flag, path) for flag, path, _ in outputs], [*args.ckpt, *filter(None, [args.list])], args.overwrite)
     return args
 
 
@@ -242,9 +245,14 @@ def main(argv=None):
 
     trained = load_trained(args.ckpt[0])["args"]
     dataset = datasets.open_dataset(trained["dataset"], args.data or trained.get("data"))
-    checks.refuse_faults(dataset, {"val": dataset.val})
+    names, listed = dataset.val, None
+    if args.list:
+        names = datasets.read_masked_names(args.list, dataset, {*dataset.images, *dataset.train, *dataset.val})
+        hash = datasets.digest("\n".join(sorted(names)))
+        listed = f"{args.list.stem} ({hash})"
+    checks.refuse_faults(dataset, {"listed" if args.list else "val": names})
     rows, panels = [], []
-    shown = dataset.val[:: max(1, len(dataset.val) // args.panel_rows)][: args.panel_rows]
+    shown = names[:: max(1, len(names) // args.panel_rows)][: args.panel_rows]
     for path in args.ckpt:
         checkpoint, model, precision, protocol = open_model(path, args, device)
         if checkpoint["classes"] != dataset.classes:
@@ -252,7 +260,7 @@ def main(argv=None):
                 f"{path}: was trained on the classes {', '.join(checkpoint['classes'])}, but the data set has "
                 f"{', '.join(dataset.classes)}; give the data set of the training with --data"
             )
-        confusion = evaluate(model, dataset, dataset.val, device, precision, protocol)
+        confusion = evaluate(model, dataset, names, device, precision, protocol)
         miou, ious = iou(confusion)
         rows.append(
             {
@@ -265,6 +273,7 @@ def main(argv=None):
                 "window": protocol.window,
                 "scales": protocol.scales,
                 "flip": protocol.flip,
+                "list": listed,
             }
         )
         if not main_rank:
@@ -276,6 +285,8 @@ def main(argv=None):
             pictures.draw_confusion(args.confusion, confusion, dataset.classes, f"{label_of(rows[0])}: {miou:.1f} mIoU")
     if not main_rank:
         return
+    if args.list:
+        print(f"{printable(args.list)}: {len(names)} images, in place of the {len(dataset.val)} val images")
     print_table(rows, [path.resolve().parent.name for path in args.ckpt], dataset.classes)
     print_seeds(rows)
     if args.json:

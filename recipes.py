@@ -265,6 +265,12 @@ FLAGS = {
         below=1,
     ),
     "cutmix": Flag(TRAINING, "mix the unlabeled views with CutMix", True, methods=UNLABELED),
+    "strong_views": Flag(
+        TRAINING,
+        "change the colours of the unlabeled views and blur them, for the student alone",
+        type=bool,
+        methods=STUDENT_METHODS,
+    ),
     "precision": Flag(
         TRAINING,
         "of autocast (default: bf16 where the hardware is fast at it)",
@@ -374,6 +380,14 @@ FLAGS = {
         choices=("mixed", "clean"),
         methods=STUDENT_METHODS,
     ),
+    "pseudo_labels": Flag(
+        TEACHERS,
+        "folder of NAME.png, class indices of some images from any model: one more teacher of the pixel level, alone or "
+        "beside T_D and T_W (default: none)",
+        type=Path,
+        metavar="DIR",
+        methods=MGD_METHODS,
+    ),
     "grad_norms": Flag(
         RUN,
         "log the norm of each weighted term's gradient",
@@ -414,7 +428,8 @@ def default_of(name: str) -> str:
         return f" (default: {plain(flag.default)})"
     if name not in VOC_RECIPE:
         of = [f"{plain(OF_METHOD[m][name])} for {m}, " for m in flag.methods if name in OF_METHOD.get(m, {})]
-        return f" (default: {''.join(of)}otherwise none)" if of else " (default: none)"
+        none = "off" if flag.type is bool else "none"
+        return f" (default: {''.join(of)}otherwise {none})" if of else f" (default: {none})"
     return f" (default: by --dataset; {plain(value)} for voc)"
 
 
@@ -463,7 +478,7 @@ def fill_from_recipe(args: argparse.Namespace, stage: str):
 # The keys of a result's row that are no flag, or hold something else: the kind of their values, and of those of a list.
 ROW = {
     **dict.fromkeys(("dataset", "partition", "partition_hash", "role", "backbone", "method", "mgd_ops", "code"), str),
-    **dict.fromkeys(("teacher_labels", "weights"), str),
+    **dict.fromkeys(("teacher_labels", "weights", "list"), str),
     **{key: [str] for key in ("losses", "teachers", "teacher_roles", "teacher_backbones", "teacher_methods")},
     **{key: [int] for key in ("teacher_steps", "teacher_seeds")},
     **dict.fromkeys(("labeled", "gmacs_backbone", "gmacs_model", "seconds", "miou"), float),

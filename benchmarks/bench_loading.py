@@ -101,7 +101,7 @@ def main():
                 ("decode", "window first"): window_first(files, crop),
                 ("cache", "window first"): window_first(cached, crop),
             }
-            if window_first(kept, crop)(1.0)[0].shape != plain_order(kept, crop)(1.0)[0].shape:
+            if window_first(kept, crop)(1.0)["image"].shape != plain_order(kept, crop)(1.0)[0].shape:
                 raise UserError(f"{case}: the two orders make crops of other sizes")
             times = {variant: [] for variant in variants}
             for _ in range(args.rounds):

@@ -139,7 +139,7 @@ def kinds_of(row: dict) -> list[str]:
     backbone are both of the kind that one of them was trained as."""
     backbones, kinds = row["teacher_backbones"], {"teacher_deep": "T_D", "teacher_wide": "T_W"}
     known = {kinds[role] for role in row.get("teacher_roles") or () if role in kinds}
-    alike = len(row["teachers"]) == 2 and backbones and len(set(backbones)) == 1
+    alike = len(backbones or ()) == 2 and len(set(backbones)) == 1
     return [*known] * 2 if alike and len(known) == 1 else row["teachers"]
 
 
@@ -191,7 +191,7 @@ def paper_cells(table: str, dataset: str) -> list[dict]:
 
 def is_shown(g: dict, table: str) -> bool:
     """Whether a table has a place for such a run. Every table shows MGD with all its losses."""
-    mgd, losses, two = g["method"] == "mgd", g["losses"], len(set(g["teachers"])) == 2
+    mgd, losses, two = g["method"] == "mgd", g["losses"], set(g["teachers"]) == {"T_D", "T_W"}
     half = "pixel:labeled" in losses or "pixel:unlabeled" in losses
     if mgd and two and losses == FULL and g["regions"] == 7:
         return True
@@ -257,7 +257,11 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
         return
     alike = {setting_values(g, fields) for g in ours}
     settings = [
-        key for key in SETTINGS if key == "steps" or len({setting_values(g, (*fields, key)) for g in ours}) > len(alike)
+        key
+        for key in SETTINGS
+        if key == "steps"
+        or len({setting_values(g, (*fields, key)) for g in ours}) > len(alike)
+        or (key == "list" and any(g["list"] for g in ours))  # no number of other images stands there as one of val
     ]
     settings += GMACS if "method" in fields else ()
     lists = collections.Counter(part for part, _ in {setting_values(g, ("partition", "partition_hash")) for g in ours})
@@ -283,7 +287,8 @@ def write_table(out: pathlib.Path, name: str, title: str, fields: tuple, ours: l
     ]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     labels = ", ".join(f"{heading} {labeled:,}" for labeled, heading in columns if "paper" not in heading)
-    note = f"mIoU in percent on val, mean ± sample deviation (number of seeds); labeled images: {labels}."
+    where = "the images of the list, or of val" if "list" in settings else "val"
+    note = f"mIoU in percent on {where}, mean ± sample deviation (number of seeds); labeled images: {labels}."
     write_text(out / f"{name}.md", f"{TABLE_MARK}\n\n**{title}**\n\n{text}\n\n{note}\n")
 
     header = ("source", *GROUP_BY, *GMACS, "n", "seeds", "miou", "deviation", "files")
@@ -330,7 +335,7 @@ def usual(groups: list[dict], keys: tuple[str, ...], within: tuple[str, ...] = (
 def draw_figures(groups: list[dict], dataset: str, name: str, out: pathlib.Path):
     """Draw Figs. 1 and 3 and the head study for one data set, from runs whose settings may be compared."""
     groups = select([g for g in groups if g["teacher_labels"] != "all"], "methods")
-    alike = usual(groups, ("crop", "weights", "image_scale", "window", "scales", "flip"))
+    alike = usual(groups, ("crop", "weights", "image_scale", "window", "scales", "flip", "list"))
     shown = usual(usual(alike, ("partition_hash",), ("partition",)), (*HEAD, "stem"), ("backbone",))
     shown = usual(shown, SETTINGS, (*NETWORK, "steps"))
     if len(shown) < len(groups):

@@ -3,12 +3,27 @@
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, blocks, check, classes_of, errors, indexed, masks_of, open_folder, rewrite, rgb, write_lines
+from conftest import (
+    COLOURS,
+    blocks,
+    check,
+    classes_of,
+    errors,
+    indexed,
+    masks_of,
+    open_folder,
+    rewrite,
+    rgb,
+    save_jpeg,
+    save_mask,
+    write_lines,
+)
 from PIL import Image, ImageFilter
 
 import checks
@@ -207,6 +222,132 @@ def test_no_result_file_is_written_where_there_is_nothing_to_evaluate(script, fo
     code, _, err = script(evaluate, *arguments)
     assert code == 2 and "nothing to evaluate" in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "r.json").exists()
+
+
+# ---- pseudo labels of files ----
+
+
+@pytest.fixture
+def maps(folder):
+    """A folder of pseudo labels for some images of `folder`, one of each group, and for one that it does not have."""
+    rng = np.random.default_rng(1)
+    for name in ("im00", "im03", "im08", "other"):
+        save_mask(folder / "maps" / f"{name}.png", rng.choice([0, 1, 2, 255], (40, 56)))
+    return folder / "maps"
+
+
+def open_maps(folder, labeled=True, unlabeled=True):
+    return datasets.open_pseudo_labels(folder / "maps", *open_folder(folder), labeled, unlabeled)
+
+
+def test_pseudo_labels_are_those_of_the_files(folder, maps, capsys):
+    opened = open_maps(folder)
+    assert capsys.readouterr().out == f"{maps}: pseudo labels of 2 of 8 labeled and 1 of 2 unlabeled images\n"
+    assert [*opened.masks] == ["im00", "im03", "im08"]
+    assert all(np.array_equal(opened.mask(name), np.asarray(Image.open(path))) for name, path in opened.masks.items())
+    assert [*open_maps(folder, labeled=False).masks] == ["im08"]
+    hash = opened.hash
+    shutil.copy(maps / "im00.png", maps / "other.png")  # of no image that is used
+    assert open_maps(folder).hash == hash
+    (maps / "im00.png").rename(maps / "im01.png")
+    assert open_maps(folder).hash != hash
+    (maps / "im01.png").rename(maps / "im00.png")
+    mask = np.array(opened.mask("im00"))
+    mask[3, 3] = 2 - mask[3, 3] % 3
+    save_mask(maps / "im00.png", mask)
+    assert open_maps(folder).hash != hash
+
+
+def test_pseudo_labels_of_cityscapes_are_class_indices(tmp_path, monkeypatch):
+    """And never its label ids, from which its masks are converted."""
+    for split in ("train", "val"):
+        save_mask(tmp_path / f"gtFine/{split}/a/a_{split}_gtFine_labelIds.png", np.full((4, 6), 7))
+        save_jpeg(tmp_path / f"leftImg8bit/{split}/a/a_{split}_leftImg8bit.png", np.random.default_rng(0))
+    save_mask(tmp_path / "maps" / "a_train_leftImg8bit.png", np.full((40, 56), 7))  # as predict.py names it
+    opened = datasets.PseudoLabels(tmp_path / "maps", datasets.Cityscapes(tmp_path), ["a_train"])
+    assert (opened.mask("a_train") == 7).all()
+
+
+def bad_folder_missing(maps):
+    shutil.rmtree(maps)
+    return "--pseudo-labels .*maps: no such folder"
+
+
+def bad_no_file(maps):
+    for path in maps.iterdir():
+        path.rename(path.with_name(f"{path.stem}_pred.png"))
+    return "--pseudo-labels .*maps: holds a PNG for no training image that is used; name them as the images, such as im00.png$"
+
+
+def bad_size(maps):
+    save_mask(maps / "im08.png", np.zeros((20, 28)))
+    return "maps/im08.png: is 28x20, its image 56x40; image and mask must have the same size"
+
+
+def bad_label(maps):
+    save_mask(maps / "im03.png", np.full((40, 56), 17))
+    return "maps/im03.png: holds label 17, but the 3 classes of the data set are 0 to 2, and 255 is ignored; write the indices"
+
+
+def bad_colours(maps):
+    rgb(np.zeros((40, 56), np.uint8)).save(maps / "im03.png")
+    return "maps/im03.png: has the mode RGB, but a mask holds one class index .* prepare.py masks --masks .*maps-original "
+
+
+def bad_file(maps):
+    (maps / "im08.png").write_bytes(b"junk")
+    return r"maps/im08.png: cannot be read as a PNG mask \(UnidentifiedImageError"
+
+
+def bad_twins(maps):
+    shutil.copy(maps / "im03.png", maps / "im03.PNG")
+    return "maps/im03.png: has the name of im03.PNG, beside it"
+
+
+def bad_folder_as_file(maps):
+    (maps / "im08.png").unlink()
+    (maps / "im08.png").mkdir()
+    return r"maps/im08.png: cannot be read \(Is a directory\)"
+
+
+def bad_nothing(maps):
+    for path in maps.iterdir():
+        save_mask(path, np.full((40, 56), 255))
+    return "maps: the maps hold only 255, which is ignored; give maps that show classes"
+
+
+def bad_palettes(maps):
+    """The masks have another order of colours."""
+    rewrite(maps.parent, lambda mask: indexed(np.minimum(mask, 2), (0, 1, 2)))
+    for path in maps.iterdir():
+        indexed(np.minimum(np.asarray(Image.open(path)), 2), (0, 2, 1)).save(path)
+    return "maps/im00.png: its palette gives the colour .* but .*masks/im00.png to index .* --masks .*maps-original "
+
+
+def bad_palette_file(maps):
+    write_lines(maps.parent / "palette.txt", [" ".join(map(str, colour)) for colour in COLOURS])
+    indexed(np.minimum(np.asarray(Image.open(maps / "im08.png")), 2), (0, 2, 1)).save(maps / "im08.png")
+    return "maps/im08.png: its palette gives the colour .* but .*palette.txt to index .* --palette .*palette.txt$"
+
+
+BAD_MAPS = [value for name, value in globals().items() if name.startswith("bad_")]
+
+
+@pytest.mark.parametrize("spoil", BAD_MAPS, ids=lambda f: f.__name__)
+def test_wrong_pseudo_labels_are_refused_before_training(folder, maps, spoil):
+    expected = spoil(maps)
+    with pytest.raises(UserError, match=expected) as error:
+        open_maps(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_palettes_of_predictions_are_no_fault(folder, maps):
+    """predict.py writes the data set's colours, which need not be those of the masks; maps without colours are fine too."""
+    rewrite(folder, lambda mask: with_palette(mask, readers.colour_table(COLOURS).ravel().tolist()))
+    colours = readers.colour_table(datasets.Folder(folder).palette).ravel().tolist()
+    assert colours[3:6] != COLOURS[1].tolist()
+    with_palette(np.asarray(Image.open(maps / "im00.png")), colours).save(maps / "im00.png")
+    assert len(open_maps(folder).masks) == 3
 
 
 # ---- what must pass ----

@@ -81,7 +81,7 @@ def test_masks_of_unlabeled_images_are_never_opened(folder, names):
         path.write_bytes(b"junk")
     dataset, again = open_folder(folder, "1/4")
     assert again.labeled == split.labeled and len(dataset.classes) == 3
-    image, mask = batches.TrainSet(dataset, split.unlabeled, (48, 48), [1.0], labeled=False)[0, 7]
+    image, mask = batches.TrainSet(dataset, split.unlabeled, (48, 48), [1.0], labeled=False)[0, 7].values()
     assert image.shape == (3, 48, 48) and set(mask.unique().tolist()) == {0, 255}  # 40x56 is padded to a height of 48
     for path in masks:
         path.unlink()
@@ -670,7 +670,7 @@ def test_cache_gives_the_same_and_notices_changes(folder, tmp_path):
     assert isinstance(cached.image("im00"), np.memmap) and len(list(cached.cache.iterdir())) == 2
     train_sets = [batches.TrainSet(d, ["im00"], (32, 32), [0.5, 1.5]) for d in (plain, cached)]
     for seed in range(4):
-        assert all(torch.equal(a, b) for a, b in zip(*(t[0, seed] for t in train_sets), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(*(t[0, seed].values() for t in train_sets), strict=True))
     for entry in cached.cache.iterdir():
         entry.write_bytes(entry.read_bytes()[:100])  # as a full disk leaves them
     assert np.array_equal(plain.image("im00"), cached.image("im00"))

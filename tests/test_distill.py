@@ -1,8 +1,13 @@
 """Distillation: the choice of losses, the teachers' outputs, and the runs."""
 
 import argparse
+import pathlib
+import re
+import shutil
 
+import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from conftest import (
@@ -15,6 +20,7 @@ from conftest import (
     log,
     resume_equals_uninterrupted,
     same_weights,
+    save_mask,
     weights,
 )
 
@@ -24,6 +30,7 @@ import datasets
 import distill
 import distill_losses
 import models
+import predict
 import recipes
 import run_folder
 import train_teacher
@@ -60,6 +67,7 @@ def test_distillation_options_change_the_terms_they_name(script, teachers, tmp_p
         "--mixed-terms clean": {"image", "region", "loss"},
         "--conf-thresh 0.25": {"pixel_l", "pixel_u", "loss"},
         "--soft-labels 2": {"pixel_l", "pixel_u", "loss"},
+        "--strong-views": {"pixel_u", "image", "region", "loss"},
     }
     assert script(distill, *distill_args(tmp_path / "plain", teachers))[0] == 0
     plain = log(tmp_path / "plain")[0]
@@ -149,6 +157,12 @@ def test_labels_alone_need_no_unlabeled_image(script, teachers, folder, tmp_path
         ("--wide D --losses sup region:T_D", "'region:T_D' needs that teacher; give --deep FILE"),
         ("--deep D --wide W --losses sup image:T_D", "uses nothing of T_W; leave --wide out"),
         ("--deep D --losses sup pixel pixel:labeled", "names a loss twice"),
+        ("", "(train_teacher.py makes them), or --pseudo-labels DIR"),
+        ("--pseudo-labels P --losses sup pixel image:T_D", "'image:T_D' needs that teacher; give --deep FILE"),
+        ("--deep D --pseudo-labels P --losses sup image:T_D", "uses nothing of --pseudo-labels; add pixel"),
+        ("--deep D --pseudo-labels P --method kd", "--pseudo-labels P: holds labels, but --method kd needs logits"),
+        ("--pseudo-labels P --method cwd", "--pseudo-labels P: holds labels, but --method cwd needs logits"),
+        ("--pseudo-labels P", "--pseudo-labels P: no such folder"),
         ("--deep D --losses sup texture", "unknown loss 'texture'; choose from sup, pixel"),
         ("--deep D --method kd --losses sup pixel", "--losses: is for --method mgd"),
         ("--deep D --method cwd --temperature 0", "--temperature 0.0: must be above 0"),
@@ -488,6 +502,85 @@ def test_a_teacher_is_called_by_the_flag_it_is_given_under(script, teachers, tmp
     assert script(distill, *distill_args(tmp_path / "x", teachers[::-1], "--steps", "1"))[0] == 0
     row = run_folder.load_checkpoint(tmp_path / "x" / "last.pt")["row"]
     assert row["teachers"] == ["T_D", "T_W"] and row["teacher_roles"] == ["teacher_wide", "teacher_deep"]
+
+
+# ---- pseudo labels of files ----
+
+
+class NoFlip(np.random.Generator):
+    """Never below a half, at which an image is mirrored."""
+
+    def random(self):
+        return 0.9
+
+
+def test_files_that_a_teacher_predicted_are_that_teacher(script, few, learned_teachers, tmp_path, monkeypatch):
+    """Where the crop is the whole image at scale 1, not mirrored, in float32."""
+    wanted = ["--window", "whole", "--precision", "fp32"]
+    code, _, err = script(predict, "--ckpt", learned_teachers[0], "--images", few / "images", "--out", tmp_path / "p", *wanted)
+    assert code == 0, err
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: NoFlip(np.random.PCG64(seed)))
+    arguments = ["--data", few, *LEARNING, "--steps", "3", "--losses", "sup", "pixel"]
+    given = {"network": ["--deep", learned_teachers[0]], "files": ["--pseudo-labels", tmp_path / "p" / "masks"]}
+    for name, teacher in given.items():
+        code, _, err = script(distill, "--out", tmp_path / name, *arguments, *teacher)
+        assert code == 0, err
+    network, files = (log(tmp_path / name) for name in given)
+    for ours, theirs in zip(files, network, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert network[0]["pixel_l"] > 0 and network[0]["pixel_u"] > 0
+    row = run_folder.load_checkpoint(tmp_path / "files" / "last.pt")["row"]
+    assert row["teachers"] == ["pseudo labels"] and row["teacher_labels"] == "unknown" and row["teacher_methods"] == []
+    assert row["losses"] == ["sup", "pixel"] and len(row["pseudo_labels"]) == 12
+    code, _, err = script(distill, "--out", tmp_path / "both", *arguments, *given["network"], *given["files"])
+    both = log(tmp_path / "both")
+    assert code == 0 and both[0]["sup"] == pytest.approx(network[0]["sup"])
+    for term in ("pixel_l", "pixel_u"):
+        assert both[0][term] == pytest.approx(2 * network[0][term], rel=1e-4)
+    row = run_folder.load_checkpoint(tmp_path / "both" / "last.pt")["row"]
+    assert row["teachers"] == ["T_D", "pseudo labels"] and row["teacher_methods"] == ["sup"]
+
+
+def maps_of_shapes(folder) -> pathlib.Path:
+    """Maps of one image in eight."""
+    data = datasets.Shapes()
+    for name in data.train:
+        if int(name[-4:]) % 8 == 1:
+            save_mask(folder / f"{name}.png", data.mask(name))
+    return folder
+
+
+def test_a_student_does_not_go_on_with_other_files(script, tmp_path, monkeypatch):
+    maps = maps_of_shapes(tmp_path / "maps")
+    arguments = ["--out", tmp_path / "x", *TINY, "--steps", "2", "--save-every", "1"]
+    interrupt_at(monkeypatch, distill, 1)
+    assert script(distill, *arguments, "--pseudo-labels", maps)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
+    shutil.copytree(maps, tmp_path / "other")
+    said = errors(script, distill, *arguments, "--resume", "--pseudo-labels", tmp_path / "other")
+    assert f"resume.pt: was trained with --pseudo-labels {maps}, not {tmp_path / 'other'}" in said
+    (maps / "train-0001.png").unlink()
+    said = errors(script, distill, *arguments, "--resume", "--pseudo-labels", maps)
+    assert re.search(r"resume.pt: was trained with pseudo labels \w{12}, not \w{12} \(the files in .*maps have changed\)", said)
+    shutil.copy(tmp_path / "other" / "train-0001.png", maps)
+    assert script(distill, *arguments, "--resume", "--pseudo-labels", maps)[0] == 0
+
+
+@pytest.mark.slow
+def test_resume_with_files_and_strong_views_equals_an_uninterrupted_run(script, teachers, tmp_path):
+    maps = maps_of_shapes(tmp_path / "maps")
+    arguments = ["--deep", teachers[0], "--pseudo-labels", maps, "--strong-views"]
+    resume_equals_uninterrupted(script, distill, [*arguments, *TINY, "--steps", "6", "--save-every", "3"], tmp_path)
+
+
+def test_a_student_learns_from_files_alone(script, few, tmp_path):
+    """Of the unlabeled images, whose masks no training opens."""
+    shutil.copytree(few / "masks", tmp_path / "maps")
+    arguments = ["--data", few, *LEARNING, "--pseudo-labels", tmp_path / "maps", "--strong-views"]
+    code, _, err = script(distill, "--out", tmp_path / "x", *arguments, "--losses", "sup", "pixel:unlabeled")
+    assert code == 0, err
+    assert_it_learns(tmp_path / "x", ["sup", "pixel_u"], falls_to=0.5, miou=65)
 
 
 @pytest.mark.slow

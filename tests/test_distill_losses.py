@@ -112,6 +112,40 @@ def test_total_loss_is_eq_7():
     assert {name for name in hard if losses[name] != hard[name]} == {"sup"}
 
 
+def test_files_of_pseudo_labels_are_a_teacher_of_the_pixel_level():
+    """Each of its terms is a mean over the pixels that the files label, alone or beside a teacher, hard or soft."""
+    generator = torch.Generator().manual_seed(0)
+    ours = [models.Output(torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64), None) for _ in range(2)]
+    label, mixed_ignore = torch.randint(3, (2, 6, 6), generator=generator), torch.zeros(2, 6, 6, dtype=torch.bool)
+    files = [torch.randint(3, (2, 6, 6), generator=generator) for _ in range(2)]
+    label[0, :2], mixed_ignore[1, 4:], files[0][0], files[1][:, 3:] = 255, True, 255, 255
+    batch = batches.Batch(None, label, mixed_ignore=mixed_ignore)
+    with_files = batch._replace(pseudo_labels_l=files[0], pseudo_labels_u=files[1])
+    logits = models.Output(torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64), None)
+    teacher = distill_losses.TeacherOutputs(label, label, logits, None, logits.logits)
+
+    def terms(batch, teachers, **options):
+        counts = batches.valid_pixels([batch.ignore_masks()]).double()
+        return distill_losses.mgd_losses(
+            *ours, batch, teachers, counts, **{"losses": ["sup", "pixel"], "ohem": False, **options}
+        )
+
+    entropies = [F.cross_entropy(of.logits, maps, ignore_index=255) for of, maps in zip(ours, files, strict=True)]
+    expected = dict(zip(("pixel_l", "pixel_u"), entropies, strict=True))
+    alone = terms(with_files, {})
+    for name in ("pixel_l", "pixel_u"):
+        torch.testing.assert_close(alone[name], expected[name])
+    for options in ({}, {"soft_labels": 1.0}, {"ohem": True}):
+        plain, beside = (terms(each, {"T_D": teacher}, **options) for each in (batch, with_files))
+        torch.testing.assert_close(beside["sup"], plain["sup"])
+        for name in ("pixel_l", "pixel_u"):
+            torch.testing.assert_close(beside[name], plain[name] + expected[name])
+    half = terms(with_files, {}, losses=["sup", "pixel:unlabeled"])
+    assert half.keys() == {"sup", "pixel_u"} and half["pixel_u"] == alone["pixel_u"]
+    none = terms(batch._replace(pseudo_labels_l=torch.full_like(label, 255), pseudo_labels_u=files[1]), {})
+    assert none["pixel_l"] == 0 and none["pixel_u"] == alone["pixel_u"]
+
+
 def test_gradient_norms_are_those_of_the_weighted_terms():
     student = torch.nn.Linear(2, 1)  # a term c · Σ weights has the gradient c everywhere, and none for the bias
     terms = {name: c * student.weight.sum() for name, c in (("sup", 3.0), ("image", -2.0), ("cwd", 0.5))}
@@ -188,19 +222,6 @@ def test_soft_labels_are_the_divergence_from_the_teachers_probabilities(step):
         torch.testing.assert_close(terms[term], (divergence[term] + entropy[term]) / count)
         expected = torch.autograd.grad(divergence[term] / count, ours.logits)[0]
         torch.testing.assert_close(torch.autograd.grad(terms[term], ours.logits, retain_graph=True)[0], expected)
-
-
-def test_a_teacher_of_labels_alone_keeps_them_beside_soft_labels(step):
-    *arguments, teachers, normalizer = step
-    alone = {"T_D": teachers["T_D"]._replace(labeled=None, clean=None)}
-    both = {"T_D": alone["T_D"], "T_W": teachers["T_W"]}
-    options = {"losses": ["sup", "pixel"], "ohem": False}
-    hard = distill_losses.mgd_losses(*arguments, alone, normalizer, **options, soft_labels=1.0)
-    torch.testing.assert_close(hard, distill_losses.mgd_losses(*arguments, alone, normalizer, **options))
-    soft = distill_losses.mgd_losses(*arguments, {"T_W": teachers["T_W"]}, normalizer, **options, soft_labels=1.0)
-    joint = distill_losses.mgd_losses(*arguments, both, normalizer, **options, soft_labels=1.0)
-    for term in ("pixel_l", "pixel_u"):
-        torch.testing.assert_close(joint[term], hard[term] + soft[term])
 
 
 def test_schedules_of_the_levels_begin_and_end_as_they_say():

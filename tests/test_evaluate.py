@@ -1,18 +1,21 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import NO_GPU, ROOT
+from conftest import NO_GPU, ROOT, errors, save_mask
 from PIL import Image
 
 import datasets
 import evaluate
 import models
+import run_folder
 from inference import Protocol, predict
+from result_files import GROUP_BY, setting_values
 
 CPU = torch.device("cpu")
 
@@ -83,6 +86,61 @@ def test_predictions_are_compared_at_the_size_of_the_mask():
     assert prediction.shape == (64, 64)
     confusion = evaluate.evaluate(model, data, data.val[:5], torch.device("cpu"), "fp32", Protocol(0.5))
     assert int(confusion.sum()) == 5 * 64 * 64 and 80 < evaluate.iou(confusion)[0] < 100
+
+
+# ---- any list of images ----
+
+
+def rows_of(script, ckpt, tmp_path, *more):
+    """The result's rows of an evaluation."""
+    code, _, err = script(evaluate, "--ckpt", ckpt, "--json", tmp_path / "r.json", *more)
+    assert code == 0, err
+    return json.loads((tmp_path / "r.json").read_text())["rows"]
+
+
+def test_a_list_of_the_val_images_gives_vals_numbers_in_any_order(script, ckpt, tmp_path):
+    (of_val,) = rows_of(script, ckpt, tmp_path)
+    val = datasets.Shapes().val
+    hash = datasets.digest("\n".join(val))
+    for name, lines in (("a", val), ("b", [f"images/{name}.png" for name in val[::-1]] * 2)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+        (row,) = rows_of(script, ckpt, tmp_path, "--list", tmp_path / f"{name}.txt")
+        assert {key for key in row if row[key] != of_val[key]} == {"list"} and row["list"] == f"{name} ({hash})"
+
+
+@pytest.mark.slow
+def test_a_list_is_evaluated_in_place_of_val_and_kept_apart_from_it(script, exports, few, tmp_path, tiny_networks):
+    """A test set: an image that no list of the data set names. The checkpoint and its export see the same."""
+    root = tmp_path / "few"
+    shutil.copytree(few, root)
+    for kind in ("images", "masks"):
+        shutil.copy(root / kind / "val3.png", root / kind / "new.png")
+    mask = np.array(Image.open(root / "masks" / "new.png"))
+    Image.fromarray((mask + 1) % 3).save(root / "masks" / "new.png")  # all wrong
+    (root / "test.txt").write_text("new\n")
+    rows = rows_of(script, exports / "last.pt", tmp_path, "--data", root, "--list", root / "test.txt")
+    rows += rows_of(script, exports / "fp32.onnx", tmp_path, "--data", root, "--list", root / "test.txt")
+    (of_val,) = rows_of(script, exports / "last.pt", tmp_path, "--data", root)
+    assert all(row["miou"] < 15 for row in rows) and of_val["miou"] > 60 and of_val["list"] is None
+    assert len({str(setting_values({**row, "export": None}, GROUP_BY)) for row in [*rows, of_val]}) == 2
+
+
+@pytest.mark.parametrize("line,said", [
+    ("", "l.txt: names no image"), ("im99", "l.txt, entry 1: 'im99' is no image of this data set"),
+    ("im00\nim08", "l.txt: 'im08' has no mask; add it or remove the name"), (None, "l.txt: no such file"),
+    ("im00", "mine: the listed masks hold only 255, which is ignored, so there is nothing to evaluate"),
+])  # fmt: skip
+def test_a_wrong_list_is_one_line(script, folder, ckpt, tmp_path, line, said):
+    checkpoint = run_folder.load_checkpoint(ckpt)
+    checkpoint["args"] |= {"dataset": "folder", "data": str(folder)}
+    run_folder.save_checkpoint(ckpt, checkpoint)
+    save_mask(folder / "masks" / "im00.png", np.full((40, 56), 255))
+    if line is not None:
+        (folder / "l.txt").write_text(line)
+    assert said in errors(script, evaluate, "--ckpt", ckpt, "--list", folder / "l.txt")
+    assert "r.json: is a file that is read" in errors(
+        script, evaluate, "--ckpt", ckpt, "--list", tmp_path / "r.json", "--json", tmp_path / "r.json"
+    )
 
 
 # ---- prediction and pictures ----

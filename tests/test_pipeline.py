@@ -6,9 +6,10 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, NO_GPU, ROOT, TINY, distill_args, errors, log, weights
+from conftest import DEVICES, NO_GPU, ROOT, TINY, distill_args, errors, log, save_mask, weights
 from PIL import Image
 
 import common
@@ -46,6 +47,7 @@ JOINED = {  # script and options; two steps or one of plain descent, so that the
         *("--steps", "3", "--lr", "0.1", "--log-every", "3"),
     ],
     "kd": ["distill", "--method", "kd", "--steps", "1", "--lr", "1"],
+    "files": ["distill", "--pseudo-labels", "FILES", "--strong-views", "--steps", "1", "--lr", "1"],
     "some": ["distill", "--losses", "sup", "pixel:unlabeled", "region:T_W", "--steps", "1", "--lr", "1"],
 }
 
@@ -55,6 +57,10 @@ def joined(teachers, tmp_path_factory):
     """Folders of the runs of `JOINED`, by case, numbers of ranks and micro-batches."""
     root = tmp_path_factory.mktemp("joined")
     (root / "program.py").write_text(ALONE)
+    across = np.arange(64)[None].repeat(64, 0)
+    for i, name in enumerate(datasets.Shapes().train):  # of two images in three; a part of each is ignored
+        if i % 3:
+            save_mask(root / "FILES" / f"{name}.png", np.where(across < i % 64, 255, across // 11))
     runs = {}
     for ranks, parts, cases in ((1, 1, JOINED), (2, 2, JOINED), (3, 1, ["cps", "mgd"]), (1, 3, ["cps", "mgd"])):
         commands = []
@@ -64,6 +70,7 @@ def joined(teachers, tmp_path_factory):
             options += ["--deep", teachers[0], "--wide", teachers[1]] if script == "distill" else []
             # crops larger than the images, so that micro-batches differ in their valid pixels
             options = [*TINY, *options, "--batch", "12", "--crop", "72", "--precision", "fp32", "--grad-accum", parts]
+            options = [root / option if option == "FILES" else option for option in options]
             commands.append([script, *map(str, options), "--out", str(out)])
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         command = [sys.executable, *launch, root / "program.py", json.dumps(commands)]

@@ -159,6 +159,7 @@ def test_paper_numbers_are_the_published_ones():
         {"teacher_methods": ["mt"]},
         {"teacher_steps": [9]},
         {"train_scales": [1.0]},
+        {"list": "test (0123)"},
         *({key: 0.123} for key in OPTIONAL if key not in ROW),
     ],
 )
@@ -183,6 +184,14 @@ def test_all_settings_in_which_lines_of_a_method_differ_are_columns(tables):
     lines = [(line["steps"], line["lr"]) for line in markdown(out / "table1.md") if line["1/8"] != "–"]
     assert lines == [("1,000", "0.1"), ("2,000", "0.2"), ("1,000", "0.3")]
     assert "batch" not in markdown(out / "table1.md")[0]
+
+
+def test_a_table_of_other_images_than_val_says_so(tables):
+    """Also where all of its numbers are of one list."""
+    out = tables([row(miou=40.0, list="test (0123)"), row("mgd", miou=50.0, list="test (0123)")])
+    assert {line["list"] for line in markdown(out / "table1.md") if line["1/8"] != "–"} == {"test (0123)"}
+    assert "mIoU in percent on the images of the list, or of val, mean" in (out / "table1.md").read_text()
+    assert "mIoU in percent on val, mean" in (tables([row(miou=40.0)]) / "table1.md").read_text()
 
 
 def test_students_of_one_seed_and_different_teachers_all_count(tables):
@@ -273,6 +282,19 @@ def test_two_teachers_of_one_kind_are_no_full_mgd(tables, roles, backbones, kind
     assert line["teachers"] == kinds.replace(" ", " + ")
     in_full = [line for line in markdown(out / "table1.md") if line["1/8"] == "44.00"]
     assert len(in_full) == (kinds == "T_D T_W")
+
+
+def test_files_of_pseudo_labels_are_a_kind_of_teacher(tables):
+    """And no second T_D, whatever the network beside them."""
+    files = {"teacher_labels": "unknown", "pseudo_labels": "0123", "losses": ["sup", "pixel", "image:T_D", "region:T_D"]}
+    one = {"teacher_roles": ["teacher_deep"], "teacher_backbones": ["r34"]}
+    two = {"teacher_roles": ["teacher_deep", "teacher_wide"], "teacher_backbones": ["r34", "r18"], "losses": FULL}
+    rows = [row(), row("mgd"), row("mgd", miou=44.0, teachers=["T_D", "pseudo labels"], **{**files, **one})]
+    out = tables([*rows, row("mgd", miou=45.0, teachers=["T_D", "T_W", "pseudo labels"], **{**files, **two})])
+    lines = {line["1/8"]: line["teachers"] for line in markdown(out / "table4-voc.md")}
+    assert lines["44.00"] == "T_D + pseudo labels" and lines["45.00"] == "T_D + T_W + pseudo labels"
+    elsewhere = [line["1/8"] for path in out.glob("*.md") if path.stem != "table4-voc" for line in markdown(path)]
+    assert elsewhere and not {"44.00", "45.00"} & {*elsewhere}
 
 
 # ---- pictures, and as a user runs it ----

@@ -81,7 +81,7 @@ def test_mean_teacher_learns_from_clean_views(script, tmp_path, monkeypatch):
         image = torch.full((args.batch, 3, *args.crop), 255, dtype=torch.uint8)
         label = torch.zeros(args.batch * views, *args.crop, dtype=torch.int64)
         while True:
-            yield (torch.cat([image, 0 * image]) if views == 2 else image), label
+            yield {"image": torch.cat([image, 0 * image]) if views == 2 else image, "mask": label}
 
     monkeypatch.setattr(train_teacher, "train_batches", endless)
     monkeypatch.setattr(train_teacher.models, "model_from_args", lambda *args: Constant())
