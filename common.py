@@ -48,7 +48,11 @@ def cli(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        except BaseException:
+            expect_lost_workers()
+            raise
     except UserError as error:
         # A DataLoader worker hands its exception over with the traceback inside the message; what follows the name is ours.
         stop(str(error).rpartition("common.UserError: ")[2])
@@ -151,6 +155,8 @@ def worker_timeout():
     signal.setitimer(signal.ITIMER_REAL, WORKER_TIMEOUT)
     try:
         yield
+    except (ConnectionError, EOFError) as error:  # the worker that made this batch is gone, and its memory handle with it
+        raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -163,11 +169,17 @@ def begin_worker(rows, worker: int):
         signal.signal(number, signal.SIG_IGN)
 
 
+def expect_lost_workers():
+    """From now on a lost data worker raises no error, which PyTorch's signal handler does anywhere: also in a last message."""
+    if ROWS:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def end_workers():
     """Kill the data workers that are left; they ignore PyTorch's SIGTERM, and one may hang."""
     workers = torch.multiprocessing.active_children()
     if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error for each
+        expect_lost_workers()
     for worker in workers:
         worker.kill()
     for worker in workers:

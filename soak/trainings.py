@@ -214,8 +214,9 @@ def run(script: str, arguments: list[str]) -> int:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except BaseException:
         traceback.print_exc()
-    threading._shutdown()
-    atexit._run_exitfuncs()
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()
     return code
 
 

@@ -261,6 +261,30 @@ def test_a_worker_that_hangs_ends_the_run_with_the_file_named(capsys, monkeypatc
     assert not torch.multiprocessing.active_children()
 
 
+def test_a_worker_that_ends_while_it_hands_over_its_batch_is_one_line(capsys, monkeypatch):
+    """PyTorch gives the error of its socket where the process has not quite ended yet. Its signal comes a moment later."""
+    monkeypatch.setattr(common, "ROWS", [b""])
+
+    def main():
+        signal.signal(signal.SIGCHLD, lambda *_: 1 / 0)  # as PyTorch's, it raises an error anywhere
+        with common.worker_timeout():
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    explain = common.lost_worker
+
+    def interrupted(message):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return explain(message)
+
+    monkeypatch.setattr(common, "lost_worker", interrupted)
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        code, lines = ended(main, capsys)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    assert code == 2 and len(lines) == 1 and "error: a data worker ended unexpectedly; if memory ran out" in lines[0], lines
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["size=1m", "ro"])
 def test_a_container_with_little_or_no_shared_memory_is_one_line(tmp_path, options):
