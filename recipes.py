@@ -103,7 +103,7 @@ LIGHT_RECIPE = {
     "backbone": "efficientnet_lite0",
     "weights": "imagenet",
     "head_width": 256,  # of teachers, as in the paper
-    "crop": (256, 256),  # a quarter of VOC's pixels; a batch of 8 then needs 3 GB
+    "crop": (256, 256),  # a quarter of VOC's pixels; a batch of 8 then needs less than 2 GB
     "batch": 8,  # the paper's
     "lr": 0.01,  # four times that of the paper's 40,000 steps, since the steps are few
     "sup_only": 0.4,  # as for `shapes`: the heads start from scratch, and so their pseudo labels as noise

@@ -104,6 +104,7 @@ def test_the_light_recipe_has_networks_of_its_own():
         "teacher-deep": ("efficientnet_lite2", 256, False), "teacher-wide": ("efficientnet_lite0", 256, False),
         **{f"{kind}-el0": ("efficientnet_lite0", 64, True) for kind in ("sup", "sup-x3", "mgd")},
     }  # fmt: skip
+    assert matrix.parse_args(["--recipe", "light"]).student == "el0" and matrix.parse_args([]).student == "r18"
     *train, _ = plan("compare", "DATASET=folder", "DATA=data/mine", "RECIPE=light", "STUDENT=r18", "WIDE=r34")
     assert [matrix.arguments_of(line[1:]).backbone for line in train].count("resnet18") == 3
     assert [matrix.arguments_of(line[1:]).backbone for line in train].count("resnet34") == 1
