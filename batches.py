@@ -12,10 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from common import IGNORE_INDEX, UserError, mean_over_ranks, rank_and_size, start_workers
+from common import IGNORE_INDEX, MEAN, STD, UserError, mean_over_ranks, rank_and_size, start_workers
 
-FILL = [124, 116, 104]  # the mean below as a colour, for pixels outside the image
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
+FILL = [124, 116, 104]  # ImageNet's mean as a colour, for pixels outside the image
 
 # ---- augmentation ----
 

@@ -19,6 +19,7 @@ import traceback
 import torch
 
 IGNORE_INDEX = 255  # the label of pixels that take part neither in a loss nor in mIoU
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 
 
 class UserError(Exception):

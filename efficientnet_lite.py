@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
-from common import UserError, print0
+from common import MEAN, STD, UserError, print0
 
 
 class Variant(NamedTuple):
@@ -102,7 +102,6 @@ CLASSIFIER = (
     "bn2.",
 )  # how the keys begin of what is dropped
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that networks get here, as of batches.py
 PACKAGE_INPUT, TIMM_INPUT = (127.0, 128.0), (127.5, 127.5)  # the weights expect (x - a) / b of bytes x
 
 

@@ -41,8 +41,7 @@ import checks
 import datasets
 import models
 import readers
-from batches import MEAN, STD
-from common import ArgumentParser, UserError, cli, printable
+from common import MEAN, STD, ArgumentParser, UserError, cli, printable
 from evaluate import confusion_matrix, iou, label_of
 from inference import Protocol, bytes_per_pixel, params_m, predict, protocol_of, views
 from onnx_model import KEY, OnnxModel, require

@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import batches
+import common
 import datasets
 
 # ---- crops ----
@@ -37,7 +38,7 @@ def test_image_and_mask_are_cropped_alike_and_padding_is_ignored():
         image, mask = batches.TrainSet(Painted(), ["train-0000"], (80, 80), [1.0])[0, seed].values()
         inside = mask != 255
         assert torch.equal(image[0][inside], mask[inside]) and int(inside.sum()) == 64 * 64
-        assert (torch.tensor([round(255 * m) for m in batches.MEAN]) == image[:, ~inside].T).all()
+        assert (torch.tensor([round(255 * m) for m in common.MEAN]) == image[:, ~inside].T).all()
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 4.0])
@@ -73,7 +74,7 @@ def test_windows_are_drawn_uniformly_and_small_images_are_surrounded():
 
 
 def test_normalize_gives_imagenets_mean_zero():
-    grey = torch.tensor([round(255 * m) for m in batches.MEAN], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    grey = torch.tensor([round(255 * m) for m in common.MEAN], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
     assert batches.normalize(grey, torch.device("cpu")).abs().max() < 0.01
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import batches
+import common
 import efficientnet_lite
 import models
 from common import UserError
@@ -88,7 +88,7 @@ def reference(name, state, pixels, source="package", stride=32, tensorflow=False
         x = F.batch_norm(x, *values, eps=1e-3)
         return F.relu6(x) if activate else x
 
-    colour = (255 * torch.tensor(batches.MEAN)[:, None, None] - shift) / divisor
+    colour = (255 * torch.tensor(common.MEAN)[:, None, None] - shift) / divisor
     x = conv((pixels - shift) / divisor, layers.pop(0), 2)
     for stage, i, _, step, expands, _, width, _ in blocks_of(name):
         dilation = 1
@@ -106,7 +106,7 @@ def reference(name, state, pixels, source="package", stride=32, tensorflow=False
 
 
 def normalized(pixels):
-    return (pixels / 255 - torch.tensor(batches.MEAN)[:, None, None]) / torch.tensor(batches.STD)[:, None, None]
+    return (pixels / 255 - torch.tensor(common.MEAN)[:, None, None]) / torch.tensor(common.STD)[:, None, None]
 
 
 def picture(*sides, seed=0):
@@ -124,10 +124,6 @@ def whole_network(name, state):
 def error(a, b):
     """The largest difference, relative to the spread of `b`."""
     return ((a - b).abs().max() / b.std()).item()
-
-
-def test_images_are_normalized_as_the_weights_are_adapted_to():
-    assert (efficientnet_lite.MEAN, efficientnet_lite.STD) == (batches.MEAN, batches.STD)
 
 
 @pytest.mark.parametrize("source", INPUT)

@@ -43,8 +43,8 @@ def some_images(shape, seed=0):
 def test_float32_gives_the_logits_of_pytorch_at_any_size(exports, tiny_networks, shape):
     images = some_images(shape)
     with torch.inference_mode():
-        x = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - torch.tensor(export.MEAN).view(3, 1, 1)) / torch.tensor(
-            export.STD
+        x = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - torch.tensor(common.MEAN).view(3, 1, 1)) / torch.tensor(
+            common.STD
         ).view(3, 1, 1)
         logits = network_of(exports)(x).logits
         expected = torch.nn.functional.interpolate(logits, shape[1:], mode="bilinear", align_corners=True)
