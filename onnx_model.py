@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from common import UserError, printable
+from run_folder import absent_part, wrong_part
 
 KEY = "mgd"  # of the metadata entry
 MARK = b"\n\x03mgd\x12"  # how protobuf writes the key and begins the value, so that our files are known without onnx
@@ -110,18 +111,14 @@ def fault_of(metadata, image, output) -> str | None:
     }
     if not isinstance(metadata, dict) or not keys <= metadata.keys():
         return "its metadata is incomplete"
-    classes, palette, args, row = (metadata[key] for key in ("classes", "palette", "args", "row"))
+    if wrong := wrong_part(metadata):
+        return f"its metadata holds {wrong}"
+    if absent := absent_part(metadata):
+        return f"its metadata lacks {absent}"
+    classes = metadata["classes"]
     sizes = [metadata["window"], metadata["size"]]
     if not (
-        isinstance(classes, list)
-        and 1 <= len(classes) <= 255
-        and all(isinstance(name, str) for name in classes)
-        and isinstance(palette, list)
-        and len(palette) == len(classes)
-        and all(is_whole(colour, 3, 0, 255) for colour in palette)
-        and isinstance(args, dict)
-        and isinstance(row, dict)
-        and metadata["precision"] in ("fp32", "int8")
+        metadata["precision"] in ("fp32", "int8")
         and all(type(metadata[key]) in (int, float) and metadata[key] >= 0 for key in ("params_m", "bytes_per_pixel"))
         and type(metadata["image_scale"]) in (int, float)
         and 0 < metadata["image_scale"] < math.inf

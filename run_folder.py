@@ -163,12 +163,17 @@ NEEDED_COLUMNS = ("method", "role", "backbone", "partition", "labeled", "steps",
 def load_network(path: pathlib.Path | str) -> dict:
     """`load_checkpoint` of a finished run's file, with all that the use of its network needs. Raises UserError."""
     checkpoint = load_checkpoint(path)
+    if absent := absent_part(checkpoint):
+        raise UserError(f"{path}: lacks {absent}, so it cannot be used; give another checkpoint")
+    return checkpoint
+
+
+def absent_part(checkpoint: dict) -> str | None:
+    """The first thing that a checkpoint lacks for the use of its network, or None."""
     absent = [f"args.{name}" for name in NEEDED_ARGS if checkpoint["args"].get(name) is None]
     absent += [f"row.{name}" for name in NEEDED_COLUMNS if checkpoint["row"].get(name) is None]
     absent += ["palette"] * ("palette" not in checkpoint) + ["classes"] * (len(checkpoint["classes"]) < 2)
-    if absent:
-        raise UserError(f"{path}: lacks {absent[0]}, so it cannot be used; give another checkpoint")
-    return checkpoint
+    return absent[0] if absent else None
 
 
 def wrong_part(checkpoint: dict) -> str | None:
