@@ -129,7 +129,8 @@ def send(training: Training, planned: Kill) -> bool:
         time.sleep(0.001)
     time.sleep(planned.delay)
     below = descendants(training.pid)
-    if training.ended():
+    # The agent of ranks that are forks waits for ever for one that is killed after its work; torchrun's ranks are commands.
+    if training.ended() or (training.processes > 1 and training.finished()):
         return False
     hits = [training.pid, *below]
     if not planned.everyone:  # of several ranks the last one; torchrun itself hands signals on

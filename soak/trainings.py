@@ -143,6 +143,10 @@ class Training:
 
     # ---- its files ----
 
+    def finished(self) -> bool:
+        """Whether all that is left is the end of the process."""
+        return (self.out / "last.pt").exists() and not (self.out / "resume.pt").exists()
+
     def lines(self) -> int:
         """How many lines the present process has in the log; 0 until it has written its own log."""
         path = self.out / "log.jsonl"
