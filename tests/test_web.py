@@ -205,6 +205,23 @@ def test_the_server_is_for_this_machine_and_refuses_with_one_line(script, tmp_pa
         assert "--port" in errors(script, serve, tmp_path / "site", "--port", str(server.server_port))
 
 
+def test_a_browser_that_goes_away_leaves_no_traceback(served, tmp_path, monkeypatch, capfd):
+    """Such as one in which the page is loaded again while it still gets the network."""
+    gone = threading.Event()
+
+    def copyfile(self, source, target):
+        gone.set()
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(serve.Handler, "copyfile", copyfile)
+    with pytest.raises(http.client.IncompleteRead):
+        served("/")
+    assert gone.is_set()
+    monkeypatch.undo()
+    assert served("/%00")[0] == 404 and served("/")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
 # ---- the page, in a browser ----
 
 FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
@@ -217,6 +234,13 @@ SEGMENT = """async (text) => {
   canvas.drawImage(image, 0, 0);
   const labels = await window.segment(canvas.getImageData(0, 0, image.width, image.height));
   return Array.from(labels);
+}"""
+TWO_CLICKS = """() => {
+  const media = navigator.mediaDevices, ask = media.getUserMedia.bind(media);
+  window.asked = 0;
+  media.getUserMedia = (...what) => (window.asked++, ask(...what));
+  document.getElementById("camera").click();
+  document.getElementById("camera").click();
 }"""
 CANVAS = """(id) => document.getElementById(id).toDataURL("image/png").split(",")[1]"""
 
@@ -366,4 +390,9 @@ def test_a_broken_file_and_a_camera(open_page, scenes):
     page.locator("#sizes", has_text="Camera: ").wait_for()
     page.click("#camera")
     assert page.inner_text("#camera") == "Use the camera" and not page.is_visible("#error")
+    page.evaluate(TWO_CLICKS)  # while the browser asks whether it may
+    page.locator("#camera", has_text="Stop").wait_for()
+    page.wait_for_timeout(500)
+    assert page.evaluate("asked") == 1
+    page.click("#camera")
     page.close()

@@ -12,6 +12,7 @@ import functools
 import http.server
 import os
 import pathlib
+import sys
 
 from common import ArgumentParser, UserError, cli, printable
 
@@ -42,8 +43,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         super().end_headers()
 
     def send_head(self):
-        folder, path = os.path.realpath(self.directory), os.path.realpath(self.translate_path(self.path))
-        if path != folder and not path.startswith(os.path.join(folder, "")):  # a link that leads out
+        asked = self.translate_path(self.path)
+        folder, path = os.path.realpath(self.directory), os.path.realpath(asked.replace("\0", "?"))  # no path holds one
+        if "\0" in asked or (path != folder and not path.startswith(os.path.join(folder, ""))):  # a link that leads out
             self.send_error(404)
             return None
         return super().send_head()
@@ -55,12 +57,19 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         """Only what fails is printed, by `log_error`."""
 
 
+class Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """A browser that goes away, such as one that loads the page again, is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def open_server(folder: pathlib.Path, port: int) -> http.server.ThreadingHTTPServer:
     """A server of `folder` on 127.0.0.1, which `serve_forever` starts; port 0 takes a free one. Raises UserError."""
     if not (folder / "index.html").is_file():
         raise UserError(f"{printable(folder)}: holds no index.html; build it with python -m web.build --ckpt FILE --out DIR")
     try:
-        return http.server.ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Handler, directory=str(folder)))
+        return Server(("127.0.0.1", port), functools.partial(Handler, directory=str(folder)))
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
