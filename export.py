@@ -315,7 +315,7 @@ def open_images(args, checkpoint: dict):
     except UserError as error:
         if args.data or not paths:
             raise UserError(f"{error} (or give --images DIR, any images like those of the training)") from None
-        print("note: the data set is not there, so that there is no mIoU; --data DIR names its folder")
+        print(f"note: there is no mIoU, since the data set cannot be used ({error}); --data DIR names its folder")
         return None, paths
     if dataset.classes != checkpoint["classes"]:
         raise UserError(

@@ -1,6 +1,7 @@
 """Exports: the network of the checkpoint, in float32 and int8, in one file that tells nothing of the machine, and written only
 within the tolerance."""
 
+import argparse
 import json
 import re
 import shutil
@@ -306,6 +307,16 @@ def test_without_the_data_set_images_serve(script, exported_before, few, tmp_pat
     assert row["quantization"] == quantization == model.metadata["quantization"]
     assert model.output == "labels" and model.metadata["precision"] == "int8"
     assert str(tmp_path).encode() not in (tmp_path / "m.onnx").read_bytes()
+
+
+def test_images_in_place_of_a_data_set_with_a_fault_say_which(folder, tmp_path, ckpt, capsys):
+    checkpoint = run_folder.load_checkpoint(ckpt)
+    mask = folder / "masks" / f"{(folder / 'val.txt').read_text().split()[0]}.png"
+    mask.write_bytes(b"junk")
+    checkpoint["args"].update(dataset="folder", data=str(folder))
+    args = argparse.Namespace(images=folder / "images", data=None, ckpt=ckpt)
+    assert export.open_images(args, checkpoint)[0] is None
+    assert str(mask) in capsys.readouterr().out
 
 
 @pytest.mark.slow
