@@ -27,30 +27,57 @@ OWNED: dict[str, dict] = {}  # folder -> what this process wrote into its owner.
 def own_run(folder: pathlib.Path):
     """Make this process the owner of `folder` until it ends; the first rank does so for all.
 
-    Raises UserError, which names the host, the process id and the age, if another process owns it and lives. Of two processes
-    that start at once, the second one waits for the lock and then finds the first one's file.
+    Raises UserError, which names the host, the process id and the age, if another process owns it and lives, or if the files
+    cannot be written. Of two processes that start at once, the second one waits for the lock and then finds the first one's
+    file.
     """
     real = os.path.realpath(folder)
     if rank_and_size()[0] > 0 or real in OWNED:
         return
     path, me = folder / "owner.json", identity()
-    with open(folder / ".owner.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.utime(lock.fileno())
-        now = os.fstat(lock.fileno()).st_mtime  # by the clock of the disk, which dates the touches too
-        if (owner := read_owner(path)) is not None and lives(owner, now - path.stat().st_mtime):
-            age = datetime.timedelta(seconds=round(time.time() - owner.get("since", now)))
-            raise UserError(
-                f"--out {printable(folder)}: process {owner.get('pid')} on {printable(owner.get('host', '?'))} has been "
-                f"training into it for {age}; wait for it, stop it, or give another --out"
-            )
-        temporary = path.with_name(f".owner-{me['id']}.tmp")
-        temporary.write_text(json.dumps(me))
-        os.replace(temporary, path)
+    try:
+        take_over(folder, path, me)
+    except OSError as error:  # of another user, or of a network disk without locks
+        raise UserError(
+            f"--out {printable(folder)}: cannot be owned ({printable(error.filename or '.owner.lock')}: {error.strerror}); "
+            "free some space or give access, or give another --out"
+        ) from None
     OWNED[real] = me
     ended = threading.Event()
     threading.Thread(target=touch_until, args=(ended, path, me), daemon=True).start()
     atexit.register(disown, ended, path, me)
+
+
+def take_over(folder: pathlib.Path, path: pathlib.Path, me: dict):
+    """Put `me` into owner.json, under a lock, unless an owner lives, which is a UserError."""
+    with open(folder / ".owner.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.utime(lock.fileno())
+        now = os.fstat(lock.fileno()).st_mtime  # by the clock of the disk, which dates the touches too
+        owner = read_owner(path) or {}
+        with contextlib.suppress(FileNotFoundError):  # it has just ended, or there is none
+            if lives(owner, now - path.stat().st_mtime):
+                raise UserError(
+                    f"--out {printable(folder)}: process {owner.get('pid')} on {printable(owner.get('host', '?'))} has been "
+                    f"training into it for {age_of(owner)}; wait for it, stop it, or give another --out"
+                )
+        temporary = path.with_name(f".owner-{me['id']}.tmp")
+        try:
+            temporary.write_text(json.dumps(me))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if isinstance(pid := owner.get("pid"), int):  # a kill leaves the file of `atomic_write`, as large as a checkpoint
+            for left in folder.glob(f".mgd-{pid}-*.tmp"):
+                left.unlink(missing_ok=True)
+
+
+def age_of(owner: dict) -> str:
+    """How long an owner has owned its folder, as h:mm:ss, or what to say where its file does not tell."""
+    try:
+        return str(datetime.timedelta(seconds=round(time.time() - owner["since"])))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return "an unknown time"
 
 
 def refuse_lost(folder: pathlib.Path):

@@ -82,6 +82,37 @@ def test_a_touched_file_is_younger_than_its_beginning(tmp_path, monkeypatch):
     assert path.stat().st_mtime == 1
 
 
+@pytest.mark.parametrize("since", ["long ago", None, float("nan"), 1e300, [1]])
+def test_a_wrong_age_is_still_one_line(tmp_path, since):
+    owner(tmp_path, since=since)
+    with pytest.raises(UserError, match=r"has been training into it for .*; wait for it"):
+        run_owner.own_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", [".owner.lock", "owner.json"])
+def test_a_folder_that_cannot_be_owned_is_one_line(tmp_path, name):
+    (tmp_path / name).mkdir()
+    os.utime(tmp_path / name, (1, 1))
+    with pytest.raises(UserError, match=r"cannot be owned \(.*\); .* give another --out"):
+        run_owner.own_run(tmp_path)
+
+
+def test_an_owner_that_ends_while_it_is_judged_is_no_owner(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_owner, "read_owner", lambda path: {"host": "elsewhere"})  # and then the file is gone
+    run_owner.own_run(tmp_path)
+    assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()
+
+
+def test_what_a_dead_owner_was_writing_is_removed(tmp_path):
+    """A killed process leaves its temporary file, which is as large as a checkpoint, and a run may be killed many times."""
+    owner(tmp_path, pid=2**22 + 1, started=None)
+    cut_off, of_another = (tmp_path / f".mgd-{pid}-7.tmp" for pid in (2**22 + 1, os.getppid()))
+    cut_off.write_bytes(b"half")
+    of_another.write_bytes(b"half")
+    run_owner.own_run(tmp_path)
+    assert not cut_off.exists() and of_another.exists()
+
+
 def test_whoever_lost_its_folder_does_not_write(tmp_path):
     run_owner.refuse_lost(tmp_path)  # not owned: others may write
     run_owner.own_run(tmp_path)
