@@ -283,7 +283,7 @@ def main():
         type=float,
         default=0.2,
         metavar="FRACTION",
-        help="fraction of the images with masks that go into val.txt; the others, and all without masks, go into train.txt "
+        help="fraction of the images with masks that go into val.txt; the others, and those without masks, go into train.txt "
         "(default: 0.2)",
     )
     splitter.add_argument(
@@ -291,7 +291,7 @@ def main():
         choices=["name", "prefix"],
         default="name",
         help="divide single images, or keep those of one prefix, such as the frames of a video, in one list; the prefix is the "
-        "name without the number at its end (default: name)",
+        "name without the number at its end; images without masks whose prefix is in val.txt are left out (default: name)",
     )
     splitter.add_argument(
         "--prefix",

@@ -21,8 +21,9 @@ def split_data(args: argparse.Namespace):
     """Write DATA/train.txt and DATA/val.txt. Raises UserError.
 
     Images with masks are divided, those without go into train.txt, and those that unlabeled.txt names into neither. A group is
-    a single image, or all images of one prefix. Groups are ordered by a hash of seed and name, so the split is the same on
-    every machine, and go into val.txt as long as that brings its size nearer to the fraction --val.
+    a single image, or all images of one prefix; those without masks go into neither list if their prefix is in val.txt. Groups
+    are ordered by a hash of seed and name, so the split is the same on every machine, and go into val.txt as long as that
+    brings its size nearer to the fraction --val.
     """
     root, lists = args.data, (args.data / "train.txt", args.data / "val.txt")
     if not 0 < args.val < 1:
@@ -46,7 +47,9 @@ def split_data(args: argparse.Namespace):
 
     groups = group_names(masked, args)
     val = choose_val(groups, args.val, args.seed)
-    train = [name for name in names if name not in val]
+    of_val = {prefix for prefix, group in groups.items() if val & {*group}}
+    alike = {name for name in names if name not in masks and prefix_of(name, args) in of_val}  # such as frames between
+    train = [name for name in names if name not in val | alike]
     warnings = class_warnings({"train": [name for name in masked if name not in val], "val": sorted(val)}, masks, root)
     videos = like_frames(masked) if len(groups) == len(masked) else []
     if videos:
@@ -57,8 +60,10 @@ def split_data(args: argparse.Namespace):
     for path, lines in zip(lists, (train, sorted(val)), strict=True):
         with atomic_write(path) as temporary:
             temporary.write_text("".join(f"{name}\n" for name in lines), encoding="utf-8")
-    print(f"{lists[0]}: {len(masked) - len(val)} images with masks and {len(names) - len(masked)} without")
+    print(f"{lists[0]}: {len(masked) - len(val)} images with masks and {len(names) - len(masked) - len(alike)} without")
     print(f"{lists[1]}: {len(val)} images ({100 * len(val) / len(masked):.1f}% of those with masks)")
+    if alike:
+        print(f"{len(alike)} images without masks have a prefix of {lists[1]}, and are in neither list")
     for warning in warnings:
         print(f"warning: {warning}")
     print(f"next: python prepare.py check --dataset folder --part 1 --data {shlex.quote(str(root))}")
@@ -66,25 +71,30 @@ def split_data(args: argparse.Namespace):
 
 def group_names(names: list[str], args: argparse.Namespace) -> dict[str, list[str]]:
     """{prefix: its names} with `--by prefix` or `--prefix`, otherwise {name: [name]}. Raises UserError."""
-    if args.by == "name" and args.prefix is None:
-        return {name: [name] for name in names}
     try:
-        pattern = re.compile(FRAME if args.prefix is None else args.prefix)
+        re.compile(args.prefix or "")
     except re.error as error:
         raise UserError(f"--prefix '{args.prefix}': is no regular expression ({error}); such as '[^_]+'") from None
     groups = collections.defaultdict(list)
     for name in names:
-        found = pattern.fullmatch(name) if args.prefix is None else pattern.match(name)
-        if args.prefix is not None and not found:
+        if args.prefix is not None and not re.match(args.prefix, name):
             raise UserError(f"--prefix '{args.prefix}': does not match the beginning of '{printable(name)}'; change it")
-        prefix = found[1 if pattern.groups else 0] if found else name
-        groups[prefix].append(name)
+        groups[prefix_of(name, args)].append(name)
     if len(groups) == 1:
         raise UserError(
             f"--by prefix: all {len(names)} images with masks have the prefix '{next(iter(groups))}'; give --prefix with a "
             "regular expression that matches a part of the name which differs, or --by name"
         )
     return dict(groups)
+
+
+def prefix_of(name: str, args: argparse.Namespace) -> str | None:
+    """The prefix of a name by `--by prefix` or `--prefix`; the name itself where it has none, or with `--by name`."""
+    if args.prefix is not None:
+        found = re.match(args.prefix, name)
+        return found[min(1, found.re.groups)] if found else name
+    found = re.fullmatch(FRAME, name) if args.by == "prefix" else None
+    return found[1] if found else name
 
 
 def like_frames(names: list[str]) -> list[str]:

@@ -71,6 +71,20 @@ def test_frames_of_one_video_stay_together(script, tmp_path):
             assert len(val) in (3, 7, 10)  # of 30; 6 are asked, and no two videos are nearer than one
 
 
+def test_frames_without_masks_of_a_val_video_are_in_neither_list(script, tmp_path):
+    """They would be unlabeled training images that look like those of val."""
+    bare = [f"{video}_{i:03d}" for video in ("v1", "v2", "v3", "v4", "v5") for i in (50, 51)]
+    root = make(tmp_path / "d", FRAMES, bare)
+    for flags in (["--by", "prefix"], ["--prefix", "v[1-4]"]):
+        train, val, out = split(script, root, *flags, "--overwrite")
+        videos = {name[:2] for name in val}
+        left_out = [name for name in bare if name[:2] in videos]
+        assert left_out and sorted(train + val) == sorted({*FRAMES, *bare} - {*left_out})
+        assert f"{len(left_out)} images without masks have a prefix of {root / 'val.txt'}" in out
+    train, val, _ = split(script, root, "--overwrite")
+    assert sorted(train + val) == sorted(FRAMES + bare)
+
+
 @pytest.mark.parametrize("names", [[f"IMG_{i:04d}" for i in range(9)], [f"{i:06d}" for i in range(9)], NAMES])
 def test_numbers_alone_are_no_videos(script, tmp_path, names):
     assert "look like frames" not in split(script, make(tmp_path / "d", names))[2]
