@@ -16,7 +16,7 @@ from typing import NamedTuple
 from recipes import METHODS
 from soak.trainings import TIMEOUT, Ended, Training, descendants, difference
 
-KILLS = 17  # of each of twelve runs: 204
+KILLS = 17  # of each of fourteen runs: 238
 IN_A_ROW = 3  # so many kills hit one run, before it may end
 COMMANDS = (3, 10)  # these kills hit a process that a command started, and not a fork
 GOLDEN = (5**0.5 - 1) / 2  # fractions of its multiples spread evenly, wherever they stop
