@@ -506,7 +506,7 @@ class PseudoLabels(Files):
         if wrong.size:
             raise UserError(
                 f"{path}: holds label {wrong.min()}, but the {n} classes of the data set are 0 to {n - 1}, and 255 is ignored; "
-                f"write the indices of these classes, or {self.fix('--unknown ignore')}"
+                "write the indices of these classes, and 255 for all else"
             )
         return mask.astype(np.uint8)
 

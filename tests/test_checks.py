@@ -286,7 +286,8 @@ def bad_size(maps):
 
 def bad_label(maps):
     save_mask(maps / "im03.png", np.full((40, 56), 17))
-    return "maps/im03.png: holds label 17, but the 3 classes of the data set are 0 to 2, and 255 is ignored; write the indices"
+    fix = "write the indices of these classes, and 255 for all else$"
+    return f"maps/im03.png: holds label 17, but the 3 classes of the data set are 0 to 2, and 255 is ignored; {fix}"
 
 
 def bad_colours(maps):
