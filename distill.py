@@ -125,8 +125,24 @@ def parse_args(argv=None):
             raise UserError("--lambda-relative: does not work with --compile; leave one of them out")
     for flag, why in without_effect(args).items():
         if flag in given:
-            print(f"note: --{flag.replace('_', '-')} {getattr(args, flag)} has no effect{why}", file=sys.stderr)
+            print(f"note: {as_typed(flag, getattr(args, flag))} has no effect{why}", file=sys.stderr)
+    if not steps_with_teachers(args):
+        raise UserError(f"--refine {args.refine}: leaves none of the {args.steps} steps to the teachers; lower it")
     return args
+
+
+def as_typed(flag: str, value) -> str:
+    """A flag and its value as on a command line."""
+    name = flag.replace("_", "-")
+    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}"
+
+
+def steps_with_teachers(args) -> int:
+    """How many steps the teachers take part in, the first ones; the others are those of --refine."""
+    return args.steps - round((args.refine or 0.0) * args.steps)
+
+
+OF_NETWORKS = ("conf_thresh", "soft_labels", "teacher_bn", "mixed_terms")  # what files are not asked for
 
 
 def without_effect(args) -> dict[str, str]:
@@ -142,6 +158,8 @@ def without_effect(args) -> dict[str, str]:
     of_losses |= {"lambda_schedule", "lambda_relative"} if unused(*LEVELS) else set()
     beside = {"lambda_image": " beside --lambda-relative", "lambda_region": " beside --lambda-relative"}
     found = beside if args.lambda_relative else {}
+    if not (args.deep or args.wide):
+        found |= dict.fromkeys(OF_NETWORKS, ": --pseudo-labels is the only teacher")
     return found | {flag: f": the losses are {' '.join(args.losses)}" for flag in sorted(of_losses)}
 
 
@@ -296,14 +314,14 @@ def main(argv=None):
     else:
         losses_of = functools.partial(kd_losses, method=args.method, ohem=args.ohem, temperature=args.temperature)
     ground_truth_alone = functools.partial(mgd_losses, losses=["sup"], ohem=args.ohem)  # of --refine
-    taught_steps = args.steps - round((args.refine or 0.0) * args.steps)  # the first ones; the others are those of --refine
+    taught_steps = steps_with_teachers(args)
     levels = [level for level in LEVELS if any(loss.startswith(level) for loss in args.losses)]
     relative = RelativeWeights(levels, args.lambda_relative).to(device) if args.lambda_relative and levels else None
 
     torch.manual_seed(seed_of(args.seed, 20))
     student = models.model_from_args(vars(args), len(dataset.classes), args.weights).to(device).train()
     optimizer = torch.optim.SGD(parameter_groups(student, args.weight_decay), lr=args.lr, momentum=0.9, fused=True)
-    soft = bool(args.soft_labels) and any(loss.startswith("pixel") for loss in args.losses)
+    soft = bool(args.soft_labels and teachers) and any(loss.startswith("pixel") for loss in args.losses)
     size = micro_batches(args)[1]
     activations = models.activation_bytes(student, size, args.crop, args.precision, whole=args.ohem or soft)
     if soft:  # the soft labels, float32 at full size

@@ -169,6 +169,7 @@ def test_labels_alone_need_no_unlabeled_image(script, teachers, folder, tmp_path
         ("--deep D --method kd --kd-weight -1", "--kd-weight -1.0: must be at least 0"),
         ("--deep D --lambda-region -1", "--lambda-region -1.0: must be at least 0"),
         ("--deep D --refine 1", "--refine 1.0: must be at least 0 and below 1"),
+        ("--deep D --steps 3 --refine 0.9", "--refine 0.9: leaves none of the 3 steps to the teachers; lower it"),
         ("--deep D --ema-decay 1", "--ema-decay 1.0: must be at least 0 and below 1"),
         ("--deep D --conf-thresh 1.5", "--conf-thresh 1.5: must be at least 0 and at most 1"),
         ("--deep D --soft-labels -1", "--soft-labels -1.0: must be at least 0"),
@@ -201,10 +202,23 @@ def test_flags_that_contradict_each_other_are_refused(script, tmp_path, options,
     ("--method kd --soft-labels 2 --refine 0.1 --ema-decay 0.9",
      "note: --soft-labels 2.0 has no effect: the losses are sup kd\n"),
     ("--losses sup pixel --method mgd+", ""),
+    ("--losses sup pixel:labeled --strong-views", "note: --strong-views has no effect: the losses are sup pixel:labeled\n"),
+    ("--losses sup pixel:labeled --no-strong-views",
+     "note: --no-strong-views has no effect: the losses are sup pixel:labeled\n"),
 ])  # fmt: skip
 def test_a_weight_of_a_loss_that_is_not_used_is_said(capsys, options, said):
     distill.parse_args(["--out", "x", "--deep", "D", *options.split()])
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("given", ["--conf-thresh 0.5", "--soft-labels 2.0", "--teacher-bn train", "--mixed-terms clean"])
+def test_what_needs_a_network_as_the_teacher_has_no_effect_on_files(capsys, given):
+    teachers = ["--pseudo-labels", "P"]
+    distill.parse_args(["--out", "x", *teachers, *given.split(), "--method", "mgd+"])
+    assert capsys.readouterr().err == f"note: {given} has no effect: --pseudo-labels is the only teacher\n"
+    distill.parse_args(["--out", "x", *teachers, "--method", "mgd+"])
+    distill.parse_args(["--out", "x", *teachers, *given.split(), "--wide", "W"])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("method", ["kd", "cwd"])
@@ -456,6 +470,10 @@ def test_the_plan_counts_soft_labels(script, teachers, tmp_path, monkeypatch):
         assert script(distill, *given)[0] == 0
     whole = 4 * 2 * 6 * 48 * 48  # bytes of a map of two images and six classes
     assert needed[1] - needed[0] >= 2 * 2 * whole * 0.9 and needed[2] == needed[0]
+    files = ["--pseudo-labels", maps_of_shapes(tmp_path / "maps")]
+    for name, options in (("hard", []), ("soft", ["--soft-labels", "1"])):  # files have none
+        assert script(distill, "--out", tmp_path / name, *TINY, "--steps", "1", *files, *options)[0] == 0
+    assert needed[3] == needed[4]
 
 
 @pytest.mark.slow
