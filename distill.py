@@ -250,10 +250,11 @@ def passes_of_step(args, student, teachers: dict, needed: dict[str, set[str]]) -
     """What the steps do with the networks."""
     parts, size = micro_batches(args)
     images, views = len(parts) * size, 2 if args.cutmix else 1
-    passes = [Pass(student, images * (1 + uses_views(args.losses)))]
+    end = steps_with_teachers(args)
+    passes = [Pass(student, images), *([Pass(student, images, end=end)] if uses_views(args.losses) else [])]
     for role, teacher in teachers.items():
         labeled, clean, mixed = needed_forwards(needed[role], args.cutmix, args.mixed_terms)
-        passes.append(Pass(teacher, images * (labeled + views * clean + mixed), backward=False))
+        passes.append(Pass(teacher, images * (labeled + views * clean + mixed), backward=False, end=end))
     return passes
 
 

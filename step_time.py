@@ -18,12 +18,13 @@ REPEATS = 3
 
 
 class Pass(NamedTuple):
-    """What each step from `first` on does with a network."""
+    """What each step from `first` on does with a network, up to step `end`, or to the last one."""
 
     network: torch.nn.Module
     images: int  # per step on this rank
     backward: bool = True  # or a forward for pseudo labels alone
     first: int = 0
+    end: int | None = None
 
 
 def print_duration(args: argparse.Namespace, device: torch.device, start: int, passes: list[Pass]):
@@ -31,11 +32,14 @@ def print_duration(args: argparse.Namespace, device: torch.device, start: int, p
     if args.steps - start < FEWEST_STEPS or args.compile:
         return
     seconds = {}
-    for network, _, backward, _ in passes:
+    for network, _, backward, *_ in passes:
         if (id(network), backward) not in seconds:
             seconds[id(network), backward] = seconds_per_image(network, args, device, backward)
     total = sum(
-        seconds[id(each.network), each.backward] * each.images * max(0, args.steps - max(start, each.first)) for each in passes
+        seconds[id(each.network), each.backward]
+        * each.images
+        * max(0, (args.steps if each.end is None else each.end) - max(start, each.first))
+        for each in passes
     )
     left = f"the {args.steps - start} steps that are left" if start else f"{args.steps} steps"
     print0(f"{args.out}: about {readable(total)} for {left}, if nothing waits for data; validation comes on top")

@@ -62,9 +62,14 @@ def test_passes_are_counted_from_the_step_on_at_which_they_begin(monkeypatch, ca
     monkeypatch.setattr(step_time, "seconds_per_image", lambda network, args, device, backward: 3.0 if backward else 1.0)
     student, teacher = Slow(), Slow()
     passes = [step_time.Pass(student, 4), step_time.Pass(teacher, 6, backward=False, first=400)]
+    ended = [*passes, step_time.Pass(teacher, 6, backward=False, end=700)]
     step_time.print_duration(arguments(), CPU, 0, passes)  # 1000 * 12 + 600 * 6 s
     assert capsys.readouterr().out.startswith("runs/x: about 4 h 20 min for 1000 steps, ")
     step_time.print_duration(arguments(), CPU, 800, passes)  # 200 * (12 + 6) s
+    assert capsys.readouterr().out.startswith("runs/x: about 1 h 0 min for the 200 steps that are left, ")
+    step_time.print_duration(arguments(), CPU, 600, ended)  # 400 * (12 + 6) + 100 * 6 s
+    assert capsys.readouterr().out.startswith("runs/x: about 2 h 10 min for the 400 steps that are left, ")
+    step_time.print_duration(arguments(), CPU, 800, ended)
     assert capsys.readouterr().out.startswith("runs/x: about 1 h 0 min for the 200 steps that are left, ")
     step_time.print_duration(arguments(), CPU, 950, passes)
     step_time.print_duration(arguments(compile=True), CPU, 0, passes)
@@ -82,14 +87,18 @@ def test_passes_of_a_training(given, images):
     args = train_teacher.parse_args(["--out", "x", "--steps", "100", *given.split()])
     nets = [Slow() for _ in range(1 + (args.method == "cps"))]
     passes = train_teacher.passes_of_step(args, nets, nets[0])
-    assert [each[1:] for each in passes] == images and {each.network for each in passes} == {*nets}
+    assert [each[1:4] for each in passes] == images and {each.network for each in passes} == {*nets}
+
+
+STUDENT = [(8, True, 0, None), (8, True, 0, 250)]  # the labeled images in all steps, the views in those with teachers
 
 
 @pytest.mark.parametrize("given,images", [
-    ("", [(16, True, 0), (32, False, 0), (32, False, 0)]),  # labeled images, both clean views and the mixed ones
-    ("--losses sup pixel", [(16, True, 0), (24, False, 0), (24, False, 0)]),
-    ("--losses sup pixel:labeled", [(8, True, 0), (8, False, 0), (8, False, 0)]),
-    ("--mixed-terms clean", [(16, True, 0), (24, False, 0), (24, False, 0)]),
+    ("", [*STUDENT, (32, False, 0, 250), (32, False, 0, 250)]),  # labeled images, both clean views and the mixed ones
+    ("--losses sup pixel", [*STUDENT, (24, False, 0, 250), (24, False, 0, 250)]),
+    ("--losses sup pixel:labeled", [STUDENT[0], (8, False, 0, 250), (8, False, 0, 250)]),
+    ("--mixed-terms clean", [*STUDENT, (24, False, 0, 250), (24, False, 0, 250)]),
+    ("--refine 0.2", [STUDENT[0], (8, True, 0, 200), (32, False, 0, 200), (32, False, 0, 200)]),
 ])  # fmt: skip
 def test_passes_of_a_distillation(given, images):
     args = distill.parse_args(["--out", "x", "--deep", "D.pt", "--wide", "W.pt", *given.split()])
