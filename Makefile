@@ -117,7 +117,7 @@ $(MGD): $(STUDENTS)/$(MGD_NAME)%last.pt: | $(BOTH) $(INSTALLED)
 # ---- targets ----
 .PHONY: help demo teachers distill sup compare matrix tables web install test test-fast lint ext bench soak clean
 .DEFAULT_GOAL := help
-COMPARED := $(or $(REPORT),$(STUDENTS)/compare-$(STUDENT))
+COMPARED := $(or $(REPORT),$(STUDENTS)/compare-$(STUDENT)$(if $(filter-out mgd,$(METHOD)),-mgd-plus))
 finished = @$(foreach f,$(wildcard $^),echo "$(f): finished, never retrained; delete it to repeat the run$(1)";)
 # --teacher-args='...' for TEACHER_ARGS, and so on.
 options = $(foreach v,$(NAMES) $(FLAGS),$(if $($(v)),--$(shell echo $(v) | tr A-Z_ a-z-)='$($(v))'))
@@ -130,11 +130,11 @@ demo: ## teachers, Sup and MGD on the embedded data set; table and picture (10 m
 	@$(MAKE) --no-print-directory compare DATASET=shapes DATA= PART=1/32
 teachers: $(BOTH) ## both teachers
 	$(finished)
-distill: $(MGD) ## the student (MGD); trains missing teachers first
+distill: $(MGD) ## the student (METHOD); trains missing teachers first
 	$(call finished, or set RUN=DIR)
 sup: $(SUP) ## the same network on the labeled images alone
 	$(call finished, or set RUN=DIR)
-compare: $(SUP) $(SUP_X3) $(MGD) $(BOTH) ## Sup at two lengths, MGD and the teachers: a table and a picture
+compare: $(SUP) $(SUP_X3) $(MGD) $(BOTH) ## Sup at two lengths, METHOD and the teachers: a table and a picture
 	$(LAUNCH) evaluate.py --ckpt $^ --json $(COMPARED).json --panels $(COMPARED).png
 matrix: | $(INSTALLED) ## all runs of the paper's TABLES, then one result file
 	$(PY) -m paper.matrix --tables $(TABLES) --seeds $(SEEDS) $(options) \

@@ -123,6 +123,11 @@ def test_demo_is_compare_on_the_embedded_data_set():
     assert after(demo[-1], "--json") == "results/demo.json" and len(demo) == 11
 
 
+def test_comparisons_of_two_methods_do_not_replace_each_other():
+    named = [{word for word in plan("compare", f"METHOD={method}")[-1] if "/compare-" in word} for method in ("mgd", "mgd+")]
+    assert len(named[0]) == len(named[1]) == 2 and not named[0] & named[1]
+
+
 @pytest.mark.parametrize("more", [
     [], ["SEEDS=0 2 10", "STUDENT=mbv2"], ["METHOD=mgd+", "SEEDS=0 1", "TEACHER_PART=1", "MGD_ARGS=--refine 0"],
     ["TEACHER_PART=1", "DATASET=voc", "DATA=x", "SEEDS=1"], ["RUN=runs/short/x"],
