@@ -260,12 +260,15 @@ def main(argv=None):
                 f"{path}: was trained on the classes {', '.join(checkpoint['classes'])}, but the data set has "
                 f"{', '.join(dataset.classes)}; give the data set of the training with --data"
             )
+        if main_rank and checkpoint["row"].get("dataset", dataset.name) != dataset.name:
+            print(f"note: {path} was trained on {printable(checkpoint['row']['dataset'])}, not on {printable(dataset.name)}")
         confusion = evaluate(model, dataset, names, device, precision, protocol)
         miou, ious = iou(confusion)
         rows.append(
             {
                 **settings_of(checkpoint["args"]),
                 **checkpoint["row"],
+                "dataset": dataset.name,
                 "miou": miou,
                 "iou": dict(zip(dataset.classes, ious, strict=True)),
                 "params_m": params_m(model),

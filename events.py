@@ -49,7 +49,7 @@ class Events:
             return
         for name, value in entry.items():
             if name not in ("step", "skipped"):
-                group = "gradient_norm" if name.startswith("grad_") else "loss"
+                group = "gradient_norm" if name.startswith("grad_") else "weight" if name.startswith("lambda_") else "loss"
                 self.writer.add_scalar(TAGS.get(name, f"{group}/{name.removeprefix('grad_')}"), value, entry["step"])
         self.writer.flush()  # an interrupted run then shows what its log holds
 

@@ -448,7 +448,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     began = time.perf_counter()
-    require("onnx", "onnxscript", "onnxruntime")
+    onnx, *_ = require("onnx", "onnxscript", "onnxruntime")
     checkpoint = load_network(args.ckpt)
     network = models.model_from_checkpoint(checkpoint, args.ckpt)
     dataset, paths = open_images(args, checkpoint)
@@ -469,6 +469,7 @@ def main(argv=None):
                 "source": "--images" if paths else "training images",
                 "method": args.calibrate,
                 "excluded": args.exclude,
+                "float_nodes": float_nodes(onnx.load(file), args.exclude),  # with those that always stay in float32
                 "reduce_range": args.reduce_range,
             }
             print(f"calibrating on {len(images)} {'images of --images' if paths else 'training images'}, {args.calibrate}")

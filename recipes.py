@@ -5,6 +5,7 @@ scripts' parsers, the checks, and the settings that keep runs apart when seeds a
 """
 
 import argparse
+import math
 import operator
 import os
 import pathlib
@@ -553,8 +554,9 @@ BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le,
 
 
 def check_range(name: str, flag: Flag, value):
-    """Raise UserError where a value lies outside its flag's range; NaN always does."""
+    """Raise UserError where a value lies outside its flag's range; NaN and infinity always do."""
     bounds = {bound: getattr(flag, bound) for bound in BOUNDS if getattr(flag, bound) is not None}
-    if not all(BOUNDS[bound](value, limit) for bound, limit in bounds.items()):
-        allowed = " and ".join(f"{bound.replace('_', ' ')} {limit}" for bound, limit in bounds.items())
-        raise UserError(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+    infinite = isinstance(value, float) and math.isinf(value)
+    if infinite or not all(BOUNDS[bound](value, limit) for bound, limit in bounds.items()):
+        allowed = [f"{bound.replace('_', ' ')} {limit}" for bound, limit in bounds.items()]
+        raise UserError(f"--{name.replace('_', '-')} {value}: must be {' and '.join(['finite'] * infinite + allowed)}")

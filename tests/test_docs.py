@@ -241,8 +241,8 @@ class Reader:
             self.call(module, *words)
             named = {*datasets.Folder("data/mine").train, *datasets.Folder("data/mine").val}
             masks = {path.stem for path in pathlib.Path("data/mine/masks").iterdir()}
-            bare = {path.stem for path in pathlib.Path("data/mine/images").iterdir()} - masks
-            assert masks <= named and len(named | bare) == 13  # a frame without a mask may be of a video of val
+            unmasked = {path.stem for path in pathlib.Path("data/mine/images").iterdir()} - masks
+            assert masks <= named and len(named | unmasked) == 13  # a frame without a mask may be of a video of val
 
     def masks(self, module, words: list[str]):
         """Convert masks that are made to fit the command, in a copy of data/mine that has none of its own."""

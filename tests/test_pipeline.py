@@ -95,6 +95,46 @@ def test_any_number_of_ranks_and_micro_batches_gives_the_gradient_of_the_joined_
                 )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("before,after", [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(teachers, tmp_path, before, after):
+    """It says so, and ends as one that was left alone, to the rounding of sums in another order."""
+    stops = "import distill, os\npoly_lr = distill.poly_lr\n"
+    stops += (
+        "distill.poly_lr = lambda step, *rest: os._exit(3) if step == 2 and 'STOP' in os.environ else poly_lr(step, *rest)\n"
+    )
+    (tmp_path / "program.py").write_text(stops + ALONE)
+
+    def train(out, ranks, *more, **environment):
+        options = [*TINY, *more, "--deep", teachers[0], "--wide", teachers[1], "--out", tmp_path / out, "--batch", "4"]
+        options += [
+            "--method",
+            "mgd+",
+            "--steps",
+            "4",
+            "--save-every",
+            "2",
+            "--log-every",
+            "2",
+            "--lr",
+            "0.1",
+            "--precision",
+            "fp32",
+        ]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        command = [sys.executable, *launch, tmp_path / "program.py", json.dumps([["distill", *map(str, options)]])]
+        return subprocess.run(command, env={**ONE_THREAD, **environment}, capture_output=True, text=True)
+
+    assert train("whole", 1).returncode == 0
+    assert train("x", before, STOP="1").returncode != 0 and (tmp_path / "x/resume.pt").exists()
+    done = train("x", after, "--resume")
+    assert done.returncode == 0 and f"{before} process(es), not {after}" in done.stdout, done.stderr
+    for entry, expected in zip(log(tmp_path / "x"), log(tmp_path / "whole"), strict=True):
+        assert entry == pytest.approx(expected, rel=1e-3)
+    for key, value in weights(tmp_path / "whole/last.pt").items():
+        torch.testing.assert_close(weights(tmp_path / "x/last.pt")[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU, or no nvcc")
 @pytest.mark.parametrize(
     "stage,options",

@@ -105,7 +105,8 @@ def test_flags_are_given_in_full(script, tmp_path):
     ("--ramp-up 1.5", "--ramp-up 1.5: must be at least 0 and at most 1"),
     ("--conf-thresh nan", "--conf-thresh nan: must be at least 0 and at most 1"),
     ("--ema-decay 1", "--ema-decay 1.0: must be at least 0 and below 1"), ("--lr 0", "--lr 0.0: must be above 0"),
-    ("--lr nan", "--lr nan: must be above 0"), ("--steps 0", "--steps 0: must be at least 1"),
+    ("--lr nan", "--lr nan: must be above 0"), ("--lr inf", "--lr inf: must be finite and above 0"),
+    ("--steps 0", "--steps 0: must be at least 1"),
     ("--scales 1 0", "--scales 0.0: must be above 0"),
 ])  # fmt: skip
 def test_values_outside_their_range_are_refused(script, tmp_path, flags, said):
