@@ -304,7 +304,13 @@ def test_without_the_data_set_images_serve(script, exported_before, few, tmp_pat
         "excluded": ["classifier"],
         "reduce_range": False,
     }
-    assert row["quantization"] == quantization == model.metadata["quantization"]
+    assert row["quantization"] == model.metadata["quantization"]
+    float_nodes = row["quantization"].pop("float_nodes")
+    assert row["quantization"] == quantization
+    exported = onnx.load(tmp_path / "m.onnx")
+    convolutions = {node.name: node for node in exported.graph.node if node.op_type == "Conv"}
+    in_float = {name for name, node in convolutions.items() if node.input[1] not in producers(exported)}  # float32 weights
+    assert len(in_float) == 1 and in_float == convolutions.keys() & {*float_nodes}
     assert model.output == "labels" and model.metadata["precision"] == "int8"
     assert str(tmp_path).encode() not in (tmp_path / "m.onnx").read_bytes()
 
