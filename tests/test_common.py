@@ -242,7 +242,16 @@ class Hangs(torch.utils.data.Dataset):
         return i
 
 
+@pytest.fixture
+def own_sigchld():
+    """Puts back the handler of SIGCHLD, which a script resets when it ends with data workers."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, handler)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_sigchld")
 def test_a_worker_that_hangs_ends_the_run_with_the_file_named(capsys, monkeypatch):
     monkeypatch.setattr(common, "WORKER_TIMEOUT", 2)
 
@@ -252,15 +261,12 @@ def test_a_worker_that_hangs_ends_the_run_with_the_file_named(capsys, monkeypatc
             with common.worker_timeout():
                 next(batches)
 
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        code, lines = ended(main, capsys)
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
+    code, lines = ended(main, capsys)
     assert code == 2 and len(lines) == 1 and "gave nothing for 2 s while they read images/5.png;" in lines[0], lines
     assert not torch.multiprocessing.active_children()
 
 
+@pytest.mark.usefixtures("own_sigchld")
 def test_a_worker_that_ends_while_it_hands_over_its_batch_is_one_line(capsys, monkeypatch):
     """PyTorch gives the error of its socket where the process has not quite ended yet. Its signal comes a moment later."""
     monkeypatch.setattr(common, "ROWS", [b""])
@@ -277,11 +283,7 @@ def test_a_worker_that_ends_while_it_hands_over_its_batch_is_one_line(capsys, mo
         return explain(message)
 
     monkeypatch.setattr(common, "lost_worker", interrupted)
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        code, lines = ended(main, capsys)
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
+    code, lines = ended(main, capsys)
     assert code == 2 and len(lines) == 1 and "error: a data worker ended unexpectedly; if memory ran out" in lines[0], lines
 
 
