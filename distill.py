@@ -37,6 +37,7 @@ import time
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+import backbones
 import datasets
 import evaluate
 import events
@@ -93,7 +94,7 @@ def parse_args(argv=None):
         "--backbone",
         dest="backbone",
         metavar="NAME",
-        help=f"{', '.join(models.ALIASES)} (default: r18; el0 with --recipe light)",
+        help=f"{', '.join(backbones.ALIASES)} (default: r18; el0 with --recipe light)",
     )
     parser.add_argument("--deep", type=pathlib.Path, metavar="CKPT", help="checkpoint of the deep teacher T_D (default: none)")
     parser.add_argument(
@@ -111,7 +112,7 @@ def parse_args(argv=None):
     )
     recipes.add_flags(parser, recipes.STUDENT_METHODS)
     args = parser.parse_args(argv)
-    args.backbone = models.canonical_name(args.backbone or recipes.recipe_of(args)["backbone"], "--student")
+    args.backbone = backbones.canonical_name(args.backbone or recipes.recipe_of(args)["backbone"], "--student")
     args.losses = chosen_losses(args)
     given = [flag for flag in vars(args) if getattr(args, flag) != parser.get_default(flag)]
     recipes.fill_from_recipe(args, "student")

@@ -25,6 +25,7 @@ import time
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+import backbones
 import datasets
 import evaluate
 import events
@@ -69,12 +70,12 @@ def parse_args(argv=None):
     parser.add_argument(
         "--backbone",
         metavar="NAME",
-        help=f"{', '.join(models.ALIASES)} (default: by --role and --recipe; for voc r101, wr34 and r18)",
+        help=f"{', '.join(backbones.ALIASES)} (default: by --role and --recipe; for voc r101, wr34 and r18)",
     )
     recipes.add_flags(parser, recipes.TEACHER_METHODS)
     args = parser.parse_args(argv)
     default = recipes.recipe_of(args)["backbone" if args.role == "student" else args.role]
-    args.backbone = models.canonical_name(args.backbone or default)
+    args.backbone = backbones.canonical_name(args.backbone or default)
     recipes.fill_from_recipe(args, "student" if args.role == "student" else "teacher")
     return args
 

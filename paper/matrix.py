@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import torch
 
+import backbones
 import distill
 import distill_losses
 import models
@@ -283,7 +284,7 @@ def words(text: str) -> list[str]:
 
 PATH, PASSED_ON = {"type": pathlib.Path, "metavar": "DIR"}, {"type": words, "default": "", "metavar": "FLAGS"}
 RECIPES = recipes.FLAGS["recipe"].choices
-FILE, BACKBONE = {**PATH, "metavar": "FILE"}, {"choices": list(models.ALIASES)}
+FILE, BACKBONE = {**PATH, "metavar": "FILE"}, {"choices": list(backbones.ALIASES)}
 STUDENTS = {"student": "all students", **{method: f"the students of {method}" for method in METHOD_ARGS}}
 OPTIONS = {
     "options": {

@@ -20,6 +20,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
+import backbones
 import models
 
 # ---- what is damaged, and how ----
@@ -227,10 +228,10 @@ def mask_files() -> list[bytes]:
 
 def tiny_backbone(name, weights="none", stem="standard"):
     """Four convolutions in place of any backbone, so that a checkpoint is small."""
-    layer = models.conv_norm_relu
-    models.canonical_name(name)
+    layer = backbones.conv_norm_relu
+    backbones.canonical_name(name)
     low = torch.nn.Sequential(layer(3, 4, 3, stride=2), layer(4, 4, 3, stride=2))
-    return models.Backbone(low, torch.nn.Sequential(layer(4, 8, 3, stride=2), layer(8, 8, 3, stride=2)), 4, 8)
+    return backbones.Backbone(low, torch.nn.Sequential(layer(4, 8, 3, stride=2), layer(8, 8, 3, stride=2)), 4, 8)
 
 
 def checkpoint_of(data: pathlib.Path) -> dict:

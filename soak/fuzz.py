@@ -38,7 +38,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-import models
+import backbones
 import readers
 from common import ArgumentParser, UserError, cli
 from soak.damage import tiny_backbone
@@ -107,9 +107,9 @@ class Watch:
 def work(tasks: list, root: pathlib.Path, out: pathlib.Path):
     """Do the tasks (kind, part, inputs): one line of OUT/parts.jsonl each."""
     warnings.simplefilter("ignore")
-    models.build_backbone = tiny_backbone
-    models.expected_shapes = lambda name, stem: {}
-    models.dilated_network = lambda name, stem: NETWORK
+    backbones.build_backbone = tiny_backbone
+    backbones.expected_shapes = lambda name, stem: {}
+    backbones.dilated_network = lambda name, stem: NETWORK
     torch.set_num_threads(1)
     place = Place(root)
     watch = Watch(place.run)

@@ -19,12 +19,12 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
+import backbones
 import checks
 import convert
 import datasets
 import evaluate
 import inference
-import models
 import predict
 import prepare
 import readers
@@ -270,15 +270,15 @@ def weights(draw, place):
     path.write_bytes(tensor_file(draw, content, VALUES | tensors()))
 
     def call():
-        found = attempt(models.read_state_dict, str(path))
+        found = attempt(backbones.read_state_dict, str(path))
         if found is not None:
-            attempt(models.load_weights, NETWORK, "mobilenetv2", str(path), "standard")
+            attempt(backbones.load_weights, NETWORK, "mobilenetv2", str(path), "standard")
             bare = torch.nn.Module()
             for key, value in state.items():
                 bare.register_buffer(key.replace(".", "_"), value.clone())
             needed = {key.replace(".", "_"): value for key, value in state.items()}
             renamed = {key.replace(".", "_"): value for key, value in found.items()}
-            if models.misfit(renamed, needed) is None:
+            if backbones.misfit(renamed, needed) is None:
                 bare.load_state_dict(renamed)
 
     return call
@@ -434,7 +434,7 @@ def link(draw, place):
     def call():
         folder_reads(root, check)
         attempt(run_folder.load_checkpoint, place.data / "last.pt")
-        attempt(models.read_state_dict, str(path))
+        attempt(backbones.read_state_dict, str(path))
         attempt(report.read_rows, [path])
         attempt(readers.open_image, path)
         if check:

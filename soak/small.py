@@ -6,6 +6,7 @@ python -m soak.small train_teacher --out runs/x --method sup
 import importlib
 import sys
 
+import backbones
 import common
 import datasets
 import models
@@ -20,15 +21,15 @@ class FewShapes(datasets.Shapes):
 
 def tiny_backbone(name, weights="none", stem="standard"):
     """Four convolutions in place of any of torchvision's networks."""
-    layer = models.conv_norm_relu
+    layer = backbones.conv_norm_relu
     low = models.nn.Sequential(layer(3, 16, 3, stride=2), layer(16, 16, 3, stride=2))
     high = models.nn.Sequential(layer(16, 32, 3, stride=2), layer(32, 32, 3, stride=2))
-    return models.Backbone(low, high, low_channels=16, high_channels=32)
+    return backbones.Backbone(low, high, low_channels=16, high_channels=32)
 
 
 def install():
     """Replace the networks and the embedded data set of this process."""
-    models.build_backbone = tiny_backbone
+    backbones.build_backbone = tiny_backbone
     datasets.Shapes = FewShapes
 
 

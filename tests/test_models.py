@@ -7,12 +7,13 @@ import pytest
 import torch
 import torchvision
 
+import backbones
 import efficientnet_lite
 import inference
 import models
 from common import UserError
 
-TORCHVISION = [name for name in models.BACKBONES if name not in efficientnet_lite.NETWORKS]
+TORCHVISION = [name for name in backbones.BACKBONES if name not in efficientnet_lite.NETWORKS]
 PAPER_STEMS = {"resnet101": "deep", "resnet18": "deep", "wide_resnet34": "standard", "mobilenetv2": "standard"}
 
 
@@ -37,12 +38,12 @@ def test_json_lists_every_backbone_and_stem(script):
     code, out, _ = script(models, "--json")
     rows = json.loads(out)
     assert code == 0
-    assert {(r["backbone"], r["stem"]) for r in rows} == {(b, s) for b in models.BACKBONES for s in models.STEMS}
+    assert {(r["backbone"], r["stem"]) for r in rows} == {(b, s) for b in backbones.BACKBONES for s in backbones.STEMS}
     assert {"params_m", "gmacs_512", "gmacs_800", "model_params_m", "model_gmacs_512"} <= rows[0].keys()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(models.BACKBONES))
+@pytest.mark.parametrize("name", list(backbones.BACKBONES))
 @pytest.mark.parametrize("separable", [False, True])
 def test_shapes_of_the_output(name, separable):
     model = models.build_model(name, 5, head_width=16, separable_head=separable).eval()
@@ -54,14 +55,14 @@ def test_shapes_of_the_output(name, separable):
 
 def test_stride_of_the_high_features():
     for name, stride in (("resnet18", 16), ("mobilenetv2", 32), ("el0", 16)):
-        low, high = models.build_backbone(name).eval()(torch.zeros(1, 3, 128, 128))
+        low, high = backbones.build_backbone(name).eval()(torch.zeros(1, 3, 128, 128))
         assert low.shape[-1] == 32 and high.shape[-1] == 128 // stride
 
 
 @pytest.mark.parametrize("sides", [(3, 3), (5, 5), (1, 7)])
 def test_dilation_keeps_the_size_whatever_the_kernel(sides):
     conv = torch.nn.Conv2d(2, 2, sides, stride=2, padding=(sides[0] // 2, sides[1] // 2))
-    models.dilate(torch.nn.Sequential(conv), (4,))
+    backbones.dilate(torch.nn.Sequential(conv), (4,))
     assert conv(torch.zeros(1, 2, 33, 40)).shape == (1, 2, 33, 40)
     impulse = torch.zeros(1, 2, 41, 41)
     impulse[..., 20, 20] = 1
@@ -71,9 +72,9 @@ def test_dilation_keeps_the_size_whatever_the_kernel(sides):
 
 def test_no_block_is_left_without_a_dilation():
     blocks = [torch.nn.Conv2d(2, 2, 3) for _ in range(3)]
-    models.dilate(torch.nn.Sequential(*blocks[:2]), (2, 4, 8))
+    backbones.dilate(torch.nn.Sequential(*blocks[:2]), (2, 4, 8))
     with pytest.raises(ValueError, match="shorter"):
-        models.dilate(torch.nn.Sequential(*blocks), (2, 4))
+        backbones.dilate(torch.nn.Sequential(*blocks), (2, 4))
 
 
 @pytest.mark.slow
@@ -85,14 +86,14 @@ def published(name, counters=False):
     """A state dict as torchvision publishes it: every entry one number, so that the file is small; with or without batch norm's
     counters, which the files of ResNet-18, 34, 50 and 101 do not have."""
     with torch.device("meta"):
-        own = torchvision.models.get_model(models.BACKBONES[name]).state_dict()
+        own = torchvision.models.get_model(backbones.BACKBONES[name]).state_dict()
     keys = [key for key in own if counters or not key.endswith("num_batches_tracked")]
     return {key: torch.tensor(float(i + 1)).expand(own[key].shape) for i, key in enumerate(keys)}
 
 
 def assert_loaded(backbone, state):
     """Every parameter and every running statistic of the backbone is the one of `state`, in torchvision's order."""
-    used = [value for key, value in models.without_classifier(state).items()]
+    used = [value for key, value in backbones.without_classifier(state).items()]
     ours = [value for key, value in backbone.state_dict().items() if not key.endswith("num_batches_tracked")]
     assert len(used) == len(ours) > 50 and all(torch.equal(a, b) for a, b in zip(ours, used, strict=True))
 
@@ -103,14 +104,14 @@ def assert_loaded(backbone, state):
 def test_weights_load_with_and_without_the_counters_of_batch_norm(name, counters, tmp_path, monkeypatch):
     state = published(name, counters)
     torch.save(state, tmp_path / "weights.pth")
-    assert_loaded(models.build_backbone(name, str(tmp_path / "weights.pth")), state)
+    assert_loaded(backbones.build_backbone(name, str(tmp_path / "weights.pth")), state)
     # and from torchvision's cache
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    url = torchvision.models.get_model_weights(models.BACKBONES[name]).IMAGENET1K_V1.url
+    url = torchvision.models.get_model_weights(backbones.BACKBONES[name]).IMAGENET1K_V1.url
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "weights.pth").rename(tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1])
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", without_hash(torch.hub.load_state_dict_from_url))
-    assert_loaded(models.build_backbone(name, "imagenet"), state)
+    assert_loaded(backbones.build_backbone(name, "imagenet"), state)
 
 
 def without_hash(load):
@@ -134,7 +135,7 @@ def without_hash(load):
 def test_wrapped_weights_are_unwrapped(wrap, tmp_path):
     state = published("resnet18")
     torch.save(wrap(state), tmp_path / "weights.pth")
-    assert_loaded(models.build_backbone("r18", str(tmp_path / "weights.pth")), state)
+    assert_loaded(backbones.build_backbone("r18", str(tmp_path / "weights.pth")), state)
 
 
 class RunsCode:
@@ -145,7 +146,7 @@ class RunsCode:
 UNFIT = {
     "resnet34": (lambda: published("resnet34"), "holds the weights of resnet34 with the standard stem, not of resnet18"),
     "mobilenet": (lambda: published("mobilenetv2"), "holds the weights of mobilenetv2 with the standard stem, not of resnet18"),
-    "deep stem": (lambda: models.dilated_network("resnet18", "deep").state_dict(), "of resnet18 with the deep stem, not of"),
+    "deep stem": (lambda: backbones.dilated_network("resnet18", "deep").state_dict(), "of resnet18 with the deep stem, not of"),
     "missing": (lambda: {k: v for k, v in published("resnet18").items() if k != "bn1.bias"}, "'bn1.bias' is missing"),
     "shape": (lambda: {**published("resnet18"), "bn1.bias": torch.zeros(3)}, "'bn1.bias' is (3,), not (64,)"),
     "more": (lambda: {**published("resnet18"), "layer5.bias": torch.zeros(3)}, "'layer5.bias' is not part of it"),
@@ -177,7 +178,7 @@ def test_a_file_that_does_not_fit_gets_its_reason(content, said, tmp_path, capsy
     torch.save(content(), tmp_path / "weights.pth")
     capsys.readouterr()
     with pytest.raises(UserError) as error:
-        models.build_backbone("r18", str(tmp_path / "weights.pth"))
+        backbones.build_backbone("r18", str(tmp_path / "weights.pth"))
     assert said in str(error.value) and str(error.value).startswith(f"--weights {tmp_path}/weights.pth: ")
     assert "\n" not in str(error.value) and capsys.readouterr() == ("", "")
 
@@ -194,10 +195,10 @@ def test_a_file_that_does_not_fit_gets_its_reason(content, said, tmp_path, capsy
 def test_a_file_of_another_program_gets_its_reason(content, said, tmp_path, capfd):
     (tmp_path / "weights.pth").write_bytes(content)
     with pytest.raises(UserError, match=said):
-        models.build_backbone("r18", str(tmp_path / "weights.pth"))
+        backbones.build_backbone("r18", str(tmp_path / "weights.pth"))
     assert capfd.readouterr() == ("", "")
     with pytest.raises(UserError, match="is a folder"):
-        models.build_backbone("r18", str(tmp_path))
+        backbones.build_backbone("r18", str(tmp_path))
 
 
 def test_weights_that_cannot_be_had_are_one_clear_line(tmp_path, monkeypatch):
@@ -207,13 +208,13 @@ def test_weights_that_cannot_be_had_are_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(UserError, match=r"--weights imagenet: cannot download .*resnet18.*--weights none"):
-        models.build_backbone("r18", "imagenet")
+        backbones.build_backbone("r18", "imagenet")
     with pytest.raises(UserError, match="no such file"):
-        models.build_backbone("r18", str(tmp_path / "absent.pth"))
+        backbones.build_backbone("r18", str(tmp_path / "absent.pth"))
     with pytest.raises(UserError, match="standard stem"):
-        models.build_backbone("r18", "imagenet", "deep")
+        backbones.build_backbone("r18", "imagenet", "deep")
     with pytest.raises(UserError, match="unknown backbone 'vgg'"):
-        models.build_backbone("vgg")
+        backbones.build_backbone("vgg")
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -14,9 +14,9 @@ import torch
 from conftest import check, errors, open_folder, saved, write_lines
 from PIL import Image
 
+import backbones
 import checks
 import datasets
-import models
 import prepare
 import readers
 import result_files
@@ -396,7 +396,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, form):
         made.unlink()
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    for read in (run_folder.load_checkpoint, models.read_state_dict):
+    for read in (run_folder.load_checkpoint, backbones.read_state_dict):
         with pytest.raises(UserError, match=r"a\.pt: is a pickle of Python objects|a\.pt: cannot be read"):
             read(path)
     assert not made.exists() and not result_files.is_ours(path)

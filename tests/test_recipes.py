@@ -116,7 +116,8 @@ def test_values_outside_their_range_are_refused(script, tmp_path, flags, said):
 LAYERS = [
     ["common"],
     ["readers", "recipes", "run_owner", "stop_signals", "finite_steps", "efficientnet_lite"],
-    ["models", "run_folder"],
+    ["backbones", "run_folder"],
+    ["models"],
     ["checks", "kernels", "onnx_model"],
     ["result_files"],
     ["datasets"],

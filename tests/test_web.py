@@ -18,8 +18,8 @@ import tiny
 from conftest import errors
 from PIL import Image
 
+import backbones
 import inference
-import models
 from common import UserError
 
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -37,7 +37,7 @@ def exported(tmp_path_factory, learned_teachers, few) -> dict[str, pathlib.Path]
     """A tiny network that has learned `few`, in both precisions."""
     out = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "build_backbone", tiny.tiny_backbone)
+        patch.setattr(backbones, "build_backbone", tiny.tiny_backbone)
         patch.setattr("sys.argv", ["build.py"])
         args = build.parse_args(["--ckpt", str(learned_teachers[0]), "--out", str(out), "--data", str(few)])
         return dict(zip(args.precision, build.export_models(args), strict=True))
