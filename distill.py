@@ -39,6 +39,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import backbones
 import datasets
+import depthwise
 import evaluate
 import events
 import kernels
@@ -322,6 +323,7 @@ def main(argv=None):
 
     torch.manual_seed(seed_of(args.seed, 20))
     student = models.model_from_args(vars(args), len(dataset.classes), args.weights).to(device).train()
+    depthwise.speed_up(student, device)
     optimizer = torch.optim.SGD(parameter_groups(student, args.weight_decay), lr=args.lr, momentum=0.9, fused=True)
     soft = bool(args.soft_labels and teachers) and any(loss.startswith("pixel") for loss in args.losses)
     size = micro_batches(args)[1]

@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import backbones
 import datasets
+import depthwise
 import evaluate
 import events
 import kernels
@@ -160,7 +161,8 @@ def main(argv=None):
     for i in range(2 if args.method == "cps" else 1):
         # without weights the two start from different ones, and so do two teachers of one kind
         torch.manual_seed(seed_of(args.seed, (30 if args.role == "teacher_wide" else 10) + i))
-        nets.append(models.model_from_args(vars(args), len(dataset.classes), args.weights).to(device).train())
+        net = models.model_from_args(vars(args), len(dataset.classes), args.weights).to(device).train()
+        nets.append(depthwise.speed_up(net, device))
     optimizers = [
         torch.optim.SGD(parameter_groups(net, args.weight_decay), lr=args.lr, momentum=0.9, fused=True) for net in nets
     ]
