@@ -14,8 +14,8 @@ class FastDepthwiseConv2d(nn.Conv2d):
     """An `nn.Conv2d` with one group per channel, an odd square kernel and "same" padding. Its bias, if any, is added apart."""
 
     def _conv_forward(self, images, weight, bias):
-        if torch.is_autocast_enabled(images.device.type):
-            dtype = torch.get_autocast_dtype(images.device.type)
+        if images.is_cpu and torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
             images, weight = images.to(dtype), weight.to(dtype)
         output = Depthwise.apply(images, weight, self.stride[0], self.dilation[0])
         return output if bias is None else output + bias.to(output.dtype)[:, None, None]
