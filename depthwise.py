@@ -1,8 +1,7 @@
 """Depthwise convolutions whose gradients take about as long on a CPU as the convolutions themselves.
 
-PyTorch computes these gradients with oneDNN, which is slow for some shapes: with a dilation, and in bfloat16 with a kernel of
-5x5 or a stride of 2. A gradient then takes 10 to 200 times as long as the forward. Here they are the same sums, written as
-convolutions of shapes that are fast.
+In bfloat16, PyTorch (with oneDNN) takes 10 to 200 times as long for the gradient as for the convolution where there is a
+stride, a dilation or a kernel of 5x5. Here the gradients are the same sums, written as convolutions of shapes that are fast.
 """
 
 import torch
@@ -11,14 +10,15 @@ from torch import nn
 
 
 class FastDepthwiseConv2d(nn.Conv2d):
-    """An `nn.Conv2d` with one group per channel, an odd square kernel and "same" padding. Its bias, if any, is added apart."""
+    """An `nn.Conv2d` without a bias, with one group per channel, an odd square kernel and "same" padding."""
 
     def _conv_forward(self, images, weight, bias):
         if images.is_cpu and torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             images, weight = images.to(dtype), weight.to(dtype)
-        output = Depthwise.apply(images, weight, self.stride[0], self.dilation[0])
-        return output if bias is None else output + bias.to(output.dtype)[:, None, None]
+        if images.dtype != torch.bfloat16:  # where PyTorch's gradients are as fast
+            return super()._conv_forward(images, weight, bias)
+        return Depthwise.apply(images, weight, self.stride[0], self.dilation[0])
 
 
 class Depthwise(torch.autograd.Function):
@@ -45,7 +45,7 @@ class Depthwise(torch.autograd.Function):
 
 
 def gradient_of_images(grad, images, weight, stride, dilation):
-    """A convolution of the gradient with the flipped weights. With a stride it is PyTorch's, which is fast in float32 alone."""
+    """A convolution of the gradient with the flipped weights. With a stride it is PyTorch's in float32, which is fast."""
     padding = dilation * (weight.shape[-1] // 2)
     if stride == 1:
         return F.conv2d(grad, weight.flip(2, 3), None, 1, padding, dilation, len(weight))
@@ -55,17 +55,17 @@ def gradient_of_images(grad, images, weight, stride, dilation):
 
 
 def gradient_of_weight(grad, images, weight, stride, dilation):
-    """Without a dilation, since each phase of the images is convolved by itself; in bfloat16, in pieces of 3x3."""
+    """In pieces of 3x3, and without a dilation, since each phase of the images is convolved by itself."""
     k, padding = weight.shape[-1], dilation * (weight.shape[-1] // 2)
-    small, cut = k == 3 or images.dtype != torch.bfloat16, dilation > 1 and stride == 1
-    if small and not cut:
+    cut = dilation > 1 and stride == 1
+    if k == 3 and not cut:
         return pytorch_gradient(grad, images, weight, stride, padding, dilation, False)
     images = F.pad(images, (padding,) * 4)
     if cut:
         rows, columns = (-(-length // dilation) for length in grad.shape[2:])
         grad, images = phases(grad, dilation, rows, columns), phases(images, dilation, rows + k - 1, columns + k - 1)
         dilation = 1
-    side = k if small or dilation > 1 else 3
+    side = k if dilation > 1 else 3
     piece = weight[:, :, :side, :side].contiguous(memory_format=torch.channels_last)
     height, width = ((length - 1) * stride + dilation * (side - 1) + 1 for length in grad.shape[2:])
     result = torch.empty_like(weight)
@@ -97,13 +97,19 @@ def pytorch_gradient(grad, images, weight, stride, padding, dilation, of_images:
 def speed_up(model: nn.Module, device: torch.device) -> nn.Module:
     """On a CPU, let the depthwise convolutions of `model` compute their gradients so. Weights and outputs stay the same."""
     for module in model.modules() if device.type == "cpu" else ():
-        if type(module) is nn.Conv2d and 1 < module.groups == module.in_channels == module.out_channels and is_same(module):
+        if type(module) is nn.Conv2d and fits(module):
             module.__class__ = FastDepthwiseConv2d
     return model
 
 
-def is_same(conv: nn.Conv2d) -> bool:
-    """Whether the kernel is square and odd, and the padding keeps the size at a stride of 1."""
+def fits(conv: nn.Conv2d) -> bool:
+    """Whether a convolution can become a `FastDepthwiseConv2d`."""
     k, dilation, stride = conv.kernel_size[0], conv.dilation[0], conv.stride[0]
     expected = {"kernel_size": k, "dilation": dilation, "stride": stride, "padding": dilation * (k // 2)}
-    return k % 2 == 1 and conv.padding_mode == "zeros" and all(getattr(conv, key) == (v, v) for key, v in expected.items())
+    return (
+        1 < conv.groups == conv.in_channels == conv.out_channels
+        and conv.bias is None
+        and k % 2 == 1
+        and conv.padding_mode == "zeros"
+        and all(getattr(conv, name) == (value, value) for name, value in expected.items())
+    )

@@ -4,6 +4,7 @@ import importlib
 import json
 
 import bench_deploy
+import bench_depthwise
 import bench_heads
 import bench_step
 import device_name
@@ -176,3 +177,13 @@ def test_a_benchmark_keeps_others_files(script, tmp_path, name, flag):
 def test_benchmarks_are_named_after_the_whole_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert device_name.device_slug("cuda") == "h100-80gb-hbm3" and device_name.device_slug("cpu") == "cpu"
+
+
+@pytest.mark.slow
+def test_depthwise_gradients_are_measured(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_depthwise, "SHAPE", (2, 3, 64, 64))
+    monkeypatch.setattr(bench_depthwise, "NETWORKS", [("mobilenetv2", 8, True)])
+    code, _, err = script(bench_depthwise, "--rounds", "2", "--json", tmp_path / "depthwise.json")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "depthwise.json").read_text())["rows"]
+    assert [row["impl"] for row in rows] == ["pytorch", "here"] and all(row["p50_ms"] > 0 for row in rows)
