@@ -130,6 +130,9 @@ def parse_args(argv=None):
             print(f"note: {as_typed(flag, getattr(args, flag))} has no effect{why}", file=sys.stderr)
     if not steps_with_teachers(args):
         raise UserError(f"--refine {args.refine}: leaves none of the {args.steps} steps to the teachers; lower it")
+    for flag in OFF_BY_DEFAULT:
+        if getattr(args, flag) in (0, False, "constant"):  # off, as where the flag is left out
+            setattr(args, flag, None)
     return args
 
 
@@ -144,6 +147,7 @@ def steps_with_teachers(args) -> int:
     return args.steps - round((args.refine or 0.0) * args.steps)
 
 
+OFF_BY_DEFAULT = ("ema_decay", "conf_thresh", "soft_labels", "refine", "strong_views", "lambda_relative", "lambda_schedule")
 OF_NETWORKS = ("conf_thresh", "soft_labels", "teacher_bn", "mixed_terms")  # what files are not asked for
 
 

@@ -485,6 +485,15 @@ def test_resume_of_mgd_plus_with_all_flags_equals_an_uninterrupted_run(script, t
     resume_equals_uninterrupted(script, distill, arguments, tmp_path)
 
 
+def test_a_flag_that_switches_off_is_one_that_is_left_out():
+    """So a run can be resumed with either, and both stand in one row of a table."""
+    plain = ["--out", "out", "--deep", "deep.pt", "--wide", "wide.pt"]
+    off = ["--ema-decay", "0", "--conf-thresh", "0", "--soft-labels", "0", "--refine", "0", "--no-strong-views"]
+    off += ["--lambda-relative", "0", "--lambda-schedule", "constant"]
+    assert distill.parse_args(plain + off) == distill.parse_args(plain)
+    assert distill.parse_args([*plain, "--method", "mgd+", *off]).ema_decay is None
+
+
 @pytest.mark.slow
 def test_a_run_is_resumed_in_its_steps_of_refine(script, teachers, tmp_path, monkeypatch):
     arguments = ["--method", "mgd+", "--lambda-relative", "0.3", "--refine", "0.5", "--save-every", "1"]
