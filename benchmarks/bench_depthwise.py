@@ -1,6 +1,6 @@
-"""How much faster do networks with depthwise convolutions train on a CPU with the gradients of depthwise.py?
+"""How much faster than PyTorch's are the gradients of depthwise.py on a CPU?
 
-    python benchmarks/bench_depthwise.py      # writes results/depthwise-cpu.json
+    python benchmarks/bench_depthwise.py   # writes results/depthwise-cpu.json
     python benchmarks/bench_depthwise.py --rounds 3 --json depthwise.json
 
 One forward and backward of 8 crops of 192x256, the labeled images of a step on
