@@ -1,7 +1,7 @@
 """Depthwise convolutions whose gradients take about as long on a CPU as the convolutions themselves.
 
-In bfloat16, PyTorch (with oneDNN) takes 10 to 200 times as long for the gradient as for the convolution where there is a
-stride, a dilation or a kernel of 5x5. Here the gradients are the same sums, written as convolutions of shapes that are fast.
+In bfloat16, PyTorch (with oneDNN) takes many times as long for the gradient as for the convolution where there is a stride,
+a dilation or a kernel of 5x5. Here the gradients are the same sums, written as convolutions of shapes that are fast.
 """
 
 import torch
