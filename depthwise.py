@@ -1,4 +1,4 @@
-"""Depthwise convolutions whose gradients take about as long on a CPU as the convolutions themselves.
+"""Depthwise convolutions whose gradients are fast on a CPU in bfloat16.
 
 In bfloat16, PyTorch (with oneDNN) takes many times as long for the gradient as for the convolution where there is a stride,
 a dilation or a kernel of 5x5. Here the gradients are the same sums, written as convolutions of shapes that are fast.
@@ -55,7 +55,7 @@ def gradient_of_images(grad, images, weight, stride, dilation):
 
 
 def gradient_of_weight(grad, images, weight, stride, dilation):
-    """In pieces of 3x3, and without a dilation, since each phase of the images is convolved by itself."""
+    """A dilation is removed by cutting the images into their phases. A kernel larger than 3x3 is computed in pieces of 3x3."""
     k, padding = weight.shape[-1], dilation * (weight.shape[-1] // 2)
     cut = dilation > 1 and stride == 1
     if k == 3 and not cut:
@@ -95,7 +95,7 @@ def pytorch_gradient(grad, images, weight, stride, padding, dilation, of_images:
 
 
 def speed_up(model: nn.Module, device: torch.device) -> nn.Module:
-    """On a CPU, let the depthwise convolutions of `model` compute their gradients so. Weights and outputs stay the same."""
+    """On a CPU, let the depthwise convolutions of `model` compute their gradients fast. Weights and outputs stay the same."""
     for module in model.modules() if device.type == "cpu" else ():
         if type(module) is nn.Conv2d and fits(module):
             module.__class__ = FastDepthwiseConv2d
