@@ -147,7 +147,16 @@ def steps_with_teachers(args) -> int:
     return args.steps - round((args.refine or 0.0) * args.steps)
 
 
-OFF_BY_DEFAULT = ("ema_decay", "conf_thresh", "soft_labels", "refine", "strong_views", "lambda_relative", "lambda_schedule")
+OFF_BY_DEFAULT = (
+    "logit_adjustment",
+    "ema_decay",
+    "conf_thresh",
+    "soft_labels",
+    "refine",
+    "strong_views",
+    "lambda_relative",
+    "lambda_schedule",
+)
 OF_NETWORKS = ("conf_thresh", "soft_labels", "teacher_bn", "mixed_terms")  # what files are not asked for
 
 
@@ -456,7 +465,7 @@ def main(argv=None):
 
         progress.step(step, args.batch * (1 + views * taught), lr, losses, finite_steps.skipped)
         save_or_stop(args, step, save, progress, signals)
-    evaluate.finish_run(args, kept, dataset, device, row, save, progress, signals)
+    evaluate.finish_run(args, kept, dataset, partition, device, row, save, progress, signals)
     board.panels(args.steps, kept)
     board.close()
 

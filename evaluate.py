@@ -48,6 +48,7 @@ from inference import (
     predict,
     protocol_of,
 )
+from logit_adjustment import adjust_logits
 from onnx_model import is_exported
 from result_files import GROUP_BY, git_commit, refuse_outputs, setting_values, settings_of, write_result
 from run_folder import PREVIOUS, RESUME
@@ -114,11 +115,13 @@ def validate_step(args, step: int, model, dataset, device, progress, signals):
     progress.validated(step, miou)
 
 
-def finish_run(args, model, dataset, device, row: dict, save, progress, signals):
-    """End a training: save, validate, write OUT/last.pt with its mIoU, and remove the resume points. `save(step, path)` writes
-    a checkpoint of `model` with its `row`."""
+def finish_run(args, model, dataset, partition, device, row: dict, save, progress, signals):
+    """End a training: save, adjust the logits, validate, write OUT/last.pt with its mIoU, and remove the resume points.
+    `save(step, path)` writes a checkpoint of `model` with its `row`."""
     sync_buffers(model)
-    save(args.steps, args.out / RESUME)  # so that nothing is lost if the validation fails
+    save(args.steps, args.out / RESUME)  # so that nothing is lost if what follows fails
+    if args.logit_adjustment:
+        adjust_logits(model, dataset, partition.labeled, args.logit_adjustment)
     with signals.may_interrupt():
         row["miou"] = validate(model, dataset, device, args)
     save(args.steps, args.out / "last.pt")

@@ -255,6 +255,14 @@ FLAGS = {
         at_least=0,
         below=1,
     ),
+    "logit_adjustment": Flag(
+        TRAINING,
+        "after the last step, lower each logit by so many times the logarithm of its class's frequency in the labeled images, "
+        "so that rare classes are found",
+        type=float,
+        metavar="TAU",
+        at_least=0,
+    ),
     "ohem": Flag(TRAINING, "supervised loss on hard pixels only", type=bool),
     "refine": Flag(
         TRAINING,

@@ -78,6 +78,7 @@ def parse_args(argv=None):
     default = recipes.recipe_of(args)["backbone" if args.role == "student" else args.role]
     args.backbone = backbones.canonical_name(args.backbone or default)
     recipes.fill_from_recipe(args, "student" if args.role == "student" else "teacher")
+    args.logit_adjustment = args.logit_adjustment or None  # 0 is off, as where the flag is left out
     return args
 
 
@@ -271,7 +272,7 @@ def main(argv=None):
 
         progress.step(step, args.batch * (1 + views if weight > 0 else 1), lr, losses, finite_steps.skipped)
         save_or_stop(args, step, save, progress, signals)
-    evaluate.finish_run(args, eval_model, dataset, device, row, save, progress, signals)
+    evaluate.finish_run(args, eval_model, dataset, partition, device, row, save, progress, signals)
     board.panels(args.steps, eval_model)
     board.close()
 

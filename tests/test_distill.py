@@ -392,7 +392,15 @@ def test_what_is_kept_is_the_moving_average_of_the_weights(script, teachers, tmp
     assert losses[0] == losses[1]
 
 
-OFF = {"ema_decay": 0, "conf_thresh": 0, "soft_labels": 0, "refine": 0, "lambda_schedule": "constant", "lambda_relative": 0}
+OFF = {
+    "logit_adjustment": 0,
+    "ema_decay": 0,
+    "conf_thresh": 0,
+    "soft_labels": 0,
+    "refine": 0,
+    "lambda_schedule": "constant",
+    "lambda_relative": 0,
+}
 
 
 def as_flags(values):
@@ -488,7 +496,19 @@ def test_resume_of_mgd_plus_with_all_flags_equals_an_uninterrupted_run(script, t
 def test_a_flag_that_switches_off_is_one_that_is_left_out():
     """So a run can be resumed with either, and both stand in one row of a table."""
     plain = ["--out", "out", "--deep", "deep.pt", "--wide", "wide.pt"]
-    off = ["--ema-decay", "0", "--conf-thresh", "0", "--soft-labels", "0", "--refine", "0", "--no-strong-views"]
+    off = [
+        "--logit-adjustment",
+        "0",
+        "--ema-decay",
+        "0",
+        "--conf-thresh",
+        "0",
+        "--soft-labels",
+        "0",
+        "--refine",
+        "0",
+        "--no-strong-views",
+    ]
     off += ["--lambda-relative", "0", "--lambda-schedule", "constant"]
     assert distill.parse_args(plain + off) == distill.parse_args(plain)
     assert distill.parse_args([*plain, "--method", "mgd+", *off]).ema_decay is None

@@ -114,7 +114,7 @@ def test_values_outside_their_range_are_refused(script, tmp_path, flags, said):
 
 
 LAYERS = [
-    ["common"],
+    ["common", "logit_adjustment"],
     ["readers", "recipes", "run_owner", "stop_signals", "finite_steps", "efficientnet_lite", "depthwise"],
     ["backbones", "run_folder"],
     ["models"],
