@@ -15,8 +15,8 @@ r"""Distil frozen teachers, one or two, into a light student.
                 image-level loss against the deep teacher T_D (Eq. 4) and the
                 region-level loss against the wide teacher T_W (Eq. 6).
                 --losses chooses among them.
---method mgd+   the same with other defaults of --ema-decay and
-                --lambda-schedule, which work with mgd too
+--method mgd+   the same with --logit-adjustment 0.3, which works with the other
+                methods too
 --method kd     cross entropy with the ground truth, and, on labeled images and
                 views, the divergence from the teachers' softened class
                 probabilities (Hinton, Vinyals & Dean 2015)

@@ -61,7 +61,9 @@ from stop_signals import StopSignals
 
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__, usage="%(prog)s --out DIR [options]")
-    parser.add_argument("--method", choices=recipes.TEACHER_METHODS, default="cps", help="see above (default: cps)")
+    parser.add_argument(
+        "--method", choices=recipes.TEACHER_METHODS, help="see above (default: cps; teachers of --recipe light: sup)"
+    )
     parser.add_argument(
         "--role",
         choices=["teacher_deep", "teacher_wide", "student"],
@@ -75,9 +77,10 @@ def parse_args(argv=None):
     )
     recipes.add_flags(parser, recipes.TEACHER_METHODS)
     args = parser.parse_args(argv)
-    default = recipes.recipe_of(args)["backbone" if args.role == "student" else args.role]
-    args.backbone = backbones.canonical_name(args.backbone or default)
-    recipes.fill_from_recipe(args, "student" if args.role == "student" else "teacher")
+    recipe, is_teacher = recipes.recipe_of(args), args.role != "student"
+    args.method = args.method or (recipe.get("teacher_method", "cps") if is_teacher else "cps")
+    args.backbone = backbones.canonical_name(args.backbone or recipe[args.role if is_teacher else "backbone"])
+    recipes.fill_from_recipe(args, "teacher" if is_teacher else "student")
     args.logit_adjustment = args.logit_adjustment or None  # 0 is off, as where the flag is left out
     return args
 

@@ -511,7 +511,7 @@ def test_a_flag_that_switches_off_is_one_that_is_left_out():
     ]
     off += ["--lambda-relative", "0", "--lambda-schedule", "constant"]
     assert distill.parse_args(plain + off) == distill.parse_args(plain)
-    assert distill.parse_args([*plain, "--method", "mgd+", *off]).ema_decay is None
+    assert distill.parse_args([*plain, "--method", "mgd+", *off]).logit_adjustment is None
 
 
 @pytest.mark.slow

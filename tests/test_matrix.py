@@ -151,8 +151,8 @@ ALL = "sup pixel image:T_D region:T_W"
     [
         ("kd", D, W, {"method": "kd"}),
         ("cwd", D, W, {"method": "cwd"}),
-        ("mgd", D, W, {"method": "mgd", "losses": ALL, "ema_decay": None}),
-        ("mgd-plus", D, W, {"method": "mgd+", "losses": ALL, "ema_decay": recipes.OF_METHOD["mgd+"]["ema_decay"]}),
+        ("mgd", D, W, {"method": "mgd", "losses": ALL, "logit_adjustment": None}),
+        ("mgd-plus", D, W, {"method": "mgd+", "losses": ALL, **recipes.OF_METHOD["mgd+"]}),
         ("one-deep", D, None, {"losses": "sup pixel image:T_D region:T_D"}),
         ("two-deep", D, D2, {"losses": ALL}),
         ("one-wide", None, W, {"losses": "sup pixel image:T_W region:T_W"}),

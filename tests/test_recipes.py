@@ -61,11 +61,12 @@ def test_recipes_set_flags_alone():
     for method, values in recipes.OF_METHOD.items():
         assert all(method in recipes.FLAGS[name].methods or method in recipes.TEACHER_METHODS for name in values)
         assert all(recipes.FLAGS[name].default is None and recipes.fits(recipes.FLAGS[name], values[name]) for name in values)
-    structure = {"teacher_deep", "teacher_wide", "teacher", "student", "of", "no_cutmix"}
+    structure = {"teacher_deep", "teacher_wide", "teacher_method", "teacher", "student", "of", "no_cutmix"}
     for recipe in (*recipes.RECIPES.values(), recipes.LIGHT_RECIPE):
         parts = [recipe, recipe.get("teacher", {}), recipe.get("student", {}), recipe.get("no_cutmix", {})]
         parts += recipe.get("of", {}).values()
         assert {key for part in parts for key in part} <= recipes.FLAGS.keys() | structure
+        assert recipe.get("teacher_method", "cps") in recipes.TEACHER_METHODS
 
 
 @pytest.mark.parametrize("dataset", [name for name in recipes.RECIPES if name != "shapes"])
@@ -76,7 +77,8 @@ def test_the_light_recipe_is_light(dataset):
         paper, light = (module.parse_args([*flags, *more, *recipe]) for recipe in ([], ["--recipe", "light"]))
         assert light.backbone == "efficientnet_lite0" and light.separable_head and light.weights == "imagenet"
         assert light.steps < paper.steps / 10 and light.crop[0] < paper.crop[0] and light.window == light.crop
-        assert (light.scales, light.ohem, light.weight_decay) == (paper.scales, paper.ohem, paper.weight_decay)
+        assert (light.ohem, light.weight_decay) == (paper.ohem, paper.weight_decay)
+        assert light.logit_adjustment and paper.logit_adjustment is None
         given = module.parse_args(
             [*flags, *more, "--recipe", "light", "--steps", "7", "--no-separable-head", "--backbone", "r34"]
         )
@@ -89,6 +91,11 @@ def test_the_light_recipe_is_light(dataset):
         ("efficientnet_lite2", 256, False),
         ("efficientnet_lite0", 256, False),
     ]
+    assert [args.method for args in teachers] == ["sup", "sup"]
+    given = train_teacher.parse_args(
+        [*REQUIRED[train_teacher], *more, "--recipe", "light", "--role", "teacher_deep", "--method", "mt"]
+    )
+    assert given.method == "mt" and train_teacher.parse_args([*REQUIRED[train_teacher], *more]).method == "cps"
 
 
 @pytest.mark.parametrize("module", REQUIRED)
