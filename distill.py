@@ -15,8 +15,8 @@ r"""Distil frozen teachers, one or two, into a light student.
                 image-level loss against the deep teacher T_D (Eq. 4) and the
                 region-level loss against the wide teacher T_W (Eq. 6).
                 --losses chooses among them.
---method mgd+   the same with --logit-adjustment 0.3, which works with the other
-                methods too
+--method mgd+   the same with --logit-adjustment 0.3; the flag works with the
+                other methods too
 --method kd     cross entropy with the ground truth, and, on labeled images and
                 views, the divergence from the teachers' softened class
                 probabilities (Hinton, Vinyals & Dean 2015)
@@ -288,12 +288,13 @@ def main(argv=None):
         of_files = pseudo_labels.hash
     resumed = load_for_resume(args, dataset, partition)
 
-    teachers, teacher_rows = {}, {}
+    teachers, teacher_rows, taus = {}, {}, []
     for role, path in (("T_D", args.deep), ("T_W", args.wide)):
         if path is None:
             continue
         teacher, checkpoint = load_teacher(path, dataset, args, device)
         row = checkpoint["row"]
+        taus.append(checkpoint["args"].get("logit_adjustment") or 0.0)
         miou = evaluate.validate(teacher, dataset, device, args)
         print0(f"{role} {row['method']} {row['backbone']}: {miou:.2f} mIoU on val ({path})")
         if checkpoint["partition"]["hash"] != partition.hash:
@@ -382,6 +383,7 @@ def main(argv=None):
         teacher_methods=[row["method"] for row in teacher_rows.values()],
         teacher_steps=[row["steps"] for row in teacher_rows.values()],
         teacher_seeds=[row["seed"] for row in teacher_rows.values()],
+        teacher_logit_adjustments=taus if any(taus) else None,
         teacher_labels=labels_of_teachers(teacher_rows.values(), partition, files=pseudo_labels is not None),
         pseudo_labels=of_files,
         regions=args.regions if any(loss.startswith("region") for loss in args.losses) else None,

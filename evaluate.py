@@ -120,9 +120,9 @@ def finish_run(args, model, dataset, partition, device, row: dict, save, progres
     `save(step, path)` writes a checkpoint of `model` with its `row`."""
     sync_buffers(model)
     save(args.steps, args.out / RESUME)  # so that nothing is lost if what follows fails
-    if args.logit_adjustment:
-        adjust_logits(model, dataset, partition.labeled, args.logit_adjustment)
     with signals.may_interrupt():
+        if args.logit_adjustment:
+            adjust_logits(model, dataset, partition.labeled, args.logit_adjustment)
         row["miou"] = validate(model, dataset, device, args)
     save(args.steps, args.out / "last.pt")
     progress.write(step=args.steps, miou=row["miou"])

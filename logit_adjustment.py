@@ -1,5 +1,5 @@
 """Logit adjustment (Menon et al. 2021, https://arxiv.org/abs/2007.07314): a network that was trained on few pixels of a class
-predicts it too seldom. Its logits are lowered by how frequent their class was, so that rare classes are found."""
+predicts it too seldom. The more frequent a class, the more its logit is lowered against the others."""
 
 from collections.abc import Iterable
 
@@ -10,12 +10,14 @@ import torch
 def log_frequencies(dataset, names: Iterable[str]) -> torch.Tensor:
     """The logarithm of each class's share of the labeled pixels in the masks of `names` -> (N,) float32.
 
-    0, and so no adjustment, for a class that no mask shows: a network never learned when to predict it. Raises UserError for a
-    mask that cannot be read.
+    For a class that no mask shows, it is that of the rarest class that one shows: it may come from teachers alone. 0 for all
+    where nothing is labeled. Raises UserError for a mask that cannot be read.
     """
     counts = sum(np.bincount(np.asarray(dataset.mask(name)).ravel(), minlength=256) for name in names)
     counts = torch.from_numpy(counts[: len(dataset.classes)]).double()
-    return torch.where(counts > 0, (counts / counts.sum()).log(), 0.0).float()
+    if not counts.any():
+        return torch.zeros(len(counts))
+    return (counts.clamp(min=counts[counts > 0].min()) / counts.sum()).log().float()
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ MAIN = ("steps", "head_width", "crop", "weights", "teachers", "teacher_labels", 
 RECORDED = {name: flag.column or name for name, flag in FLAGS.items() if flag.column is not None}  # flag -> key
 OPTIONAL = (
     *(key for key in dict.fromkeys(RECORDED.values()) if key not in (*DATA, *NETWORK, *MAIN, "seed")),
-    *("teacher_backbones", "teacher_methods", "teacher_steps", "scales", "flip", "export", "list"),
+    *("teacher_backbones", "teacher_methods", "teacher_steps", "teacher_logit_adjustments", "scales", "flip", "export", "list"),
 )
 SETTINGS = (*MAIN, *OPTIONAL)
 GROUP_BY = (*DATA, *NETWORK, *SETTINGS)

@@ -40,7 +40,7 @@ OPTIONS = {  # each of micro-batches and loader workers with some methods
     "mt": "--workers 2 --grad-accum 2 --sup-only 0.2 --ramp-up 0.5",
     "cps": "--workers 1 --sup-only 0.2 --ramp-up 0.5",
     "mgd": "--workers 0 --grad-accum 2",
-    "mgd+": "--workers 2 --refine 0.3",
+    "mgd+": "--workers 2 --refine 0.3 --ema-decay 0.99 --lambda-schedule decay",
     "kd": "--workers 2",
     "cwd": "--workers 1 --grad-accum 2",
 }

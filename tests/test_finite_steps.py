@@ -22,7 +22,7 @@ METHODS = {
     "cps": (train_teacher, ["--method", "cps", *NOW]),
     "mt": (train_teacher, ["--method", "mt", *NOW]),
     "mgd": (distill, []),
-    "mgd+": (distill, ["--method", "mgd+", "--lambda-relative", "0.3"]),
+    "mgd+": (distill, ["--method", "mgd+", "--lambda-relative", "0.3", "--ema-decay", "0.99", "--lambda-schedule", "decay"]),
 }
 
 

@@ -44,7 +44,7 @@ JOINED = {  # script and options; two steps or one of plain descent, so that the
     # the first step has no relative weights, and the third is on the ground truth alone
     "mgd+": [
         *("distill", "--method", "mgd+", "--lambda-relative", "0.5", "--conf-thresh", "0.17", "--refine", "0.34"),
-        *("--steps", "3", "--lr", "0.1", "--log-every", "3"),
+        *("--ema-decay", "0.99", "--lambda-schedule", "decay", "--steps", "3", "--lr", "0.1", "--log-every", "3"),
     ],
     "kd": ["distill", "--method", "kd", "--steps", "1", "--lr", "1"],
     "files": ["distill", "--pseudo-labels", "FILES", "--strong-views", "--steps", "1", "--lr", "1"],
@@ -110,6 +110,10 @@ def test_a_run_goes_on_with_another_number_of_processes(teachers, tmp_path, befo
         options += [
             "--method",
             "mgd+",
+            "--ema-decay",
+            "0.99",
+            "--lambda-schedule",
+            "decay",
             "--steps",
             "4",
             "--save-every",
@@ -143,7 +147,21 @@ def test_a_run_goes_on_with_another_number_of_processes(teachers, tmp_path, befo
         (train_teacher, ["--method", "cps", "--sup-only", "0", "--ramp-up", "0"]),
         (train_teacher, ["--method", "mt", "--sup-only", "0", "--ramp-up", "0"]),
         (distill, ["--method", "mgd", "--grad-norms"]),
-        (distill, ["--method", "mgd+", "--lambda-relative", "0.3", "--conf-thresh", "0.2"]),
+        (
+            distill,
+            [
+                "--method",
+                "mgd+",
+                "--lambda-relative",
+                "0.3",
+                "--conf-thresh",
+                "0.2",
+                "--ema-decay",
+                "0.99",
+                "--lambda-schedule",
+                "decay",
+            ],
+        ),
         (distill, ["--method", "kd"]),
         (distill, ["--method", "cwd"]),
     ],

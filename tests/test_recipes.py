@@ -78,7 +78,7 @@ def test_the_light_recipe_is_light(dataset):
         assert light.backbone == "efficientnet_lite0" and light.separable_head and light.weights == "imagenet"
         assert light.steps < paper.steps / 10 and light.crop[0] < paper.crop[0] and light.window == light.crop
         assert (light.ohem, light.weight_decay) == (paper.ohem, paper.weight_decay)
-        assert light.logit_adjustment and paper.logit_adjustment is None
+        assert light.logit_adjustment is paper.logit_adjustment is None
         given = module.parse_args(
             [*flags, *more, "--recipe", "light", "--steps", "7", "--no-separable-head", "--backbone", "r34"]
         )
@@ -91,7 +91,7 @@ def test_the_light_recipe_is_light(dataset):
         ("efficientnet_lite2", 256, False),
         ("efficientnet_lite0", 256, False),
     ]
-    assert [args.method for args in teachers] == ["sup", "sup"]
+    assert [(args.method, args.logit_adjustment) for args in teachers] == [("sup", 0.3), ("sup", 0.3)]
     given = train_teacher.parse_args(
         [*REQUIRED[train_teacher], *more, "--recipe", "light", "--role", "teacher_deep", "--method", "mt"]
     )
