@@ -261,7 +261,8 @@ FLAGS = {
     "logit_adjustment": Flag(
         TRAINING,
         "after the last step, lower the logits of frequent classes, so that rare ones are found: by so many times the "
-        "logarithm of the class's share of the labeled pixels (default: 0.3 for mgd+ and for teachers of --recipe light, otherwise 0)",
+        "logarithm of the class's share of the labeled pixels "
+        "(default: 0.3 for mgd+ and for teachers of --recipe light, otherwise 0)",
         type=float,
         metavar="TAU",
         at_least=0,
