@@ -140,7 +140,8 @@ matrix: | $(INSTALLED) ## all runs of the paper's TABLES, then one result file
 	$(PY) -m paper.matrix --tables $(TABLES) --seeds $(SEEDS) $(options) \
 	    $(if $(REPORT),--json $(REPORT).json) $(if $(DRY),--dry-run)
 tables: | $(INSTALLED) ## results/*.json as the paper's tables and figures, in results/tables
-	$(PY) -m paper.report results/*.json --out results/tables
+	$(PY) -m paper.report $(filter-out %-imagenet.json,$(wildcard results/*.json)) --out results/tables
+	$(PY) -m paper.report results/camvid-imagenet.json --out results/tables/imagenet
 web: | $(if $(CKPT),,$(firstword $(MGD))) $(INSTALLED) ## a page in the browser for a checkpoint, beside it in web/
 	$(PY) -m web.build --ckpt $(or $(CKPT),$(firstword $(MGD)))
 install: | $(INSTALLED) ## set up VENV
