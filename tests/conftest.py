@@ -28,6 +28,7 @@ import train_teacher
 
 ROOT = pathlib.Path(common.__file__).parent
 TINY = ["--workers", "0", "--batch", "2", "--crop", "48", "--head-width", "16", "--lr", "0.02", "--log-every", "1"]
+AVERAGED = ["--ema-decay", "0.99", "--lambda-schedule", "decay"]  # beside --method mgd+
 NVCC = next(
     (p for p in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if p and pathlib.Path(p, "bin", "nvcc").exists()), None
 )

@@ -11,6 +11,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from conftest import (
+    AVERAGED,
     LEARNING,
     TINY,
     assert_it_learns,
@@ -488,20 +489,7 @@ def test_the_plan_counts_soft_labels(script, teachers, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_resume_of_mgd_plus_with_all_flags_equals_an_uninterrupted_run(script, teachers, tmp_path):
     """The resume point lies before the steps of --refine."""
-    more = [
-        "--method",
-        "mgd+",
-        "--lambda-relative",
-        "0.3",
-        "--conf-thresh",
-        "0.2",
-        "--refine",
-        "0.3",
-        "--ema-decay",
-        "0.99",
-        "--lambda-schedule",
-        "decay",
-    ]
+    more = ["--method", "mgd+", "--lambda-relative", "0.3", "--conf-thresh", "0.2", "--refine", "0.3", *AVERAGED]
     arguments = ["--deep", teachers[0], "--wide", teachers[1], *TINY, "--steps", "6", "--save-every", "3", *more]
     resume_equals_uninterrupted(script, distill, arguments, tmp_path)
 
@@ -529,20 +517,7 @@ def test_a_flag_that_switches_off_is_one_that_is_left_out():
 
 @pytest.mark.slow
 def test_a_run_is_resumed_in_its_steps_of_refine(script, teachers, tmp_path, monkeypatch):
-    arguments = [
-        "--method",
-        "mgd+",
-        "--lambda-relative",
-        "0.3",
-        "--refine",
-        "0.5",
-        "--save-every",
-        "1",
-        "--ema-decay",
-        "0.99",
-        "--lambda-schedule",
-        "decay",
-    ]
+    arguments = ["--method", "mgd+", "--lambda-relative", "0.3", "--refine", "0.5", "--save-every", "1", *AVERAGED]
     assert script(distill, *distill_args(tmp_path / "whole", teachers, *arguments))[0] == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, distill, 3)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, distill_args, errors, log, refuse_constant
+from conftest import AVERAGED, TINY, distill_args, errors, log, refuse_constant
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import batches
@@ -22,7 +22,7 @@ METHODS = {
     "cps": (train_teacher, ["--method", "cps", *NOW]),
     "mt": (train_teacher, ["--method", "mt", *NOW]),
     "mgd": (distill, []),
-    "mgd+": (distill, ["--method", "mgd+", "--lambda-relative", "0.3", "--ema-decay", "0.99", "--lambda-schedule", "decay"]),
+    "mgd+": (distill, ["--method", "mgd+", "--lambda-relative", "0.3", *AVERAGED]),
 }
 
 

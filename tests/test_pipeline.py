@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, NO_GPU, ROOT, TINY, distill_args, errors, log, save_mask, weights
+from conftest import AVERAGED, DEVICES, NO_GPU, ROOT, TINY, distill_args, errors, log, save_mask, weights
 from PIL import Image
 
 import common
@@ -44,7 +44,7 @@ JOINED = {  # script and options; two steps or one of plain descent, so that the
     # the first step has no relative weights, and the third is on the ground truth alone
     "mgd+": [
         *("distill", "--method", "mgd+", "--lambda-relative", "0.5", "--conf-thresh", "0.17", "--refine", "0.34"),
-        *("--ema-decay", "0.99", "--lambda-schedule", "decay", "--steps", "3", "--lr", "0.1", "--log-every", "3"),
+        *(*AVERAGED, "--steps", "3", "--lr", "0.1", "--log-every", "3"),
     ],
     "kd": ["distill", "--method", "kd", "--steps", "1", "--lr", "1"],
     "files": ["distill", "--pseudo-labels", "FILES", "--strong-views", "--steps", "1", "--lr", "1"],
@@ -110,10 +110,7 @@ def test_a_run_goes_on_with_another_number_of_processes(teachers, tmp_path, befo
         options += [
             "--method",
             "mgd+",
-            "--ema-decay",
-            "0.99",
-            "--lambda-schedule",
-            "decay",
+            *AVERAGED,
             "--steps",
             "4",
             "--save-every",
@@ -149,18 +146,7 @@ def test_a_run_goes_on_with_another_number_of_processes(teachers, tmp_path, befo
         (distill, ["--method", "mgd", "--grad-norms"]),
         (
             distill,
-            [
-                "--method",
-                "mgd+",
-                "--lambda-relative",
-                "0.3",
-                "--conf-thresh",
-                "0.2",
-                "--ema-decay",
-                "0.99",
-                "--lambda-schedule",
-                "decay",
-            ],
+            ["--method", "mgd+", "--lambda-relative", "0.3", "--conf-thresh", "0.2", *AVERAGED],
         ),
         (distill, ["--method", "kd"]),
         (distill, ["--method", "cwd"]),
