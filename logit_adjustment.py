@@ -10,8 +10,8 @@ import torch
 def log_frequencies(dataset, names: Iterable[str]) -> torch.Tensor:
     """The logarithm of each class's share of the labeled pixels in the masks of `names` -> (N,) float32.
 
-    For a class that no mask shows, it is that of the rarest class that one shows: it may come from teachers alone. 0 for all
-    where nothing is labeled. Raises UserError for a mask that cannot be read.
+    A class that no mask shows counts as frequent as the rarest class that is shown, since the teachers may know it. Where
+    nothing is labeled, all are 0. Raises UserError for a mask that cannot be read.
     """
     counts = sum(np.bincount(np.asarray(dataset.mask(name)).ravel(), minlength=256) for name in names)
     counts = torch.from_numpy(counts[: len(dataset.classes)]).double()

@@ -12,6 +12,7 @@ import logit_adjustment
 import mgd_ops
 import models
 import train_teacher
+from result_files import GROUP_BY, setting_values
 
 
 class Painted(datasets.Shapes):
@@ -93,3 +94,18 @@ def test_a_run_that_is_resumed_after_its_last_step_adjusts_once(script, teachers
     code, out, _ = script(evaluate, "--ckpt", tmp_path / "new" / "last.pt")
     miou = torch.load(tmp_path / "new" / "last.pt", weights_only=True)["row"]["miou"]
     assert code == 0 and f"{miou:.2f}" in out
+
+
+@pytest.mark.usefixtures("tiny_networks")
+def test_a_students_row_says_how_its_teachers_were_adjusted(script, teachers, tmp_path):
+    """So that students of differently adjusted teachers are not averaged."""
+    checkpoint = torch.load(teachers[1], weights_only=True)
+    checkpoint["args"]["logit_adjustment"] = 0.7
+    torch.save(checkpoint, tmp_path / "adjusted.pt")
+    found = []
+    for wide in (teachers[1], tmp_path / "adjusted.pt"):
+        out = tmp_path / wide.stem
+        assert script(distill, *distill_args(out, (teachers[0], wide), "--steps", "1"))[0] == 0
+        found.append(torch.load(out / "last.pt", weights_only=True)["row"])
+    assert [row["teacher_logit_adjustments"] for row in found] == [None, [0.0, 0.7]]
+    assert setting_values(found[0], GROUP_BY) != setting_values(found[1], GROUP_BY)
