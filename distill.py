@@ -355,7 +355,7 @@ def main(argv=None):
     # 12 bytes: float32 weights, gradients and momentum; 4 of an average
     memory = (16 if average else 12) * sum(p.numel() for p in student.parameters()) + (1 + on_views) * activations
     more = f", {' + '.join(args.losses)}, ops {kernels.backend(device.type)}"
-    more += f", the last {args.steps - taught_steps} steps on the ground truth alone" if taught_steps < args.steps else ""
+    more += f", the ground truth alone after step {taught_steps}" if taught_steps < args.steps else ""
     print_plan(args, device, partition, on_views, memory, more)
     start, seconds = restore(resumed, saved, [optimizer])
     if average:
